@@ -1,0 +1,65 @@
+"""asyncdcp: asyncio-native checkpoints for PyTorch.
+
+Names are imported on first use (PEP 562), so that importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle, SyncCheckpointer
+    from asyncdcp.config import Options
+    from asyncdcp.errors import AsyncDCPError
+    from asyncdcp.futures import CheckpointFuture
+    from asyncdcp.results import LoadReport, Progress, SaveResult
+    from asyncdcp.stateful import PerRank, RNGState, Stateful
+    from asyncdcp.storage import LocalStorage, MemoryStorage
+
+_HOMES = {
+    "AsyncCheckpointer": "checkpointer",
+    "AsyncDCPError": "errors",
+    "CheckpointFuture": "futures",
+    "LoadReport": "results",
+    "LocalStorage": "storage",
+    "MemoryStorage": "storage",
+    "Options": "config",
+    "PerRank": "stateful",
+    "Progress": "results",
+    "RNGState": "stateful",
+    "SaveHandle": "checkpointer",
+    "SaveResult": "results",
+    "Stateful": "stateful",
+    "SyncCheckpointer": "checkpointer",
+}
+
+__all__ = [
+    "AsyncCheckpointer",
+    "AsyncDCPError",
+    "CheckpointFuture",
+    "LoadReport",
+    "LocalStorage",
+    "MemoryStorage",
+    "Options",
+    "PerRank",
+    "Progress",
+    "RNGState",
+    "SaveHandle",
+    "SaveResult",
+    "Stateful",
+    "SyncCheckpointer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'asyncdcp' has no attribute {name!r}")
+    value = getattr(import_module(f"asyncdcp.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

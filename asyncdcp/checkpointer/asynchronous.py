@@ -1,0 +1,307 @@
+"""AsyncCheckpointer: every verb starts the work on the checkpointer's own event loop and returns a future."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeAlias, TypeVar, overload
+
+import torch
+from anyio import to_thread
+
+from asyncdcp.checkpointer.handle import SaveHandle
+from asyncdcp.checkpointer.jobs import make_job, plain_json
+from asyncdcp.checkpointer.loading import LoadRequest, LoadTask
+from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
+from asyncdcp.config import Options
+from asyncdcp.engine import Engine
+from asyncdcp.errors import (
+    AsyncDCPError,
+    CheckpointerBusy,
+    Closed,
+    DeadlineExceeded,
+    SaveSkipped,
+    UnseenFailure,
+    VolatileStorageWarning,
+)
+from asyncdcp.format.blocks import SLAB_BYTES
+from asyncdcp.futures import CheckpointFuture
+from asyncdcp.names import make_save_id
+from asyncdcp.planning import PlanCache, SavePlan, Structure
+from asyncdcp.results import Progress, ProgressMeter
+from asyncdcp.staging import Arenas
+from asyncdcp.state_dict.flatten import flatten
+from asyncdcp.state_dict.structure import describe
+from asyncdcp.storage import Storage, open_storage
+from asyncdcp.trace import Trace
+
+StateT = TypeVar("StateT")
+Place: TypeAlias = str | os.PathLike[str] | Storage
+OnProgress: TypeAlias = Callable[[Progress], object]
+
+_logger = logging.getLogger("asyncdcp")
+
+
+class AsyncCheckpointer:
+    """Saves and loads states without stopping the caller.
+
+    Guaranteed: verbs return at once (``save`` flattens the state and encodes its plain values before it returns, no
+    more); saves are staged and committed in the order of the calls; an error that nobody looked at surfaces at the next
+    verb or at ``close``, as ``options.on_error`` says. Verbs may be called from any thread; a future may be awaited on
+    any loop or blocked on with ``result()``.
+
+    Tensors must not be changed between ``save`` and ``staged``. A context manager, plain or async; leaving it closes.
+
+    ``process=False`` runs the pipeline on a thread of this process.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        self._options = options or Options()
+        self._lock = threading.Lock()
+        self._plans = PlanCache()
+        self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes))
+        self._run_id = uuid.uuid4().hex
+        self._attempts: dict[str, int] = {}
+        self._handles: list[SaveHandle] = []
+        self._volatile: set[str] = set()
+        self._closed = False
+        close = weakref.WeakMethod(self.close)
+        self._engine = Engine("asyncdcp", drain=lambda: _call(close()), exit_deadline=self._options.close_deadline)
+
+    # ── save ──
+
+    def save(
+        self,
+        path: Place,
+        state_dict: Mapping[Any, Any],
+        *,
+        overwrite: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> SaveHandle:
+        """Begins to save ``state_dict`` as the checkpoint at ``path``, and returns its handle.
+
+        ``path`` is a directory, made where it is missing, or a ``Storage``. A checkpoint that is there already fails
+        the save (``CheckpointExists``); with ``overwrite`` it stays whole until the new one is committed, and is
+        deleted then. ``metadata`` is anything that JSON can carry, kept in the checkpoint's Record. ``on_progress`` is
+        called with ``Progress`` on a thread of its own.
+
+        Raises at once, with nothing begun: ``UnsupportedValue`` and ``DuplicateName`` for what cannot be stored;
+        ``CheckpointerBusy``; ``Closed``; ``UnseenFailure`` of an earlier save. The futures raise ``CheckpointExists``,
+        ``MemoryLimit``, ``StorageError`` and its kin, ``DeadlineExceeded``, ``SaveSkipped``, ``Cancelled``,
+        ``CommitUnknown``.
+        """
+        begun = time.monotonic()
+        self._enter()
+        storage = open_storage(path)
+        location = storage.info.location
+        user = plain_json("metadata", metadata)
+        with self._lock:
+            attempt = self._attempts[location] = self._attempts.get(location, 0) + 1
+            busy = any(not handle.done() for handle in self._handles)
+        if busy and self._options.when_busy != "queue":
+            return self._refuse(location)
+        flat = flatten(state_dict)
+        described = describe(flat)
+        plan = self._plan(described.structure)
+        save_id = make_save_id(self._run_id, location, attempt)
+        job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
+        request = SaveRequest(job, storage, plan, described.sources, self._trace(plan.tensor_bytes, on_progress), begun)
+        task = SaveTask(request, self._engine, self._lanes, self._options)
+        with self._lock:
+            self._engine.submit(task.run, name=f"save to {location}")
+            self._handles.append(task.handle)
+        self._warn_volatile(storage)
+        return task.handle
+
+    def prepare(self, state_dict: Mapping[Any, Any]) -> CheckpointFuture[None]:
+        """Plans saves of this structure and takes the arena's memory ahead, so that the first save is as fast as the
+        next.
+
+        Nothing is copied or written. Raises as ``save`` does for what cannot be stored; the future raises
+        ``MemoryLimit``.
+        """
+        self._enter()
+        plan = self._plan(describe(flatten(state_dict)).structure)
+        return self._engine.submit(self._lanes.arenas.prepare, len(plan.slabs), name="prepare")
+
+    def _plan(self, structure: Structure) -> SavePlan:
+        with self._lock:
+            return self._plans.get(structure)
+
+    def _refuse(self, location: str) -> SaveHandle:
+        """What becomes of a save while another is under way, if it is not to wait."""
+        if self._options.when_busy == "error":
+            raise CheckpointerBusy(
+                f"the save to {location} was refused: an earlier one is under way, and when_busy='error'", path=location
+            )
+        handle = SaveHandle(location, self._engine.future("staging"), self._engine.future(f"save to {location}"))
+        skipped = SaveSkipped(
+            f"the save to {location} was skipped: an earlier one is under way, and when_busy='skip'", path=location
+        )
+        handle.staged.set_exception(skipped)
+        handle.committed.set_exception(skipped)
+        return handle
+
+    def _trace(self, total: int, on_progress: OnProgress | None) -> Trace:
+        trace = Trace(None if on_progress is None else ProgressMeter(self._engine.callback(on_progress)))
+        trace.total = total
+        return trace
+
+    def _warn_volatile(self, storage: Storage) -> None:
+        info = storage.info
+        if info.volatile and info.filesystem not in self._volatile:
+            self._volatile.add(info.filesystem)
+            warnings.warn(
+                f"{info.location} is on {info.filesystem}, which is kept in memory: checkpoints there do not survive "
+                "a restart of the machine",
+                VolatileStorageWarning,
+                stacklevel=3,
+            )
+
+    # ── load ──
+
+    @overload
+    def load(
+        self,
+        path: Place,
+        state: None = None,
+        *,
+        strict: bool = True,
+        device: torch.device | str = "cpu",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[Any]: ...
+
+    @overload
+    def load(
+        self,
+        path: Place,
+        state: StateT,
+        *,
+        strict: bool = True,
+        device: torch.device | str = "cpu",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[StateT]: ...
+
+    def load(
+        self,
+        path: Place,
+        state: Any = None,
+        *,
+        strict: bool = True,
+        device: torch.device | str = "cpu",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[Any]:
+        """Begins to load the checkpoint at ``path``; resolves to the state, with a ``LoadReport`` at the future's
+        ``report``.
+
+        With ``state``, its tensors are filled in place and its plain values replaced, and it is what the future
+        resolves to; it must not be used until then. Every missing, unexpected or different entry is found and listed
+        (``StateMismatch``) before a byte is read; ``strict=False`` fills what both sides have. Without, a new nested
+        state is made on ``device``.
+
+        Every byte is verified before it is used. ``ChecksumMismatch`` names file, block and tensors; targets of an
+        in-place load may then be partly written. Also ``CheckpointNotFound``, ``AmbiguousCheckpoint``,
+        ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded``, ``Cancelled``.
+        """
+        self._enter()
+        storage = open_storage(path)
+        flat = None if state is None else flatten(state)
+        trace = self._trace(0, on_progress)
+        request = LoadRequest(storage, state, flat, strict, torch.device(device), trace)
+        task = LoadTask(request, self._engine, self._options.load_deadline)
+        self._engine.submit(task.run, name=f"load of {storage.info.location}")
+        return task.future
+
+    # ── the end ──
+
+    def close(self) -> None:
+        """Waits for pending saves, up to ``options.close_deadline``, and ends the engine; safe to call twice.
+
+        Saves that are not done then are given up; ``DeadlineExceeded`` names them. Also raises what failed unseen, as
+        ``options.on_error`` says. After it, verbs raise ``Closed``.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            handles = list(self._handles)
+        given_up = self._await_all(handles)
+        self._engine.call(self._lanes.arenas.close)
+        self._engine.close(self._options.settle_seconds)
+        if given_up:
+            seconds = self._options.close_deadline
+            raise DeadlineExceeded(
+                f"close gave up saves that were not durable within {seconds:g} s: {', '.join(given_up)}"
+            )
+        self._surface()
+
+    async def aclose(self) -> None:
+        """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
+        await to_thread.run_sync(self.close)
+
+    def _await_all(self, handles: list[SaveHandle]) -> list[str]:
+        """Waits for saves to settle, and gives up those that do not in time. Returns the paths of these."""
+        until = time.monotonic() + self._options.close_deadline
+        late = [handle for handle in handles if not handle.committed.wait(max(until - time.monotonic(), 0))]
+        for handle in late:
+            handle.cancel()
+        until = time.monotonic() + self._options.settle_seconds + 1
+        for handle in late:
+            handle.committed.wait(max(until - time.monotonic(), 0))
+        return [handle.path for handle in late if not handle.committed.done() or handle.committed.failed]
+
+    def _enter(self) -> None:
+        """What every verb does first."""
+        if self._closed:
+            raise Closed("the checkpointer is closed")
+        self._surface()
+
+    def _surface(self) -> None:
+        """Raises, warns of, or hands on the failures of settled saves that nobody has looked at."""
+        with self._lock:
+            settled = [handle for handle in self._handles if handle.done()]
+            self._handles = [handle for handle in self._handles if handle not in settled]
+            failures = [(handle.path, error) for handle in settled if (error := handle.take_unseen_failure())]
+        for path, error in failures:
+            message = f"an earlier save to {path} failed and nobody looked at it: {error}"
+            if callable(self._options.on_error):
+                self._options.on_error(error)
+            elif self._options.on_error == "warn" or (path, error) != failures[-1]:
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+            else:
+                raise UnseenFailure(message, path=path) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except AsyncDCPError as failure:
+            if error is None:
+                raise
+            _logger.exception("closing failed while another error is on its way")
+            error.add_note(f"and closing the checkpointer failed: {failure}")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await to_thread.run_sync(self.__exit__, kind, error, traceback)
+
+
+def _call(method: Callable[[], object] | None) -> None:
+    if method is not None:
+        method()

@@ -1,0 +1,65 @@
+"""What the pipeline is told of a save, from its plan and its values."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+import torch
+
+from asyncdcp.errors import InvalidOption
+from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES
+from asyncdcp.names import data_name
+from asyncdcp.pipeline.messages import FileJob, SaveJob
+from asyncdcp.planning import SavePlan
+
+
+def make_job(
+    save_id: str,
+    plan: SavePlan,
+    values: Mapping[str, Any],
+    deadline: float,
+    *,
+    overwrite: bool,
+    metadata: dict[str, Any],
+) -> SaveJob:
+    """The job of one rank's save."""
+    rank = plan.structure.rank
+    return SaveJob(
+        save_id=save_id,
+        rank=rank,
+        world_size=1,
+        files=[FileJob(data_name(save_id, rank, number), image.size) for number, image in enumerate(plan.images)],
+        slab_bytes=SLAB_BYTES,
+        block_bytes=BLOCK_BYTES,
+        plan=msgspec.Raw(plan.index_plan),
+        values=msgspec.Raw(msgspec.json.encode(values)),
+        tensors=len(plan.structure.tensors),
+        tensor_bytes=plan.tensor_bytes,
+        overwrite=overwrite,
+        deadline=deadline,
+        metadata=metadata,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Who writes: asyncdcp, torch and Python."""
+    try:
+        own = version("asyncdcp")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        own = "unknown"
+    return {"asyncdcp": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def plain_json(option: str, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of ``mapping`` as it will be read back; ``InvalidOption`` if JSON cannot carry it."""
+    try:
+        copied = msgspec.json.decode(msgspec.json.encode(dict(mapping or {})))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidOption(f"{option} takes a mapping that JSON can carry: {error}") from error
+    assert isinstance(copied, dict)
+    return copied

@@ -1,0 +1,53 @@
+"""Turns: saves stage and write in the order of their calls, whatever becomes of those before them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import anyio
+
+
+class Turn:
+    """A place in a ``TurnQueue``, which it joins once."""
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+        self.came = False
+        self._ended = False
+        self._queue: TurnQueue | None = None
+
+    async def wait(self) -> bool:
+        """Waits for the turn, or until ``leave``; whether the turn came."""
+        await self._event.wait()
+        return self.came
+
+    def leave(self) -> None:
+        """Ends the wait at once. Those behind still wait for those before."""
+        self._event.set()
+
+    def end(self) -> None:
+        """The turn is over, or will not be used; safe to call twice."""
+        self._ended = True
+        if self._queue is not None:
+            self._queue.advance()
+
+
+class TurnQueue:
+    """First come, first served: a turn comes when all that joined before have ended. Lives on one loop."""
+
+    def __init__(self) -> None:
+        self._turns: deque[Turn] = deque()
+
+    def join(self, turn: Turn) -> None:
+        """Puts ``turn`` behind all others."""
+        turn._queue = self
+        self._turns.append(turn)
+        self.advance()
+
+    def advance(self) -> None:
+        """Drops ended turns from the front and lets the first one come."""
+        while self._turns and self._turns[0]._ended:
+            self._turns.popleft()
+        if self._turns and not self._turns[0].came:
+            self._turns[0].came = True
+            self._turns[0]._event.set()

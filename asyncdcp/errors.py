@@ -1,0 +1,210 @@
+"""Every error asyncdcp raises: one tree, whose branches say who is at fault.
+
+``AsyncDCPError`` is the root. Below it stand the caller's mistakes (``UsageError``), what became of a save that nobody
+got wrong (``SaveInterrupted``), a peer's failure (``PeerError``), the storage's (``StorageError``) and damage in a
+checkpoint's own bytes (``CorruptCheckpoint``). Leaves have a builtin as second base where one is natural, so
+``except FileNotFoundError`` works as anyone would expect. Fields hold plain values only: an error can travel between
+processes as its class name, message and fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TypeVar
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+
+class AsyncDCPError(Exception):
+    """The root of all errors of asyncdcp.
+
+    ``path`` is the checkpoint or file, ``rank`` the rank at fault, ``tensors`` the FQNs concerned; each where known.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, rank: int | None = None, tensors: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.rank = rank
+        self.tensors = tuple(tensors)
+
+    def __str__(self) -> str:
+        # OSError and KeyError, second bases of some leaves, would print the message in their own way.
+        return str(self.args[0]) if self.args else ""
+
+
+# ── the caller ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class UsageError(AsyncDCPError):
+    """The call cannot be carried out as it was made. Nothing was written."""
+
+
+class InvalidOption(UsageError, ValueError):
+    """An option has a value that means nothing; the message names the option and what it takes."""
+
+
+class UnsupportedValue(UsageError, TypeError):
+    """The state holds something that cannot be stored; the message names it, its type and the way out."""
+
+
+class DuplicateName(UsageError, ValueError):
+    """Two entries of a state have the same fully qualified name (FQN)."""
+
+
+class StateMismatch(UsageError, ValueError):
+    """The targets of a load and the checkpoint do not match; found before a byte was read.
+
+    ``missing`` are FQNs that the state wants and the checkpoint lacks, ``unexpected`` the other way round,
+    ``mismatched`` those whose shape, dtype or kind differ.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, path=path, tensors=(*missing, *unexpected, *mismatched))
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+
+
+class CheckpointNotFound(UsageError, FileNotFoundError):
+    """There is no committed checkpoint at the path."""
+
+
+class CheckpointExists(UsageError, FileExistsError):
+    """There is a committed checkpoint at the path, and ``overwrite=True`` was not given."""
+
+
+class Closed(UsageError, RuntimeError):
+    """The checkpointer was closed before the call."""
+
+
+class WouldDeadlock(UsageError, RuntimeError):
+    """A blocking wait in a place that the awaited result itself needs, such as a done callback."""
+
+
+class CheckpointerBusy(UsageError, RuntimeError):
+    """An earlier save is still under way and ``when_busy="error"``."""
+
+
+class MemoryLimit(UsageError, MemoryError):
+    """Staging needs more memory than the machine or its cgroup has left; the message names ``staging_bytes``."""
+
+
+# ── a save or load that came to an end without a result ─────────────────────────────────────────────────────────────
+
+
+class SaveInterrupted(AsyncDCPError):
+    """A save was given up before it was committed. Nothing of it will ever be published."""
+
+
+class SaveSkipped(SaveInterrupted):
+    """The save was not begun: an earlier one was still under way and ``when_busy="skip"``."""
+
+
+class SaveAborted(SaveInterrupted):
+    """The save lost its Record to an abort, whose rank and cause the message names."""
+
+
+class Cancelled(AsyncDCPError):
+    """The save or load was given up by ``cancel()``, or by its checkpointer's end."""
+
+
+class DeadlineExceeded(AsyncDCPError, TimeoutError):
+    """A wait came to its deadline; the message names what was waited for and the option that sets it."""
+
+
+class UnseenFailure(AsyncDCPError):
+    """An earlier save failed and nobody looked at its future; raised at the next verb or at close.
+
+    The save's own error is the ``__cause__``.
+    """
+
+
+# ── a peer ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PeerError(AsyncDCPError):
+    """Another rank or the background process failed."""
+
+
+class PeerFailed(PeerError):
+    """Another rank gave the save up; ``rank`` is it, and the message names its cause."""
+
+
+# ── the storage ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class StorageError(AsyncDCPError, OSError):
+    """The storage refused or failed an operation; ``errno`` is the operating system's number where it has one."""
+
+    def __init__(self, message: str, *, path: str | None = None, errno: int | None = None) -> None:
+        super().__init__(message, path=path)
+        self.errno = errno
+
+
+class StorageFull(StorageError):
+    """No space or quota is left (ENOSPC, EDQUOT)."""
+
+
+class CommitUnknown(StorageError):
+    """Whether the save was committed cannot be told, since its Record could be neither won nor read.
+
+    Look again with a load once the storage answers: the checkpoint is there whole, or not at all.
+    """
+
+
+class VolatileStorageWarning(UserWarning):
+    """The filesystem keeps its data in memory only: what is durable on it does not survive a restart."""
+
+
+# ── the checkpoint's bytes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class CorruptCheckpoint(AsyncDCPError):
+    """The bytes of a checkpoint are not what a save wrote. ``path`` names the file."""
+
+
+class ChecksumMismatch(CorruptCheckpoint):
+    """A block's checksum differs: ``path`` names the file, ``block`` its number, ``tensors`` what lies in it."""
+
+    def __init__(self, message: str, *, path: str, block: int, tensors: Sequence[str] = ()) -> None:
+        super().__init__(message, path=path, tensors=tensors)
+        self.block = block
+
+
+class UnsupportedFormat(CorruptCheckpoint):
+    """The checkpoint was written by a newer asyncdcp, needs an extension that is not there, or is not asyncdcp's."""
+
+
+class AmbiguousCheckpoint(CorruptCheckpoint):
+    """Two saves blind to each other committed to one path; both are whole, and someone must choose."""
+
+
+def first_error(group: BaseExceptionGroup[ErrorT]) -> ErrorT:
+    """The first leaf of an exception group: what made a task group's other tasks end."""
+    first = group.exceptions[0]
+    return first_error(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+class ungrouped:  # in lower case, since it is used as a statement: with ungrouped(): async with create_task_group() …
+    """Around a task group: what made it fail is raised by itself, with its own cause."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            first = first_error(error)
+            raise first from first.__cause__

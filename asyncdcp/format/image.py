@@ -1,0 +1,73 @@
+"""The file image: every chunk's place in the data files of one rank, fixed before a byte moves.
+
+Chunks are placed by descending element size and otherwise in the order given, so that each begins at a multiple of its
+element size without a gap (safetensors allows none), and data begins on a 4,096-byte boundary. A new file begins where
+the next chunk would not fit in the limits; a chunk larger than a whole file is the planner's to split beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from asyncdcp.format.safetensors import HeaderEntry, encode_header
+from asyncdcp.metadata import DTYPE_SIZES
+
+FILE_LIMIT = 64 << 30
+ENTRIES_LIMIT = 200_000
+"""Chunks per file: keeps the header under what safetensors' reader accepts, at names of some 300 characters."""
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """One data file before transforms: the encoded header, then ``chunks`` (numbers into the caller's sequence) at
+    ``begins``.
+
+    ``size`` counts all bytes of the file, and ``begins`` count from the file's first byte.
+    """
+
+    header: bytes
+    chunks: tuple[int, ...]
+    begins: tuple[int, ...]
+    size: int
+
+
+def chunk_bytes(entry: HeaderEntry) -> int:
+    """The bytes of a chunk's elements, packed."""
+    return prod(entry.box.sizes) * DTYPE_SIZES[entry.dtype]
+
+
+def lay_out(
+    entries: Sequence[HeaderEntry],
+    metadata: dict[str, str],
+    *,
+    file_limit: int = FILE_LIMIT,
+    entries_limit: int = ENTRIES_LIMIT,
+) -> list[FileImage]:
+    """Places all chunks; deterministic. ``file_limit`` bounds the bytes of data in a file, ``entries_limit`` its
+    chunks.
+    """
+    order = sorted(range(len(entries)), key=lambda n: -DTYPE_SIZES[entries[n].dtype])
+    images: list[FileImage] = []
+    current: list[int] = []
+    filled = 0
+    for n in order:
+        length = chunk_bytes(entries[n])
+        if current and (filled + length > file_limit or len(current) >= entries_limit):
+            images.append(_image(entries, current, metadata))
+            current, filled = [], 0
+        current.append(n)
+        filled += length
+    if current:
+        images.append(_image(entries, current, metadata))
+    return images
+
+
+def _image(entries: Sequence[HeaderEntry], chosen: list[int], metadata: dict[str, str]) -> FileImage:
+    header = encode_header([entries[n] for n in chosen], metadata)
+    begins, end = [], len(header)
+    for n in chosen:
+        begins.append(end)
+        end += chunk_bytes(entries[n])
+    return FileImage(header, tuple(chosen), tuple(begins), end)

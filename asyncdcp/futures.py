@@ -1,0 +1,266 @@
+"""Futures that any event loop can await.
+
+A verb returns a ``CheckpointFuture``. ``await`` it in a coroutine, on asyncio, uvloop or trio, or call ``result()`` in
+a plain function. Work and waiting are apart: who waits may be cancelled, time out or lose its loop, and the work knows
+nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple, cast
+
+import anyio
+from anyio.lowlevel import current_token
+
+from asyncdcp.errors import Cancelled, Closed, DeadlineExceeded, WouldDeadlock
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_logger = logging.getLogger(__name__)
+
+
+class FutureHost(Protocol):
+    """What a future needs of the engine that made it."""
+
+    def check_process(self) -> None:
+        """Raises ``Closed`` in a forked child."""
+        ...
+
+    def call(self, fn: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Calls ``fn`` on the host's loop."""
+        ...
+
+    def schedule(self, context: Context, fn: Callable[[], object]) -> None:
+        """Runs ``fn`` on the host's callback thread."""
+        ...
+
+    def owns_current_thread(self) -> bool:
+        """Whether blocking here for a future would deadlock."""
+        ...
+
+    def forget(self, future: CheckpointFuture[Any]) -> None:
+        """``future`` is done."""
+        ...
+
+
+class CheckpointFuture(Generic[T]):
+    """What a verb comes to: a value or an error, resolved once and from any thread.
+
+    Guaranteed:
+
+    - ``await`` works on asyncio, uvloop and trio, by any number of tasks on any number of loops. Cancelling a task that
+      awaits leaves the work and every other waiter alone, and leaves nothing behind.
+    - It is resolved at the latest when its engine closes.
+    - Every waiter gets the same outcome; an error is raised with the traceback of the work, however often.
+    - In a process made by ``os.fork()`` a future that was done can be read; everything else raises ``Closed``.
+
+    Made by ``Engine.submit`` and ``Engine.future``, never by a user. ``name`` says in messages what it is.
+    """
+
+    report: object | None
+    """What the owner attached: sizes and timings. None until then."""
+
+    def __init__(self, host: FutureHost, name: str, cancel: Callable[[], object] | None) -> None:
+        self.name = name
+        self.report = None
+        self._host = host
+        self._cancel = cancel
+        self._cancel_asked = False
+        self._lock = threading.RLock()  # reentrant: a signal handler may call what the main thread is in
+        self._done = False
+        self._resolved = threading.Event()
+        self._value: T | None = None
+        self._failure: BaseException | None = None
+        self._traceback: TracebackType | None = None
+        self._retrieved = False
+        self._wakers: dict[anyio.Event, object] = {}
+        self._callbacks: list[tuple[Context, Callable[[CheckpointFuture[T]], object]]] = []
+
+    def __repr__(self) -> str:
+        state = "pending" if not self._done else "failed" if self._failure is not None else "done"
+        return f"<CheckpointFuture {self.name!r} {state}>"
+
+    # ── waiting ──
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> T:
+        if not self._done:
+            self._host.check_process()
+            event, token = anyio.Event(), current_token().native_token
+            with self._lock:
+                waits = not self._done
+                if waits:
+                    self._wakers[event] = token
+            try:
+                if waits:
+                    await event.wait()
+            finally:
+                with self._lock:
+                    self._wakers.pop(event, None)
+        return self._outcome()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Block until it is done and return the value or raise the error.
+
+        Raises ``DeadlineExceeded`` (a ``TimeoutError``) after ``timeout`` seconds; the work goes on. Raises
+        ``WouldDeadlock`` on the engine's own thread and in a done callback, where the wait might never end.
+        """
+        self._block(timeout)
+        return self._outcome()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Block like ``result`` and return the error, or None where there is a value."""
+        self._block(timeout)
+        self._retrieved = True
+        return self._failure
+
+    def _block(self, timeout: float | None) -> None:
+        if self._done:
+            return
+        self._host.check_process()
+        if self._host.owns_current_thread():
+            raise WouldDeadlock(
+                f"{self.name}: blocking here would wait for this very thread; await the future, or give the wait to "
+                "a thread of your own"
+            )
+        if not self._resolved.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            raise DeadlineExceeded(f"{self.name} was not done within timeout={timeout} s")
+
+    def _outcome(self) -> T:
+        if self._failure is None:
+            return cast(T, self._value)
+        self._retrieved = True
+        # The traceback of the work alone: else each raise would add the frames of another waiter, and keep them alive.
+        raise self._failure.with_traceback(self._traceback)
+
+    # ── state ──
+
+    def done(self) -> bool:
+        """Whether there is an outcome; then ``result()`` returns at once."""
+        return self._done
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is done, with an error; asking does not count as seeing the error."""
+        return self._failure is not None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block like ``result``, but only for being done, which it returns. Does not count as seeing an error."""
+        if not self._done and self._host.owns_current_thread():
+            raise WouldDeadlock(f"{self.name} cannot be waited for here: this thread is the one that would resolve it")
+        return self._resolved.wait(timeout)
+
+    def cancelled(self) -> bool:
+        """Whether it was given up: the error is ``Cancelled``."""
+        return isinstance(self._failure, Cancelled)
+
+    @property
+    def unseen_failure(self) -> BaseException | None:
+        """The error, as long as nobody got it from ``await``, ``result`` or ``exception``; else None.
+
+        For the owner, so that no error is lost; reading it here does not count as seeing it.
+        """
+        return None if self._retrieved else self._failure
+
+    def mark_seen(self) -> None:
+        """Count the error as seen: the owner has raised or reported it by another way."""
+        self._retrieved = True
+
+    def cancel(self) -> bool:
+        """Ask the owner to give up; True if it was asked, False if it is done or the work cannot be given up.
+
+        Returns at once. The outcome decides: ``Cancelled``, or the value where the work was faster. The owner's
+        callable is called once, on the engine's loop.
+        """
+        if self._done:
+            return False
+        self._host.check_process()
+        with self._lock:
+            cancel, again, self._cancel_asked = self._cancel, self._cancel_asked, True
+        if cancel is None or self._done:
+            return False
+        if not again:
+            try:
+                self._host.call(cancel)
+            except Closed:
+                return False
+        return True
+
+    def add_done_callback(self, fn: Callable[[CheckpointFuture[T]], object]) -> None:
+        """Call ``fn(future)`` once it is done, in the ``contextvars`` context of this call.
+
+        Callbacks of all futures of an engine run one after another on a thread of their own; those of one future in the
+        order they were added, also when added after it was done. An exception in one is logged; nothing else suffers.
+        """
+        self._host.check_process()
+        with self._lock:  # scheduling under the lock keeps the order against a resolution on another thread
+            if self._done:
+                self._host.schedule(copy_context(), partial(fn, self))
+            else:
+                self._callbacks.append((copy_context(), fn))
+
+    # ── the owner's side ──
+
+    def set_result(self, value: T) -> None:
+        """Resolve it. For the owner, from any thread; ``InvalidStateError`` if it is done, which changes nothing."""
+        if not self._resolve(value, None):
+            raise InvalidStateError(f"{self.name} is done already")
+
+    def set_exception(self, error: BaseException) -> None:
+        """Resolve it with an error. For the owner, from any thread; ``InvalidStateError`` if it is done."""
+        if not self._resolve(None, error):
+            raise InvalidStateError(f"{self.name} is done already")
+
+    def resolve(self, value: T) -> bool:
+        """``set_result`` unless it is done; whether it was resolved here."""
+        return self._resolve(value, None)
+
+    def fail(self, error: BaseException) -> bool:
+        """``set_exception`` unless it is done; whether it was resolved here."""
+        return self._resolve(None, error)
+
+    def _resolve(self, value: T | None, failure: BaseException | None) -> bool:
+        """Resolve it unless it is done; whether it was resolved here. Blocks for nobody's loop."""
+        with self._lock:
+            if self._done:
+                return False
+            self._value, self._failure = value, failure
+            self._traceback = None if failure is None else failure.__traceback__
+            self._done, self._cancel = True, None
+            wakers, self._wakers = self._wakers, {}
+            callbacks, self._callbacks = self._callbacks, []
+            for context, fn in callbacks:
+                self._host.schedule(context, partial(fn, self))
+        self._host.forget(self)
+        self._resolved.set()
+        for event, token in wakers.items():
+            _wake(event, token)
+        return True
+
+
+def _wake(event: anyio.Event, token: object) -> None:
+    """Set ``event`` on the loop of ``token`` without waiting for it; a loop that was closed meanwhile does no harm."""
+    if isinstance(token, asyncio.AbstractEventLoop):
+        try:
+            token.call_soon_threadsafe(event.set)
+        except RuntimeError:
+            if not token.is_closed():
+                _logger.exception("cannot wake a task that awaits a CheckpointFuture")
+        return
+    from trio import RunFinishedError  # it is there: the token is trio's
+    from trio.lowlevel import TrioToken
+
+    with suppress(RunFinishedError):
+        cast(TrioToken, token).run_sync_soon(event.set)

@@ -1,0 +1,319 @@
+"""What lies on disk, and what a reader makes of it.
+
+Three kinds of file make a checkpoint (format version 1): data files, one ``Index`` per rank that describes what the
+rank wrote, and one small ``Record`` per save, which is the commit (or the abort). ``Record`` and ``Index`` are JSON in
+an envelope that names format, version and kind and carries a digest of the body's bytes:
+
+    {"format": "asyncdcp", "version": 1, "kind": "record", "digest": "<xxh3-128 hex of body>", "body": …}
+
+``Metadata`` is the read-side union of all ranks' indexes. It uses the names of
+``torch.distributed.checkpoint.metadata`` where the concept is the same; dtypes are strings, torch's own names without
+the ``torch.`` ("bfloat16").
+
+Nothing here does I/O; ``pipeline/reader.py`` checks what was read against these types before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import msgspec
+import xxhash
+
+from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
+
+FORMAT_VERSION = 1
+RECORD_LIMIT = 64 << 20
+"""The most bytes a Record may have: 16,384 ranks at some hundred bytes each, and the user's metadata."""
+
+DTYPE_SIZES: dict[str, int] = {
+    **dict.fromkeys(("complex128",), 16),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    **dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16", "bits16"), 2),
+    **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("float4_e2m1fn_x2",), 1),
+    **dict.fromkeys((f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)), 1),
+}
+"""Every dtype that can be stored, with the size of an element in bytes."""
+
+
+# ── on disk: the Index of a rank ────────────────────────────────────────────────────────────────────────────────────
+
+
+class ChunkColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Chunks (boxes of tensors) as columns, a row a chunk.
+
+    ``tensor`` is the number of the tensor in ``IndexPlan.names``. ``offsets`` and ``sizes`` are flat: a chunk's are as
+    many as its tensor has dimensions, in elements.
+    """
+
+    tensor: list[int]
+    offsets: list[int]
+    sizes: list[int]
+
+
+class WrittenColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Chunks that a rank wrote: as ``ChunkColumns``, and where their bytes begin.
+
+    ``file`` is the number of the data file, ``begin`` the chunk's first byte in the *decoded* file. Its length follows
+    from sizes and dtype; elements are row-major, little-endian.
+    """
+
+    tensor: list[int]
+    offsets: list[int]
+    sizes: list[int]
+    file: list[int]
+    begin: list[int]
+
+
+class ImageShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A decoded data file: ``size`` bytes in all, of which the safetensors header takes the first ``data_start``."""
+
+    size: int
+    data_start: int
+
+
+class IndexPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The part of an Index that follows from the structure of the state alone, encoded once and kept over saves.
+
+    ``names``, ``dtypes`` and ``shapes`` are of the whole (unsharded) tensors. ``aliases`` maps the FQN of a tied tensor
+    to the one that is stored. ``held`` are the chunks this rank had in memory, None where they are exactly the written
+    ones. ``tree`` is the container structure, with the FQNs at its leaves.
+    """
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    aliases: dict[str, str]
+    written: WrittenColumns
+    images: list[ImageShape]
+    held: ChunkColumns | None
+    tree: msgspec.Raw
+
+
+class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A data file as stored: its blocks, back to back.
+
+    ``checksums`` are XXH3-64 (little-endian, 8 bytes each) of the blocks' *stored* bytes. ``lengths`` are the blocks'
+    stored lengths, None where no transform changed them.
+    """
+
+    name: str
+    stored_size: int
+    checksums: bytes
+    lengths: list[int] | None = None
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank wrote. ``transforms`` are descriptors in the order they were applied at save."""
+
+    save_id: str
+    rank: int
+    block_bytes: int
+    transforms: list[str]
+    plan: IndexPlan
+    values: dict[str, msgspec.Raw]
+    files: list[FileTable]
+
+
+# ── on disk: the Record of a save ───────────────────────────────────────────────────────────────────────────────────
+
+
+class IndexRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rank's Index by name, size in bytes and digest (XXH3-128, hex) of the whole file."""
+
+    name: str
+    size: int
+    digest: str
+
+
+class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For people and listings: tensors, their bytes, bytes stored in data files, transforms used."""
+
+    tensors: int
+    tensor_bytes: int
+    stored_bytes: int
+    transforms: list[str]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The outcome of a save, claimed create-exclusively under ``<save_id>.json``.
+
+    A ``commit`` lists every rank's index, and in ``replaces`` the save ids of the commits it takes the place of. An
+    ``abort`` says which ``rank`` gave up and the ``cause``. ``time`` is seconds since the epoch, for people only.
+    ``term`` and ``parent`` belong to the lineage of a run.
+    """
+
+    save_id: str
+    outcome: Literal["commit", "abort"]
+    time: float
+    world_size: int
+    versions: dict[str, str]
+    replaces: list[str] = []
+    indexes: list[IndexRef] = []
+    summary: Summary | None = None
+    metadata: dict[str, Any] = {}
+    rank: int | None = None
+    cause: str | None = None
+    term: int | None = None
+    parent: str | None = None
+
+
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    format: str
+    version: int
+    kind: str
+    digest: str
+    body: msgspec.Raw
+
+
+class _EnvelopeHead(msgspec.Struct):
+    """Enough of an envelope, of any version, to say what it is."""
+
+    format: str = ""
+    version: int = 0
+
+
+def digest(data: bytes) -> str:
+    """XXH3-128 as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _seal(kind: str, body: bytes) -> bytes:
+    head = f'{{"format":"asyncdcp","version":{FORMAT_VERSION},"kind":"{kind}","digest":"{digest(body)}","body":'
+    return b"".join((head.encode(), body, b"}"))
+
+
+def _open_envelope(data: bytes, kind: str, name: str) -> msgspec.Raw:
+    try:
+        head = msgspec.json.decode(data, type=_EnvelopeHead)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{name}: not a JSON envelope of asyncdcp ({error})", path=name) from error
+    if head.format != "asyncdcp":
+        raise UnsupportedFormat(f"{name}: not a file of asyncdcp (format {head.format[:40]!r})", path=name)
+    if head.version != FORMAT_VERSION:
+        raise UnsupportedFormat(
+            f"{name}: format version {head.version}, and this asyncdcp reads version {FORMAT_VERSION}; "
+            "use a newer asyncdcp",
+            path=name,
+        )
+    envelope = _decode(data, _Envelope, name)
+    if envelope.kind != kind:
+        raise CorruptCheckpoint(f"{name}: is a {envelope.kind[:40]!r}, expected a {kind!r}", path=name)
+    if digest(bytes(envelope.body)) != envelope.digest:
+        raise CorruptCheckpoint(f"{name}: its body does not match its digest", path=name)
+    return envelope.body
+
+
+_T = TypeVar("_T")
+
+
+def _decode(data: bytes | msgspec.Raw, kind: type[_T], name: str) -> _T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{name}: does not fit its schema ({error})", path=name) from error
+
+
+def encode_record(record: Record) -> bytes:
+    """The bytes of a Record's file."""
+    return _seal("record", msgspec.json.encode(record))
+
+
+def decode_record(data: bytes, name: str) -> Record:
+    """A Record from its file's bytes; ``CorruptCheckpoint`` or ``UnsupportedFormat`` naming ``name`` otherwise."""
+    return _decode(_open_envelope(data, "record", name), Record, name)
+
+
+class IndexHead(msgspec.Struct, frozen=True):
+    """The scalar fields of an ``Index``, for ``encode_index``."""
+
+    save_id: str
+    rank: int
+    block_bytes: int
+    transforms: list[str]
+
+
+def encode_index(head: IndexHead, plan: bytes, values: bytes, files: list[FileTable]) -> bytes:
+    """The bytes of an Index's file, from a plan and values that are encoded already: only the tables are new work."""
+    fields = msgspec.json.encode(head)[:-1]
+    tables = msgspec.json.encode(files)
+    body = b"".join((fields, b',"plan":', plan, b',"values":', values, b',"files":', tables, b"}"))
+    return _seal("index", body)
+
+
+def decode_index(data: bytes, name: str) -> Index:
+    """An Index from its file's bytes, schema-checked only; ``pipeline/reader.py`` checks what the numbers mean."""
+    return _decode(_open_envelope(data, "index", name), Index, name)
+
+
+# ── the read side ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TensorProperties(msgspec.Struct, frozen=True):
+    """Of a tensor's properties only ``dtype`` is kept: layout is strided, memory format contiguous, by definition."""
+
+    dtype: str
+
+
+class ChunkStorageMetadata(msgspec.Struct, frozen=True):
+    """A chunk of a tensor: ``offsets`` and ``sizes`` per dimension, in elements."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class TensorStorageMetadata(msgspec.Struct, frozen=True):
+    """A stored tensor: properties, shape (``size``) and the chunks that together cover it."""
+
+    properties: TensorProperties
+    size: tuple[int, ...]
+    chunks: tuple[ChunkStorageMetadata, ...]
+
+
+class BytesStorageMetadata(msgspec.Struct, frozen=True):
+    """A stored plain value; ``length`` is that of its JSON, in bytes."""
+
+    length: int
+
+
+class MetadataIndex(NamedTuple):
+    """Names one chunk: the tensor's FQN and the chunk's offsets."""
+
+    fqn: str
+    offset: tuple[int, ...]
+
+
+class ChunkLocation(msgspec.Struct, frozen=True):
+    """Where a chunk's bytes are: in the *decoded* data file ``file``, from ``begin``, ``length`` of them."""
+
+    file: str
+    begin: int
+    length: int
+
+
+class StorageMeta(msgspec.Struct, frozen=True):
+    """Which save a checkpoint is: its directory, save id, world size and the user's metadata."""
+
+    checkpoint_id: str
+    save_id: str
+    world_size: int
+    time: float
+    user: dict[str, Any]
+
+
+class Metadata(msgspec.Struct, frozen=True):
+    """A checkpoint as a whole: what it holds and where, the union of all ranks' indexes.
+
+    ``state_dict_metadata`` has every FQN that is stored; ``aliases`` the FQNs of tied tensors. ``storage_data`` places
+    every chunk. ``tree`` and ``values`` are tagged JSON, for the layer that knows Python's containers.
+    """
+
+    state_dict_metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata]
+    storage_data: dict[MetadataIndex, ChunkLocation]
+    storage_meta: StorageMeta
+    aliases: dict[str, str]
+    tree: msgspec.Raw
+    values: dict[str, msgspec.Raw]

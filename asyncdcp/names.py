@@ -1,0 +1,46 @@
+"""The names of a checkpoint's files. All begin with the save id, so a save's files can be told from any other's."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+_SAVE_ID = re.compile(r"[0-9a-f]{20}")
+_RECORD = re.compile(rf"({_SAVE_ID.pattern})\.json")
+
+
+def make_save_id(run_id: str, path: str, attempt: int) -> str:
+    """20 hex digits. All ranks of a run compute the same without talking; ``attempt`` counts every save to ``path``."""
+    text = "\0".join((run_id, path, str(attempt)))
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
+
+
+def is_save_id(text: str) -> bool:
+    """Whether ``text`` has the form of a save id."""
+    return _SAVE_ID.fullmatch(text) is not None
+
+
+def record_name(save_id: str) -> str:
+    """The Record of a save."""
+    return f"{save_id}.json"
+
+
+def record_save_id(name: str) -> str | None:
+    """The save id of a Record's file name; None if it is not one."""
+    match = _RECORD.fullmatch(name)
+    return match.group(1) if match else None
+
+
+def index_name(save_id: str, rank: int) -> str:
+    """The Index of a rank."""
+    return f"{save_id}-{rank}.index.json"
+
+
+def data_name(save_id: str, rank: int, number: int, suffix: str = "safetensors") -> str:
+    """A data file of a rank."""
+    return f"{save_id}-{rank}-{number}.{suffix}"
+
+
+def belongs_to(name: str, save_id: str) -> bool:
+    """Whether a file is of this save: Record, Index or data."""
+    return name.startswith((f"{save_id}-", f"{save_id}."))

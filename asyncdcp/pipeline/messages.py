@@ -1,0 +1,84 @@
+"""What the trainer's side and the pipeline say to each other about one save. Plain data, the same within one process
+and between two.
+
+trainer → pipeline   SaveJob, then SlabReady …, then StagingDone; or GiveUp at any time
+pipeline → trainer   SlabDone …, Progress …, then one Saved or an error
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class FileJob(msgspec.Struct, frozen=True):
+    """A data file to write: its name and its size before transforms."""
+
+    name: str
+    size: int
+
+
+class SaveJob(msgspec.Struct, frozen=True):
+    """Everything the pipeline needs to know of a save, but the bytes.
+
+    ``plan`` and ``values`` are encoded parts of the Index. ``metadata`` is the user's, for the Record. ``deadline`` is
+    in seconds from when the job is begun.
+    """
+
+    save_id: str
+    rank: int
+    world_size: int
+    files: list[FileJob]
+    slab_bytes: int
+    block_bytes: int
+    plan: msgspec.Raw
+    values: msgspec.Raw
+    tensors: int
+    tensor_bytes: int
+    overwrite: bool
+    deadline: float
+    metadata: dict[str, Any]
+    versions: dict[str, str]
+
+
+class SlabReady(msgspec.Struct, frozen=True, tag=True):
+    """Slab ``number`` of file ``file`` lies in arena slot ``slot``, ``length`` bytes long. The slot is the pipeline's
+    until ``SlabDone``.
+    """
+
+    file: int
+    number: int
+    slot: int
+    length: int
+
+
+class StagingDone(msgspec.Struct, frozen=True, tag=True):
+    """Every slab was announced."""
+
+
+class GiveUp(msgspec.Struct, frozen=True, tag=True):
+    """The trainer's side gives the save up: ``kind`` is "cancelled", "deadline" or "failed"; ``cause`` is its text."""
+
+    kind: str
+    cause: str
+
+
+class SlabDone(msgspec.Struct, frozen=True, tag=True):
+    """Slot ``slot`` is not used by the pipeline any more."""
+
+    slot: int
+
+
+class Saved(msgspec.Struct, frozen=True, tag=True):
+    """The save is committed and durable. ``seconds`` and ``bytes`` are by stage of the pipeline; times as
+    ``trace.Trace.seconds``.
+    """
+
+    save_id: str
+    stored_bytes: int
+    replaced: list[str]
+    filesystem: str
+    volatile: bool
+    seconds: dict[str, float]
+    bytes: dict[str, int]

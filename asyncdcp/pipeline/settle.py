@@ -1,0 +1,241 @@
+"""Settling a save: ``commit.py`` decides, this carries it out against a storage and brings back what was seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import anyio
+
+from asyncdcp.errors import AsyncDCPError, CheckpointExists, CommitUnknown, CorruptCheckpoint, StorageError
+from asyncdcp.metadata import IndexRef, Record, Summary, decode_index, digest, encode_record
+from asyncdcp.names import index_name, record_name
+from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
+from asyncdcp.pipeline.messages import SaveJob
+from asyncdcp.pipeline.records import live_commits, read_record, read_records
+from asyncdcp.pipeline.union import unite
+from asyncdcp.storage.port import Storage
+
+_POLL_SECONDS = 0.02
+_POLL_LIMIT_SECONDS = 2.0
+_INDEX_LIMIT = 4 << 30
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a save is given up; ``error`` is what to raise for it on this rank, and its message goes into the abort."""
+
+    kind: str
+    error: AsyncDCPError
+
+
+class GiveUpSignal:
+    """Set once, by whoever first has a reason to give the save up; later reasons change nothing. Lives on the loop."""
+
+    def __init__(self) -> None:
+        self.reason: Reason | None = None
+        self._event = anyio.Event()
+        self._listener: Callable[[], None] | None = None
+
+    def set(self, reason: Reason) -> None:
+        """Gives up."""
+        if self.reason is None:
+            self.reason = reason
+            self._event.set()
+            if self._listener is not None:
+                self._listener()
+
+    def attach(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` when the signal is set, or at once if it is."""
+        self._listener = listener
+        if self.reason is not None:
+            listener()
+
+    async def wait(self, timeout: float) -> bool:
+        """Whether the save is given up, ``timeout`` seconds from now at the latest."""
+        with anyio.move_on_after(timeout):
+            await self._event.wait()
+        return self.reason is not None
+
+
+class Settlement:
+    """Takes one rank's save from "prepared" or "given up" to a final state, without ever raising for a storage that
+    fails.
+
+    ``own`` refers to this rank's durable index, None where it never came to that. After ``run``, ``record`` is the
+    Record that counts, where it was written or read.
+    """
+
+    def __init__(self, job: SaveJob, storage: Storage, give_up: GiveUpSignal, own: IndexRef | None) -> None:
+        self._job = job
+        self._storage = storage
+        self._give_up = give_up
+        self._own = own
+        self._delay = _POLL_SECONDS
+        self._indexes: list[IndexRef] = []
+        self._replaces: list[str] = []
+        self._summary: Summary | None = None
+        self.machine = CommitMachine(job.rank)
+        self.record: Record | None = None
+
+    async def run(self) -> State:
+        """Returns a state of ``commit.FINAL``."""
+        perform = {
+            Action.LIST: self._list,
+            Action.CHECK: self._check,
+            Action.CLAIM_COMMIT: self._claim_commit,
+            Action.CLAIM_ABORT: self._claim_abort,
+            Action.AWAIT_RECORD: self._await_record,
+            Action.READ_RECORD: self._read_record,
+            Action.PUBLISH: self._publish,
+        }
+        event = Event.GIVE_UP if self._own is None or self._give_up.reason else Event.PREPARED
+        while (action := self.machine.on(event)) is not Action.FINISH:
+            event = await perform[action]()
+        return self.machine.state
+
+    def _fail(self, error: AsyncDCPError) -> Event:
+        self._give_up.set(Reason("failed", error))
+        return Event.GIVE_UP
+
+    async def _pause(self) -> bool:
+        """Waits before the next look at the storage, longer each time; True if the save was given up meanwhile."""
+        delay, self._delay = self._delay, min(self._delay * 1.5, _POLL_LIMIT_SECONDS)
+        return await self._give_up.wait(delay)
+
+    async def _list(self) -> Event:
+        """Looks for the indexes of all ranks. A single rank has nobody to wait for."""
+        job = self._job
+        if job.world_size == 1:
+            return Event.INDEXES_COMPLETE
+        try:
+            names = await self._storage.list()
+            if record_name(job.save_id) in names:
+                self.record = await read_record(self._storage, job.save_id)
+                return Event.FOUND_ABORT
+        except (StorageError, CorruptCheckpoint) as error:
+            return self._fail(error)
+        if all(index_name(job.save_id, rank) in names for rank in range(job.world_size)):
+            return Event.INDEXES_COMPLETE
+        return Event.GIVE_UP if await self._pause() else Event.INDEXES_MISSING
+
+    async def _check(self) -> Event:
+        """Checks that the indexes cover the state, and what the commit will replace."""
+        try:
+            await self._check_indexes()
+            commits = await existing_commits(self._storage, overwrite=self._job.overwrite)
+        except AsyncDCPError as error:
+            return self._fail(error)
+        self._replaces = [record.save_id for record in commits]
+        return Event.GIVE_UP if self._give_up.reason else Event.COVERED
+
+    async def _check_indexes(self) -> None:
+        job = self._job
+        assert self._own is not None
+        if job.world_size == 1:  # one rank's own plan covers what it holds by construction
+            self._indexes = [self._own]
+            self._summary = Summary(job.tensors, job.tensor_bytes, sum(file.size for file in job.files), [])
+            return
+        indexes = []
+        for rank in range(job.world_size):
+            name = index_name(job.save_id, rank)
+            data = await self._storage.get(name, _INDEX_LIMIT)
+            indexes.append(decode_index(data, name))
+            self._indexes.append(IndexRef(name, len(data), digest(data)))
+        union = unite(indexes)
+        stored = sum(file.size for file in union.files.values())
+        self._summary = Summary(len(union.tensors), union.tensor_bytes, stored, [])
+
+    async def _claim_commit(self) -> Event:
+        return await self._claim(
+            self._new_record("commit", replaces=self._replaces, indexes=self._indexes, summary=self._summary)
+        )
+
+    async def _claim_abort(self) -> Event:
+        reason = self._give_up.reason
+        cause = f"{reason.kind}: {reason.error}" if reason else "the commit could not be claimed"
+        return await self._claim(self._new_record("abort", rank=self._job.rank, cause=cause))
+
+    def _new_record(
+        self,
+        outcome: Literal["commit", "abort"],
+        *,
+        replaces: list[str] | None = None,
+        indexes: list[IndexRef] | None = None,
+        summary: Summary | None = None,
+        rank: int | None = None,
+        cause: str | None = None,
+    ) -> Record:
+        job = self._job
+        return Record(
+            save_id=job.save_id,
+            outcome=outcome,
+            time=time.time(),
+            world_size=job.world_size,
+            versions=job.versions,
+            replaces=replaces or [],
+            indexes=indexes or [],
+            summary=summary,
+            metadata=job.metadata,
+            rank=rank,
+            cause=cause,
+        )
+
+    async def _claim(self, record: Record) -> Event:
+        try:
+            won = await self._storage.claim(record_name(record.save_id), encode_record(record))
+        except CommitUnknown as error:
+            self._fail(error)
+            return Event.CLAIM_UNKNOWN
+        except StorageError as error:
+            self._fail(error)
+            return Event.CLAIM_FAILED
+        if won:
+            self.record = record
+        return Event.WON if won else Event.LOST
+
+    async def _await_record(self) -> Event:
+        try:
+            return await self._found()
+        except FileNotFoundError:
+            return Event.GIVE_UP if await self._pause() else Event.RECORD_MISSING
+        except (StorageError, CorruptCheckpoint) as error:
+            return self._fail(error)
+
+    async def _read_record(self) -> Event:
+        try:
+            return await self._found()
+        except (StorageError, CorruptCheckpoint, FileNotFoundError) as error:
+            known = error if isinstance(error, AsyncDCPError) else StorageError(str(error))
+            self._fail(known)
+            return Event.STORAGE_FAILED
+
+    async def _found(self) -> Event:
+        self.record = await read_record(self._storage, self._job.save_id)
+        return Event.FOUND_COMMIT if self.record.outcome == "commit" else Event.FOUND_ABORT
+
+    async def _publish(self) -> Event:
+        """A commit that another process claimed is durable for this rank once its directory is, from here."""
+        try:
+            await self._storage.barrier()
+        except StorageError as error:
+            self._fail(error)
+            return Event.STORAGE_FAILED
+        return Event.PUBLISHED
+
+
+async def existing_commits(storage: Storage, *, overwrite: bool) -> list[Record]:
+    """The commits that a new one at this place takes the place of; ``CheckpointExists`` if there are some and it may
+    not.
+
+    All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too.
+    """
+    records = await read_records(storage, await storage.list())
+    if not overwrite and live_commits(records):
+        location = storage.info.location
+        raise CheckpointExists(
+            f"there is a checkpoint at {location} already; save to another path, or with overwrite=True", path=location
+        )
+    return [record for record in records if record.outcome == "commit"]

@@ -1,0 +1,119 @@
+"""LoadPlan: which ranges of which data files fill the boxes that a load wants.
+
+Every stored chunk that meets a wanted box gives read items; how the chunk was sharded at save does not matter. An item
+is *direct* where its bytes are consecutive in the chunk and in the wanted box, so that they can be read straight to
+their place; else the bytes of the chunk around the overlap are read and the target picks what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from asyncdcp.boxes import Box, intersect
+from asyncdcp.format.blocks import BLOCK_BYTES
+from asyncdcp.metadata import (
+    DTYPE_SIZES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+
+class Want(NamedTuple):
+    """A box of tensor ``name`` that the caller wants filled, in elements of the whole tensor."""
+
+    name: str
+    box: Box
+
+
+class ReadItem(NamedTuple):
+    """Bytes ``begin <= i < end`` of decoded data file ``file``, for want number ``want``.
+
+    They are bytes of the chunk at ``chunk``, from its byte ``start`` on. ``target`` is the byte of the want's own
+    (packed, row-major) box where they go, or -1 where they are not consecutive there.
+    """
+
+    want: int
+    file: str
+    begin: int
+    end: int
+    chunk: Box
+    start: int
+    target: int
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Items sorted by file and begin; ``read_bytes`` is their sum, before blocks are rounded up."""
+
+    wants: tuple[Want, ...]
+    items: tuple[ReadItem, ...]
+    read_bytes: int
+
+
+def plan_load(metadata: Metadata, wants: Sequence[Want]) -> LoadPlan:
+    """Plans a load. Every want must name a stored tensor and lie within its shape; empty boxes read nothing."""
+    items = [item for number, want in enumerate(wants) for item in _items(metadata, number, want)]
+    items.sort(key=lambda item: (item.file, item.begin))
+    return LoadPlan(tuple(wants), tuple(items), sum(item.end - item.begin for item in items))
+
+
+def _items(metadata: Metadata, number: int, want: Want) -> Iterator[ReadItem]:
+    tensor = metadata.state_dict_metadata[want.name]
+    assert isinstance(tensor, TensorStorageMetadata), f"{want.name} is not a tensor"
+    itemsize = DTYPE_SIZES[tensor.properties.dtype]
+    for chunk in tensor.chunks:
+        box = Box(chunk.offsets, chunk.sizes)
+        if box == want.box:
+            common: Box | None = box if box.volume else None
+        else:
+            common = intersect(box, want.box)
+        if common is not None:
+            yield from _cut(metadata, number, want, chunk, common, itemsize)
+
+
+def _cut(
+    metadata: Metadata, number: int, want: Want, chunk: ChunkStorageMetadata, common: Box, itemsize: int
+) -> Iterator[ReadItem]:
+    """One item for the whole overlap; or one for each of its runs, where those are long enough to be read by
+    themselves.
+    """
+    location = metadata.storage_data[MetadataIndex(want.name, chunk.offsets)]
+    box = Box(chunk.offsets, chunk.sizes)
+    for part in _runs(box, common, itemsize):
+        first, last = _flat(box, part)
+        target = -1
+        if last - first == part.volume:
+            target_first, target_last = _flat(want.box, part)
+            if target_last - target_first == part.volume:
+                target = target_first * itemsize
+        begin = location.begin + first * itemsize
+        yield ReadItem(number, location.file, begin, location.begin + last * itemsize, box, first * itemsize, target)
+
+
+def _runs(chunk: Box, common: Box, itemsize: int) -> Iterator[Box]:
+    """``common`` cut into boxes that are consecutive in ``chunk``, if each has a block's bytes; else itself."""
+    dim = len(common.sizes)
+    while dim > 0 and common.sizes[dim - 1] == chunk.sizes[dim - 1]:
+        dim -= 1
+    lead = dim - 1  # dimensions before this one are stepped through; from it on the elements are consecutive
+    if lead <= 0 or prod(common.sizes[lead:]) * itemsize < BLOCK_BYTES:
+        yield common
+        return
+    steps = (range(start, start + size) for start, size in zip(common.offsets[:lead], common.sizes[:lead], strict=True))
+    for position in product(*steps):
+        yield Box((*position, *common.offsets[lead:]), (*(1,) * lead, *common.sizes[lead:]))
+
+
+def _flat(outer: Box, inner: Box) -> tuple[int, int]:
+    """The first and one past the last element of ``inner`` in the row-major order of ``outer``."""
+    first = last = 0
+    for o_start, o_size, i_start, i_size in zip(outer.offsets, outer.sizes, inner.offsets, inner.sizes, strict=True):
+        first = first * o_size + i_start - o_start
+        last = last * o_size + i_start + i_size - 1 - o_start
+    return first, last + 1

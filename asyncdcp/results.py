@@ -1,0 +1,86 @@
+"""What a save and a load come to, in numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from asyncdcp.trace import Span
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """A committed, durable save. Times are in seconds, from the call of ``save`` where nothing else is said."""
+
+    path: str
+    save_id: str
+    tensors: int
+    tensor_bytes: int
+    stored_bytes: int
+    """In data files: tensors, headers, after transforms."""
+    staged_seconds: float
+    """Until the tensors could be changed again."""
+    durable_seconds: float
+    """Until the checkpoint would have survived a loss of power."""
+    stage_seconds: Mapping[str, float]
+    """Per stage (stage, transform, write, sync, commit): from its first begin to its last end."""
+    filesystem: str
+    replaced: tuple[str, ...] = ()
+    """Save ids of the checkpoints at the same path that this one took the place of."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Tensor bytes made durable per second."""
+        return self.tensor_bytes / max(self.durable_seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """A finished load; at the ``report`` of its future. Times in seconds."""
+
+    path: str
+    save_id: str
+    tensors: int
+    read_bytes: int
+    """Of tensors; blocks at the borders of what was wanted may have cost some more."""
+    seconds: float
+    stage_seconds: Mapping[str, float]
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes read, verified and delivered per second."""
+        return self.read_bytes / max(self.seconds, 1e-9)
+
+
+class Progress(NamedTuple):
+    """How far a save or load has come: ``done`` of ``total`` bytes have passed ``stage`` ("stage", "write" or
+    "verify").
+    """
+
+    stage: str
+    done: int
+    total: int
+
+
+class ProgressMeter:
+    """A trace's listener: adds up the bytes of the stages that a person wants to see. May be called from any thread."""
+
+    def __init__(self, report: Callable[[Progress], object]) -> None:
+        self._report = report
+        self._done: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, span: Span, total: int) -> None:
+        if span.stage not in ("stage", "write", "verify") or not span.bytes:
+            return
+        with self._lock:
+            done = self._done[span.stage] = self._done.get(span.stage, 0) + span.bytes
+        self._report(Progress(span.stage, min(done, total), total))
+
+
+def frozen(mapping: dict[str, float]) -> Mapping[str, float]:
+    """A read-only view."""
+    return MappingProxyType(mapping)

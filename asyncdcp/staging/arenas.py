@@ -1,0 +1,99 @@
+"""The arenas of a checkpointer: which one a save stages into, and when its memory is given back."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from anyio import to_thread
+from torch import Tensor
+
+from asyncdcp.arena import Arena, SlotRing
+
+_logger = logging.getLogger("asyncdcp")
+
+
+class StagingArena:
+    """An arena, its ring of slots, and how many saves use it. ``bytes`` is the arena as a tensor."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.arena = Arena(slots, slot_bytes)
+        self.ring = SlotRing(slots)
+        self.bytes: Tensor = torch.frombuffer(self.arena.buffer, dtype=torch.uint8)
+        self.users = 0
+        self._prefaulted = bytearray(slots)
+
+    @property
+    def slots(self) -> int:
+        """How many slabs it holds."""
+        return self.arena.slots
+
+    def slot(self, number: int) -> Tensor:
+        """A slot's bytes."""
+        size = self.arena.slot_bytes
+        return self.bytes[number * size : (number + 1) * size]
+
+    def prefault(self, number: int) -> None:
+        """Takes a slot's memory before its first use. Called by one thread for a slot."""
+        if not self._prefaulted[number]:
+            self.arena.prefault_slot(number)
+            self._prefaulted[number] = 1
+
+    def close(self) -> None:
+        """Gives the memory back once nothing holds a view of it."""
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.arena.close()
+
+
+class Arenas:
+    """Keeps one arena across saves and replaces it by a larger one when a state outgrows it. Lives on the engine's
+    loop.
+
+    ``staging_bytes`` bounds each arena: None stages a whole state at once, a number makes the slots a ring. While a
+    save that uses the old arena is under way, old and new exist side by side.
+    """
+
+    def __init__(self, slab_bytes: int, staging_bytes: int | None) -> None:
+        self._slab_bytes = slab_bytes
+        self._limit = None if staging_bytes is None else max(staging_bytes // slab_bytes, 1)
+        self._current: StagingArena | None = None
+
+    def acquire(self, slabs: int) -> StagingArena:
+        """The arena for a save of ``slabs`` slabs; to be released. ``MemoryLimit`` before anything is allocated."""
+        wanted = max(slabs if self._limit is None else min(slabs, self._limit), 1)
+        if self._current is None or self._current.slots < wanted:
+            old, self._current = self._current, None
+            if old is not None and not old.users:
+                old.close()
+            self._current = StagingArena(wanted, self._slab_bytes)
+        self._current.users += 1
+        return self._current
+
+    async def prepare(self, slabs: int) -> None:
+        """Takes the memory of the arena that a save of ``slabs`` slabs will use, all of it."""
+        arena = self.acquire(slabs)
+        try:
+            for slot in range(arena.slots):
+                await to_thread.run_sync(arena.prefault, slot)
+        finally:
+            self.release(arena)
+
+    def release(self, arena: StagingArena) -> None:
+        """Ends a save's use. An arena that was replaced goes with its last user."""
+        arena.users -= 1
+        if not arena.users and arena is not self._current:
+            arena.close()
+
+    def abandon(self, arena: StagingArena) -> None:
+        """Never gives this arena's memory to another save: who holds its slots may still read them, and never says when
+        it stops.
+        """
+        _logger.error("an arena of %d bytes is abandoned: its save never ended", arena.arena.nbytes)
+        if arena is self._current:
+            self._current = None
+
+    def close(self) -> None:
+        """Gives back the arena if no save uses it."""
+        if self._current is not None and not self._current.users:
+            self._current.close()
+        self._current = None

@@ -1,0 +1,109 @@
+"""Copies tensors into slabs: long contiguous runs by memmove, many small ones by one kernel call, strided ones box by
+box.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from asyncdcp.boxes import Box, row_major_boxes
+from asyncdcp.planning import Piece, SavePlan, Slab
+
+SMALL_BYTES = 64 << 10
+"""Whole chunks shorter than this are gathered by ``torch.cat``: one release of the GIL for many, where a busy trainer
+could take a switch interval to hand it back after each."""
+
+_GATHERED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Source(NamedTuple):
+    """A chunk's elements; ``address`` is that of its packed bytes, 0 where they are not packed in host memory."""
+
+    tensor: Tensor
+    address: int
+
+
+class SlabCopier:
+    """Fills slabs for one save. ``sources[n]`` holds the elements of the plan's structure's chunk ``n``; they are kept
+    alive until the copier is dropped. ``copy`` may run on several threads for different slabs."""
+
+    def __init__(self, plan: SavePlan, sources: Sequence[Tensor]) -> None:
+        self._plan = plan
+        self._sources = [_source(plan, number, sources) for number in range(len(plan.chunks))]
+
+    def copy(self, slab: Slab, into: Tensor) -> None:
+        """Copies the header's part and all pieces of ``slab`` to ``into``, a contiguous uint8 tensor of at least the
+        slab's length.
+        """
+        header = self._plan.images[slab.file].header[slab.begin : slab.begin + slab.length]
+        if header:
+            ctypes.memmove(into.data_ptr(), header, len(header))
+        with torch.no_grad():
+            for kind, pieces in groupby(slab.pieces, self._kind):
+                if isinstance(kind, torch.dtype):
+                    self._gather(list(pieces), kind, into)
+                else:
+                    for piece in pieces:
+                        self._copy_piece(piece, into)
+
+    def _kind(self, piece: Piece) -> torch.dtype | None:
+        """The dtype to gather a piece by, None if it is copied alone."""
+        source = self._sources[piece.chunk].tensor
+        small = piece.length < SMALL_BYTES and piece.length == source.numel() * source.element_size()
+        return source.dtype if small and source.dtype in _GATHERED else None
+
+    def _gather(self, pieces: list[Piece], dtype: torch.dtype, into: Tensor) -> None:
+        first, last = pieces[0], pieces[-1]
+        out = into[first.offset : last.offset + last.length].view(dtype)
+        sources = [self._sources[piece.chunk].tensor.reshape(-1) for piece in pieces]
+        if all(source.device.type == "cpu" for source in sources):
+            torch.cat(sources, out=out)
+        else:
+            out.copy_(torch.cat(sources))
+
+    def _copy_piece(self, piece: Piece, into: Tensor) -> None:
+        source = self._sources[piece.chunk]
+        if source.address:
+            ctypes.memmove(into.data_ptr() + piece.offset, source.address + piece.start, piece.length)
+            return
+        tensor = source.tensor
+        size = tensor.element_size()
+        begin = piece.start // size
+        out = into[piece.offset : piece.offset + piece.length].view(tensor.dtype)
+        for first, box in row_major_boxes(tensor.shape, begin, begin + piece.length // size):
+            part = out[first - begin : first - begin + box.volume].view(box.sizes)
+            part.copy_(tensor[_slices(box)])
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
+
+
+def _source(plan: SavePlan, number: int, sources: Sequence[Tensor]) -> _Source:
+    origin = plan.origins[number]
+    tensor = sources[origin].detach()
+    chunk, parent = plan.chunks[number], plan.structure.chunks[origin]
+    if chunk.box != parent.box:
+        for dim, (start, size, base) in enumerate(
+            zip(chunk.box.offsets, chunk.box.sizes, parent.box.offsets, strict=True)
+        ):
+            tensor = tensor.narrow(dim, start - base, size)
+    assert tensor.numel() == prod(chunk.box.sizes)
+    plain = not tensor.is_conj() and not tensor.is_neg()
+    if plain and tensor.dtype not in _GATHERED and tensor.element_size() in _SAME_SIZE:
+        tensor = tensor.view(
+            _SAME_SIZE[tensor.element_size()]
+        )  # torch has no copy for some, and all that matters are bits
+    packed = plain and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return _Source(tensor, tensor.data_ptr() if packed else 0)

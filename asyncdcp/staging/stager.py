@@ -1,0 +1,50 @@
+"""CheckpointStager: one save's staging, slab by slab in image order, several copies at once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import anyio
+from anyio import to_thread
+
+from asyncdcp.pipeline.messages import SlabReady
+from asyncdcp.planning import SavePlan, Slab
+from asyncdcp.staging.arenas import StagingArena
+from asyncdcp.staging.copier import SlabCopier
+from asyncdcp.trace import Trace
+
+COPIES_IN_FLIGHT = 2
+
+
+class CheckpointStager:
+    """Stages one save into an arena and announces each slab as it is filled.
+
+    ``held`` are the slots that were taken for this save; whoever learns that a slot is free again takes it out. On
+    cancellation no copy is under way any more, and the slots remain held.
+    """
+
+    def __init__(self, plan: SavePlan, arena: StagingArena, trace: Trace) -> None:
+        self._plan = plan
+        self._arena = arena
+        self._trace = trace
+        self.held: set[int] = set()
+
+    async def stage(self, copier: SlabCopier, announce: Callable[[SlabReady], Awaitable[None]]) -> None:
+        """Copies every slab, in the order of the plan as slots become free, and returns when the last is copied."""
+        slabs = iter(self._plan.slabs)
+
+        async def work() -> None:
+            for slab in slabs:
+                _, slot = await self._arena.ring.acquire()
+                self.held.add(slot)
+                with self._trace.span("stage", slab.length):
+                    await to_thread.run_sync(self._fill, copier, slab, slot)
+                await announce(SlabReady(slab.file, slab.begin // self._arena.arena.slot_bytes, slot, slab.length))
+
+        async with anyio.create_task_group() as workers:
+            for _ in range(COPIES_IN_FLIGHT):
+                workers.start_soon(work)
+
+    def _fill(self, copier: SlabCopier, slab: Slab, slot: int) -> None:
+        self._arena.prefault(slot)
+        copier.copy(slab, self._arena.slot(slot))

@@ -1,0 +1,1 @@
+"""Nested states as flat tables of tensors and values, and back: containers, plain values, tied weights."""

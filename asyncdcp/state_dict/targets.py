@@ -1,0 +1,86 @@
+"""The tensors that a load fills: matched by name with what the checkpoint holds, then written to, straight or piece by
+piece.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from asyncdcp.boxes import Box, intersect, row_major_boxes, whole
+from asyncdcp.metadata import Metadata, TensorStorageMetadata
+from asyncdcp.planning import Want
+from asyncdcp.state_dict.structure import DTYPES
+
+
+class TensorTarget:
+    """Fills one tensor. The caller keeps the tensor alive and unused until the load is done."""
+
+    def __init__(self, tensor: Tensor, box: Box) -> None:
+        self._tensor = tensor.detach()
+        self._box = box
+        plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        self.buffer: memoryview | None = _memory(tensor) if plain else None
+
+    def deliver(self, chunk: Box, start: int, data: memoryview) -> None:
+        """Copies whole elements of ``chunk``, from its byte ``start`` on, to where they belong in the tensor."""
+        dtype = self._tensor.dtype
+        elements = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
+        first = start // dtype.itemsize
+        with torch.no_grad():
+            for begin, box in row_major_boxes(chunk.sizes, first, first + len(elements)):
+                absolute = Box(tuple(a + b for a, b in zip(chunk.offsets, box.offsets, strict=True)), box.sizes)
+                common = intersect(absolute, self._box)
+                if common is not None:
+                    flat = elements[begin - first : begin - first + box.volume]
+                    copyable(self._tensor)[_slices(common, self._box)] = copyable(flat.view(box.sizes))[
+                        _slices(common, absolute)
+                    ]
+
+
+def copyable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or as bytes if torch has no copy for its dtype, as for the integers of less than a byte."""
+    if tensor.dtype.itemsize == 1 and tensor.dtype not in _COPIED:
+        return tensor.view(torch.uint8)
+    return tensor
+
+
+_COPIED = {torch.bool, torch.uint8, torch.int8}
+
+
+def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
+    return tuple(
+        slice(start - origin, start - origin + size)
+        for start, size, origin in zip(inner.offsets, inner.sizes, outer.offsets, strict=True)
+    )
+
+
+def _memory(tensor: Tensor) -> memoryview | None:
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes == 0:
+        return None
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def new_tensors(metadata: Metadata, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """An uninitialised tensor for each stored one."""
+    made = {}
+    for name in names:
+        stored = metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        made[name] = torch.empty(stored.size, dtype=DTYPES[stored.properties.dtype], device=device)
+    return made
+
+
+def targets_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[Want], list[TensorTarget]]:
+    """Wants and targets for whole tensors, each with the name under which it is stored. Empty tensors need nothing."""
+    wants, targets = [], []
+    for name, tensor in tensors:
+        if tensor.numel():
+            box = whole(tensor.shape)
+            wants.append(Want(name, box))
+            targets.append(TensorTarget(tensor, box))
+    return wants, targets

@@ -1,0 +1,114 @@
+"""What reading and writing one file have in common: its descriptor, its errors, and what direct I/O asks for."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Final
+
+from asyncdcp.errors import Closed, StorageError, StorageFull
+from asyncdcp.storage.port import Buffer
+from asyncdcp.storage.posix import Posix
+
+MIN_ALIGNMENT: Final = 4096
+
+REFUSED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+"""How a system says that it does not do such a thing, as opposed to having failed."""
+
+
+@contextmanager
+def translated(operation: str, path: str, *passing: type[OSError]) -> Iterator[None]:
+    """The one place where the system's errors become asyncdcp's; those of ``passing`` go through as they are."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, (StorageError, *passing)):
+            raise
+        kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        message = f"cannot {operation} {path}: {error.strerror or error}"
+        raise kind(message, path=path, errno=error.errno) from error
+
+
+class Descriptor:
+    """A file descriptor shared by threads. ``close`` takes effect once the last call that uses it has ended.
+
+    So no call ever meets a number that the system has given to another file meanwhile.
+    """
+
+    def __init__(self, posix: Posix, path: str) -> None:
+        self._posix = posix
+        self._path = path
+        self._lock = Lock()
+        self._fd = -1
+        self._users = 0
+        self._closing = False
+
+    def open(self, flags: int) -> int:
+        self._fd = self._posix.open(self._path, flags)
+        return self._fd
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0 and not self._closing
+
+    @contextmanager
+    def use(self) -> Iterator[int]:
+        with self._lock:
+            if not self.is_open:
+                raise Closed(f"{self._path} is closed", path=self._path)
+            self._users += 1
+        try:
+            yield self._fd
+        finally:
+            with self._lock:
+                self._users -= 1
+            self._close_unused()
+
+    def close(self) -> None:
+        """Closes, at the latest when the last call ends.
+
+        Safe to call twice. The number is given up even if this raises.
+        """
+        self._closing = True
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        with self._lock:
+            if not self._closing or self._users or self._fd < 0:
+                return
+            fd, self._fd = self._fd, -1
+        self._posix.close(fd)
+
+
+@contextmanager
+def tolerated(errnos: frozenset[int]) -> Iterator[None]:
+    """Ends the block quietly where the system says that it does not do such a thing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in errnos:
+            raise
+
+
+def aligned(alignment: int, offset: int, views: Sequence[Buffer]) -> bool:
+    lengths = (offset, *map(len, views))
+    return not any(n % alignment for n in lengths) and not any(address(view) % alignment for view in views if view)
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer`` of the C API; only ``buf`` is looked at."""
+
+    _fields_ = (("buf", ctypes.c_void_p), ("others", ctypes.c_void_p * 15))
+
+
+def address(view: Buffer) -> int:
+    """Where the bytes lie in memory, of read-only ones too, which ``ctypes`` objects cannot be made from."""
+    raw = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(raw), 0)
+    try:
+        return int(raw.buf or 0)
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(raw))

@@ -1,0 +1,310 @@
+"""Objects as files of one directory: what has to be synced, in what order, and how a name is won.
+
+A file's bytes are durable after its own fsync, its name after an fsync of the directory, and the directory after an
+fsync of its parent, and so on up to the first one that was there before. Names of ``put`` and ``claim`` appear at
+once and whole: they are written and synced under a temporary name (a leading dot), which is then linked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Lock
+from typing import Final
+
+from anyio import CapacityLimiter
+
+from asyncdcp.errors import CommitUnknown, InvalidOption, StorageError
+from asyncdcp.storage.files import Descriptor, translated
+from asyncdcp.storage.local_reader import LocalReader
+from asyncdcp.storage.local_writer import LocalWriter
+from asyncdcp.storage.port import StorageInfo, check_name
+from asyncdcp.storage.posix import SYSTEM, FileStatus, Posix
+from asyncdcp.threads import on_executor
+
+TRANSFERS: Final = 8
+"""How many reads and writes of one LocalStorage are on threads at once."""
+
+_VOLATILE: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+_NO_RENAME: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
+
+
+class LocalStorage:
+    """A ``Storage`` that is one directory, made when the first object is.
+
+    ``direct_io=False`` leaves the page cache in use for everything. ``posix`` stands in for the operating system.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, direct_io: bool = True, posix: Posix = SYSTEM) -> None:
+        name = os.fspath(path)
+        if not name or "\0" in name:
+            raise InvalidOption(f"path is {name!r}; it takes the path of a directory")
+        self._path = os.path.abspath(name)
+        self._direct_io = direct_io
+        self._posix = posix
+        self._limiter = CapacityLimiter(TRANSFERS)
+        self._place = _Place(self._path, posix)
+        self._info: StorageInfo | None = None
+
+    @property
+    def info(self) -> StorageInfo:
+        if self._info is None:
+            kind = self._posix.filesystem(self._path)
+            self._info = StorageInfo(self._path, kind, kind in _VOLATILE)
+        return self._info
+
+    async def create(self, name: str, length_hint: int) -> LocalWriter:
+        path = self._join(name)
+        writer = LocalWriter(path, self._posix, self._limiter)
+        with translated("create", path, FileExistsError):
+            try:
+                await on_executor(self._begin, writer, length_hint)
+            except BaseException:
+                with suppress(StorageError):
+                    await writer.abort()
+                raise
+        return writer
+
+    async def put(self, name: str, data: bytes) -> None:
+        path = self._join(name)
+        with translated("write", path):
+            made = await on_executor(self._publish, path, data)
+        if not made:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    async def claim(self, name: str, data: bytes) -> bool:
+        path = self._join(name)
+        with translated("claim", path):
+            return await on_executor(self._claim, path, data)
+
+    async def barrier(self) -> None:
+        with translated("sync", self._path):
+            await on_executor(self._place.sync)
+
+    async def get(self, name: str, limit: int) -> bytes:
+        path = self._join(name)
+        with translated("read", path, FileNotFoundError):
+            return await on_executor(self._get, path, limit)
+
+    async def open(self, name: str) -> LocalReader:
+        path = self._join(name)
+        reader = LocalReader(path, self._posix, self._limiter)
+        with translated("open", path, FileNotFoundError):
+            try:
+                await on_executor(lambda: reader.begin(direct_io=self._direct_io))
+            except BaseException:
+                with suppress(StorageError):
+                    await reader.aclose()
+                raise
+        return reader
+
+    async def list(self) -> dict[str, int]:
+        found: dict[str, FileStatus] = {}
+        with translated("list", self._path), suppress(FileNotFoundError):
+            found = await on_executor(self._posix.scan, self._path)
+        files = {name: status for name, status in found.items() if stat.S_ISREG(status.mode)}
+        return {name: status.size for name, status in files.items() if not name.startswith(".")}
+
+    async def delete(self, names: Sequence[str]) -> None:
+        paths = [self._join(name) for name in names]
+        with translated("delete from", self._path):
+            await on_executor(self._delete, paths)
+
+    def _join(self, name: str) -> str:
+        return os.path.join(self._path, check_name(name))
+
+    # ── on a thread ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, writer: LocalWriter, length_hint: int) -> None:
+        self._place.make()
+        writer.begin(length_hint, direct_io=self._direct_io)
+
+    def _get(self, path: str, limit: int) -> bytes:
+        reader = LocalReader(path, self._posix, self._limiter)
+        try:
+            reader.begin(direct_io=False)
+            return reader.load(limit)
+        finally:
+            reader.close()
+
+    def _delete(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                self._posix.unlink(path)
+
+    def _claim(self, path: str, data: bytes) -> bool:
+        self._place.check()
+        if not self._publish(path, data):
+            return False
+        try:
+            self._place.sync()
+        except OSError as error:
+            message = f"{path} was claimed, and whether that is durable is not known: {error}"
+            raise CommitUnknown(message, path=path, errno=error.errno) from error
+        return True
+
+    def _publish(self, path: str, data: bytes) -> bool:
+        """Makes a small file appear whole under its name, its bytes durable; False if there is a file of that name.
+
+        The temporary is gone afterwards in every case. Only if the outcome is open *and* it cannot be removed (so
+        that a request still under way might yet be carried out) that is ``CommitUnknown``; a leftover temporary alone
+        harms nobody.
+        """
+        self._place.make()
+        directory, name = os.path.split(path)
+        temporary = os.path.join(directory, f".{name}.{secrets.token_hex(8)}")
+        try:
+            self._write_small(temporary, data)
+            return self._link(temporary, path)
+        finally:
+            with suppress(OSError):
+                self._posix.unlink(temporary)
+
+    def _write_small(self, path: str, data: bytes) -> None:
+        file = Descriptor(self._posix, path)
+        fd = file.open(os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        try:
+            done = 0
+            while done < len(data):
+                count = self._posix.pwrite(fd, memoryview(data)[done:], done)
+                if count == 0:
+                    raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+                done += count
+            self._posix.fsync(fd)
+        finally:
+            file.close()
+
+    def _link(self, temporary: str, path: str) -> bool:
+        """Gives the file its name. The number of links is what counts, not the answer.
+
+        NFS can lose the answer to a link that was made, and its second try then fails with any error, EEXIST too.
+        """
+        try:
+            self._posix.link(temporary, path)
+        except OSError as error:
+            if self._links(temporary, path, error) > 1:
+                return True
+            if error.errno == errno.EEXIST:
+                return False
+            if error.errno not in _NO_LINKS:
+                self._withdraw(temporary, path, error)
+                raise
+            return self._rename(temporary, path)
+        return True
+
+    def _rename(self, temporary: str, path: str) -> bool:
+        """The way for filesystems without hard links. A file that went from one name to the other is what counts."""
+        inode = self._posix.stat(temporary).inode
+        try:
+            self._posix.rename_noreplace(temporary, path)
+        except OSError as error:
+            if self._links(temporary, path, error) == 0:
+                return self._moved(path, inode, error)
+            if error.errno == errno.EEXIST:
+                return False
+            if error.errno in _NO_RENAME:
+                message = (
+                    f"cannot create {path} exclusively: the filesystem has neither hard links nor RENAME_NOREPLACE"
+                )
+                raise StorageError(message, path=path, errno=error.errno) from error
+            self._withdraw(temporary, path, error)
+            raise
+        return True
+
+    def _moved(self, path: str, inode: int, error: OSError) -> bool:
+        with suppress(OSError):
+            if self._posix.stat(path).inode == inode:
+                return True
+        message = f"whether {path} was claimed cannot be told, since its temporary is gone: {error}"
+        raise CommitUnknown(message, path=path, errno=error.errno) from error
+
+    def _links(self, temporary: str, path: str, error: OSError) -> int:
+        try:
+            return self._posix.stat(temporary).links
+        except FileNotFoundError:
+            return 0
+        except OSError as unknown:
+            message = f"whether {path} was claimed cannot be told ({error}): {unknown}"
+            raise CommitUnknown(message, path=path, errno=unknown.errno) from error
+
+    def _withdraw(self, temporary: str, path: str, error: OSError) -> None:
+        """Removes what a request that failed for no clear reason could still be carried out upon."""
+        try:
+            self._posix.unlink(temporary)
+        except OSError as unknown:
+            message = f"whether {path} will be claimed cannot be told ({error}): {unknown}"
+            raise CommitUnknown(message, path=path, errno=unknown.errno) from error
+
+
+class _Place:
+    """The directory: made with its ancestors, and made durable with the entries of those made. Blocks; any thread."""
+
+    def __init__(self, path: str, posix: Posix) -> None:
+        self._path = path
+        self._posix = posix
+        self._lock = Lock()
+        self._made = False
+        self._unsynced: set[str] = set()
+        self._failed: OSError | None = None
+
+    def make(self) -> None:
+        """Makes the directory and every missing ancestor; their parents are remembered for the next ``sync``.
+
+        A parent is remembered before the child is made, and also where somebody else made it meanwhile.
+        """
+        missing, path = [], self._path
+        while not self._exists(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            with self._lock:
+                self._unsynced.add(os.path.dirname(path))
+                with suppress(FileExistsError):
+                    self._posix.mkdir(path)
+        self._made = True
+
+    def check(self) -> None:
+        """Raises if a sync has failed before: the system reports an error once, and the next fsync proves nothing."""
+        if self._failed is not None:
+            message = f"an earlier sync of {self._path} failed: {self._failed}"
+            raise StorageError(message, path=self._path, errno=self._failed.errno) from self._failed
+
+    def sync(self) -> None:
+        """Syncs the directory, then the parents due, innermost first.
+
+        One that is not there, and that nobody here made, is nothing to sync.
+        """
+        with self._lock:
+            self.check()
+            if not self._made and not self._exists(self._path):
+                return
+            self._sync(self._path)
+            for path in sorted(self._unsynced, key=len, reverse=True):
+                if path != self._path:
+                    self._sync(path)
+                self._unsynced.discard(path)
+
+    def _exists(self, path: str) -> bool:
+        try:
+            self._posix.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _sync(self, path: str) -> None:
+        directory = Descriptor(self._posix, path)
+        fd = directory.open(os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._posix.fsync(fd)
+        except OSError as error:
+            # EINVAL is how filesystems answer whose directories need no sync, or have none to offer (CIFS).
+            if error.errno != errno.EINVAL:
+                self._failed = error
+                raise
+        finally:
+            directory.close()

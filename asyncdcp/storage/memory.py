@@ -1,0 +1,168 @@
+"""Objects in memory: a Storage for tests and small things, with the semantics of a directory and none of its delays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from anyio.lowlevel import checkpoint
+
+from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError
+from asyncdcp.storage.port import Buffer, StorageInfo, check_name
+
+
+class MemoryStorage:
+    """A ``Storage`` that lives as long as the instance. Unfinished objects are invisible, but their names are taken."""
+
+    def __init__(self, name: str = "memory") -> None:
+        self._info = StorageInfo(name, "memory", volatile=True)
+        self._objects: dict[str, bytes] = {}
+        self._unfinished: dict[str, MemoryWriter] = {}
+
+    @property
+    def info(self) -> StorageInfo:
+        return self._info
+
+    async def create(self, name: str, length_hint: int) -> MemoryWriter:
+        await self._begin(name)
+        if self._taken(name):
+            raise self._exists(name)
+        writer = self._unfinished[name] = MemoryWriter(name, self._objects, self._unfinished)
+        return writer
+
+    async def put(self, name: str, data: bytes) -> None:
+        if not await self.claim(name, data):
+            raise self._exists(name)
+
+    async def claim(self, name: str, data: bytes) -> bool:
+        await self._begin(name)
+        if self._taken(name):
+            return False
+        self._objects[name] = bytes(data)
+        return True
+
+    async def barrier(self) -> None:
+        await checkpoint()
+
+    async def get(self, name: str, limit: int) -> bytes:
+        data = await self._find(name)
+        if len(data) > limit:
+            message = f"{name} has {len(data)} bytes, more than the {limit} that it may have"
+            raise CorruptCheckpoint(message, path=name)
+        return data
+
+    async def open(self, name: str) -> MemoryReader:
+        return MemoryReader(name, await self._find(name))
+
+    async def list(self) -> dict[str, int]:
+        await checkpoint()
+        return {name: len(data) for name, data in self._objects.items()}
+
+    async def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            check_name(name)
+        await checkpoint()
+        for name in names:
+            self._objects.pop(name, None)
+            self._unfinished.pop(name, None)
+
+    async def _begin(self, name: str) -> None:
+        check_name(name)
+        await checkpoint()
+
+    async def _find(self, name: str) -> bytes:
+        await self._begin(name)
+        try:
+            return self._objects[name]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
+
+    def _taken(self, name: str) -> bool:
+        return name in self._objects or name in self._unfinished
+
+    def _exists(self, name: str) -> FileExistsError:
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+
+
+class MemoryWriter:
+    """An ``ObjectWriter`` whose bytes become an object by ``finish``."""
+
+    def __init__(self, name: str, objects: dict[str, bytes], unfinished: dict[str, MemoryWriter]) -> None:
+        self._name = name
+        self._objects = objects
+        self._unfinished = unfinished
+        self._data = bytearray()
+        self._failed = False
+
+    @property
+    def alignment(self) -> int:
+        return 1
+
+    async def write(self, offset: int, buffer: Buffer) -> None:
+        self._check("offset", offset)
+        try:
+            await checkpoint()
+        except BaseException:
+            self._failed = True
+            raise
+        self._check("offset", offset)
+        end = offset + len(buffer)
+        self._data.extend(bytes(max(0, end - len(self._data))))
+        self._data[offset:end] = buffer
+
+    async def finish(self, length: int) -> None:
+        self._check("length", length)
+        if self._failed:
+            raise StorageError(f"cannot finish {self._name}: a write of it failed", path=self._name)
+        await checkpoint()
+        self._check("length", length)
+        self._objects[self._name] = bytes(self._data[:length]).ljust(length, b"\0")
+        del self._unfinished[self._name]
+
+    async def abort(self) -> None:
+        if self._unfinished.get(self._name) is self:
+            del self._unfinished[self._name]
+
+    def _check(self, what: str, value: int) -> None:
+        if self._unfinished.get(self._name) is not self:
+            raise Closed(f"{self._name} is closed", path=self._name)
+        if value < 0:
+            raise InvalidOption(f"{what} is {value}; it takes 0 or more", path=self._name)
+
+
+class MemoryReader:
+    """An ``ObjectReader``; what it reads stays as it was when it was opened."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self._name = name
+        self._data = memoryview(data)
+        self._open = True
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    @property
+    def alignment(self) -> int:
+        return 1
+
+    async def read(self, offset: int, buffers: Sequence[Buffer]) -> int:
+        if not self._open:
+            raise Closed(f"{self._name} is closed", path=self._name)
+        if offset < 0:
+            raise InvalidOption(f"offset is {offset}; it takes 0 or more", path=self._name)
+        await checkpoint()
+        start = offset
+        for buffer in buffers:
+            part = self._data[offset : offset + len(buffer)]
+            buffer[: len(part)] = part
+            offset += len(part)
+        return offset - start
+
+    async def read_cached(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        await self.read(offset, buffers)
+        return True
+
+    async def aclose(self) -> None:
+        self._open = False

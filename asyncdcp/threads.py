@@ -1,0 +1,69 @@
+"""Blocking calls off the loop, for asyncio: whoever is cancelled meanwhile learns of it only when the call has ended.
+
+Two ways to be cancelled are covered. A cancel scope of anyio is held off by a shield. A task's own ``cancel()`` passes
+through every shield, ``anyio.to_thread`` included, while the thread goes on; so here it is caught, the call's end
+awaited, and the cancellation raised then. A caller may therefore free, on any exception, what the call used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar, TypeVarTuple
+
+from aiofiles.os import wrap
+from anyio import CancelScope, CapacityLimiter, to_thread
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def on_executor(function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Calls the function on aiofiles' executor: for directories and small files, and for cleaning up.
+
+    It is always run, to its end, even if the caller is cancelled already. Under an anyio scope the result is then
+    returned, and the cancellation follows at the next await; after ``Task.cancel`` it is raised in its place.
+    """
+    return await _ended(asyncio.ensure_future(wrap(function)(*args)))
+
+
+async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Calls the function on a worker thread of anyio: for the bytes of large objects, ``limiter.total_tokens`` at once.
+
+    Cancelled before it began, the function is never run.
+    """
+    job: Future[T] = Future()
+    try:
+        await to_thread.run_sync(_perform, job, partial(function, *args), limiter=limiter)
+    except asyncio.CancelledError:
+        if not job.cancel():
+            with suppress(Exception):
+                await _ended(asyncio.wrap_future(job))
+        raise
+    return job.result()
+
+
+def _perform(job: Future[T], function: Callable[[], T]) -> None:
+    if job.set_running_or_notify_cancel():
+        try:
+            job.set_result(function())
+        except BaseException as error:  # noqa: BLE001  # handed on whole by job.result()
+            job.set_exception(error)
+
+
+async def _ended(work: asyncio.Future[T]) -> T:
+    """The result of what is never cancelled itself; a cancellation of the caller is raised once it has ended."""
+    cancelled: asyncio.CancelledError | None = None
+    with CancelScope(shield=True):
+        while not work.done():
+            try:
+                await asyncio.wait((work,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is None:
+        return work.result()
+    work.exception()  # looked at, so that asyncio does not report it as lost
+    raise cancelled

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+Bounce = Callable[[bytes], memoryview]
+
+
+@pytest.fixture
+async def no_leaks() -> AsyncIterator[None]:
+    """The test ends with as many open files as it began with."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def aligned() -> Bounce:
+    """Makes a writable buffer on a page boundary that holds the given bytes."""
+
+    def make(data: bytes) -> memoryview:
+        view = memoryview(mmap.mmap(-1, max(1, len(data))))
+        view[: len(data)] = data
+        return view[: len(data)]
+
+    return make

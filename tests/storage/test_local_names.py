@@ -1,0 +1,331 @@
+"""LocalStorage over an operating system that refuses, fails or lies: claims, names and what makes them durable."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from asyncdcp.errors import CommitUnknown, StorageError, StorageFull
+from asyncdcp.storage import LocalStorage
+from asyncdcp.storage.posix import OS, FileStatus
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+def failure(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+class Recorder(OS):
+    """Notes what is made, named and synced, by path relative to ``root``; temporaries as "temp"."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.calls: list[str] = []
+        self.paths: dict[int, str] = {}
+
+    def note(self, call: str, path: str) -> None:
+        name = os.path.relpath(path, self.root)
+        self.calls.append(f"{call} {'temp' if os.path.basename(name).startswith('.') and name != '.' else name}")
+
+    def open(self, path: str, flags: int, /) -> int:
+        fd = super().open(path, flags)
+        self.paths[fd] = path
+        return fd
+
+    def fsync(self, fd: int, /) -> None:
+        self.note("fsync", self.paths[fd])
+        super().fsync(fd)
+
+    def mkdir(self, path: str, /) -> None:
+        self.note("mkdir", path)
+        super().mkdir(path)
+
+    def link(self, source: str, target: str, /) -> None:
+        self.note("link", target)
+        super().link(source, target)
+
+    def rename_noreplace(self, source: str, target: str, /) -> None:
+        self.note("rename", target)
+        super().rename_noreplace(source, target)
+
+    def unlink(self, path: str, /) -> None:
+        self.note("unlink", path)
+        super().unlink(path)
+
+
+async def test_the_order_of_syncs(tmp_path: Path) -> None:
+    posix = Recorder(tmp_path)
+    storage = LocalStorage(tmp_path / "a" / "b", posix=posix)
+    writer = await storage.create("data", 0)
+    await writer.finish(0)
+    await storage.barrier()
+    assert posix.calls == ["mkdir a", "mkdir a/b", "fsync a/b/data", "fsync a/b", "fsync a", "fsync ."]
+    posix.calls.clear()
+    await storage.barrier()
+    assert posix.calls == ["fsync a/b"]
+    posix.calls.clear()
+    assert await storage.claim("record", b"x")
+    assert posix.calls == ["fsync temp", "link a/b/record", "unlink temp", "fsync a/b"]
+
+
+async def test_a_claim_in_a_new_place_syncs_its_ancestors(tmp_path: Path) -> None:
+    posix = Recorder(tmp_path)
+    assert await LocalStorage(tmp_path / "a" / "b", posix=posix).claim("r", b"x")
+    assert posix.calls[2:] == ["fsync temp", "link a/b/r", "unlink temp", "fsync a/b", "fsync a", "fsync ."]
+
+
+async def test_a_parent_that_somebody_else_made_meanwhile_is_synced(tmp_path: Path) -> None:
+    class Raced(Recorder):
+        def mkdir(self, path: str, /) -> None:
+            os.mkdir(path)
+            super().mkdir(path)
+
+    posix = Raced(tmp_path)
+    storage = LocalStorage(tmp_path / "a", posix=posix)
+    await storage.put("x", b"")
+    await storage.barrier()
+    assert posix.calls[-2:] == ["fsync a", "fsync ."]
+
+
+async def test_a_lost_claim_syncs_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    posix = Recorder(tmp_path)
+    storage = LocalStorage(tmp_path, posix=posix)
+    (tmp_path / "r").write_bytes(b"theirs")
+    assert await storage.claim("r", b"ours") is False
+    assert posix.calls == ["fsync temp", "link r", "unlink temp"]
+    assert os.listdir(tmp_path) == ["r"] and (tmp_path / "r").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EEXIST, errno.EPERM, errno.ETIMEDOUT])
+async def test_a_link_made_whose_answer_is_lost_is_won(tmp_path: Path, number: int) -> None:
+    class Lying(OS):
+        def link(self, source: str, target: str, /) -> None:
+            super().link(source, target)
+            raise failure(number)
+
+    assert await LocalStorage(tmp_path, posix=Lying()).claim("r", b"x") is True
+    assert os.listdir(tmp_path) == ["r"]
+
+
+async def test_a_link_that_failed_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    class Failing(OS):
+        def link(self, source: str, target: str, /) -> None:
+            raise failure(errno.EIO)
+
+    with pytest.raises(StorageError) as caught:
+        await LocalStorage(tmp_path, posix=Failing()).claim("r", b"x")
+    assert type(caught.value) is StorageError and caught.value.errno == errno.EIO
+    assert caught.value.path == str(tmp_path / "r")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["stat", "unlink"])
+async def test_a_failed_link_that_cannot_be_looked_into_is_unknown(tmp_path: Path, call: str) -> None:
+    class Blind(OS):
+        def link(self, source: str, target: str, /) -> None:
+            raise failure(errno.EIO)
+
+        def stat(self, path: str, /) -> FileStatus:
+            if call == "stat" and ".r." in path:
+                raise failure(errno.EIO)
+            return super().stat(path)
+
+        def unlink(self, path: str, /) -> None:
+            if call == "unlink":
+                raise failure(errno.EIO)
+            super().unlink(path)
+
+    with pytest.raises(CommitUnknown):
+        await LocalStorage(tmp_path, posix=Blind()).claim("r", b"x")
+    assert not (tmp_path / "r").exists()
+    assert await LocalStorage(tmp_path).list() == {}
+
+
+class NoLinks(OS):
+    def __init__(self, number: int = errno.EPERM) -> None:
+        self.number = number
+
+    def link(self, source: str, target: str, /) -> None:
+        raise failure(self.number)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+async def test_without_links_a_rename_wins(tmp_path: Path, number: int) -> None:
+    storage = LocalStorage(tmp_path, posix=NoLinks(number))
+    assert await storage.claim("r", b"x") is True
+    assert await storage.claim("r", b"y") is False
+    with pytest.raises(FileExistsError):
+        await storage.put("r", b"z")
+    assert os.listdir(tmp_path) == ["r"] and await storage.get("r", 1) == b"x"
+
+
+async def test_a_rename_made_whose_answer_is_lost_is_won(tmp_path: Path) -> None:
+    class Lying(NoLinks):
+        def rename_noreplace(self, source: str, target: str, /) -> None:
+            super().rename_noreplace(source, target)
+            raise failure(errno.EEXIST)
+
+    assert await LocalStorage(tmp_path, posix=Lying()).claim("r", b"x") is True
+
+
+async def test_a_temporary_that_vanished_is_not_taken_for_a_win(tmp_path: Path) -> None:
+    class Swept(NoLinks):
+        def rename_noreplace(self, source: str, target: str, /) -> None:
+            Path(target).write_bytes(b"theirs")
+            os.unlink(source)
+            super().rename_noreplace(source, target)
+
+    with pytest.raises(CommitUnknown, match="temporary is gone"):
+        await LocalStorage(tmp_path, posix=Swept()).claim("r", b"ours")
+    assert (tmp_path / "r").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(("number", "match"), [(errno.EINVAL, "neither"), (errno.EIO, "Input/output")])
+async def test_without_links_and_renames_there_is_no_claim(tmp_path: Path, number: int, match: str) -> None:
+    class Neither(NoLinks):
+        def rename_noreplace(self, source: str, target: str, /) -> None:
+            raise failure(number)
+
+    with pytest.raises(StorageError, match=match) as caught:
+        await LocalStorage(tmp_path, posix=Neither()).claim("r", b"x")
+    assert type(caught.value) is StorageError
+    assert os.listdir(tmp_path) == []
+
+
+class BadDirectory(Recorder):
+    """Cannot sync directories, at the first try only: as a kernel reports a lost write once."""
+
+    number = errno.EIO
+    failed = False
+
+    def fsync(self, fd: int, /) -> None:
+        if os.path.isdir(self.paths[fd]) and not self.failed:
+            self.failed = True
+            raise failure(self.number)
+        super().fsync(fd)
+
+
+async def test_a_claim_whose_directory_cannot_be_synced_is_unknown(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path, posix=BadDirectory(tmp_path))
+    with pytest.raises(CommitUnknown) as caught:
+        await storage.claim("r", b"x")
+    assert caught.value.errno == errno.EIO
+    assert os.listdir(tmp_path) == ["r"]
+
+
+async def test_a_failed_directory_sync_is_never_followed_by_success(tmp_path: Path) -> None:
+    posix = BadDirectory(tmp_path)
+    storage = LocalStorage(tmp_path, posix=posix)
+    await storage.put("a", b"")
+    with pytest.raises(StorageError):
+        await storage.barrier()
+    with pytest.raises(StorageError, match="earlier sync"):
+        await storage.barrier()
+    posix.calls.clear()
+    with pytest.raises(StorageError, match="earlier sync") as caught:
+        await storage.claim("r", b"")
+    assert type(caught.value) is StorageError
+    assert posix.calls == [] and os.listdir(tmp_path) == ["a"]
+
+
+async def test_directories_that_have_no_sync_are_accepted(tmp_path: Path) -> None:
+    posix = BadDirectory(tmp_path)
+    posix.number = errno.EINVAL
+    assert await LocalStorage(tmp_path, posix=posix).claim("r", b"x")
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+async def test_small_objects_that_cannot_be_written(tmp_path: Path, call: str) -> None:
+    class Full(OS):
+        def pwrite(self, fd: int, buffer: memoryview, offset: int, /) -> int:
+            if call == "pwrite" and offset:
+                raise failure(errno.ENOSPC)
+            return super().pwrite(fd, buffer[:2], offset)
+
+        def fsync(self, fd: int, /) -> None:
+            raise failure(errno.EDQUOT)
+
+    storage = LocalStorage(tmp_path, posix=Full())
+    for attempt in (storage.put("a", b"abc"), storage.claim("a", b"abc")):
+        with pytest.raises(StorageFull):
+            await attempt
+    assert os.listdir(tmp_path) == []
+
+
+async def test_short_writes_of_small_objects_go_on(tmp_path: Path) -> None:
+    class Short(OS):
+        def pwrite(self, fd: int, buffer: memoryview, offset: int, /) -> int:
+            return super().pwrite(fd, buffer[:3], offset)
+
+    storage = LocalStorage(tmp_path, posix=Short())
+    await storage.put("a", b"0123456789")
+    assert await storage.get("a", 10) == b"0123456789"
+
+
+async def test_a_cancelled_claim_comes_to_rest_whole(tmp_path: Path) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    class Slow(OS):
+        def link(self, source: str, target: str, /) -> None:
+            begun.set()
+            assert release.wait(30)
+            super().link(source, target)
+
+    storage = LocalStorage(tmp_path, posix=Slow())
+    task = asyncio.create_task(storage.claim("r", b"x"))
+    assert await asyncio.to_thread(begun.wait, 30)
+    task.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not task.done()
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert os.listdir(tmp_path) == ["r"]
+
+
+async def test_storages_blind_to_each_other_claim(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    def claim(number: int) -> bool:
+        async def run() -> bool:
+            storage = LocalStorage(tmp_path / "new" / "place")
+            barrier.wait(30)
+            return await storage.claim("r", b"%d" % number)
+
+        return asyncio.run(run())
+
+    with ThreadPoolExecutor(4) as pool:
+        won = await asyncio.to_thread(lambda: list(pool.map(claim, range(4))))
+    assert sorted(won) == [False, False, False, True]
+    assert (tmp_path / "new" / "place" / "r").read_bytes() == b"%d" % won.index(True)
+
+
+async def test_temporaries_are_hidden_and_foreign_names_listed(tmp_path: Path) -> None:
+    for name in (".r.0123", "r", "model (1).bin"):
+        (tmp_path / name).write_bytes(b"x")
+    assert await LocalStorage(tmp_path).list() == {"r": 1, "model (1).bin": 1}
+
+
+async def test_a_place_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"")
+    for storage in (LocalStorage(tmp_path / "f"), LocalStorage(tmp_path / "f" / "x")):
+        for attempt in (storage.put("a", b""), storage.claim("a", b""), storage.create("a", 0), storage.list()):
+            with pytest.raises(StorageError):
+                await attempt
+
+
+async def test_a_place_that_vanishes_is_an_error(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "a")
+    await storage.put("x", b"")
+    os.unlink(tmp_path / "a" / "x")
+    os.rmdir(tmp_path / "a")
+    with pytest.raises(StorageError):
+        await storage.barrier()

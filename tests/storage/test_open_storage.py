@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from asyncdcp.errors import InvalidOption
+from asyncdcp.storage import LocalStorage, MemoryStorage, open_storage
+
+
+def test_a_storage_is_passed_through() -> None:
+    storage = MemoryStorage()
+    assert open_storage(storage) is storage
+
+
+def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    targets: dict[str | Path, str] = {
+        "runs/x": f"{tmp_path}/runs/x",
+        Path("runs/../y"): f"{tmp_path}/y",
+        "~/runs": "/home/someone/runs",
+        "file:///a/b%20c": "/a/b c",
+        "FILE://localhost/a": "/a",
+        "odd:name": f"{tmp_path}/odd:name",
+    }
+    for target, path in targets.items():
+        storage = open_storage(target)
+        assert isinstance(storage, LocalStorage)
+        assert storage.info.location == path
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "target", ["s3://bucket/x", "file://host/x", "file://", "file:///a?b", "file:///a#b", "", "a\0b"]
+)
+def test_what_it_does_not_take(target: str) -> None:
+    with pytest.raises(InvalidOption, match=r"path|query"):
+        open_storage(target)
+
+
+@pytest.mark.parametrize("target", [3, None, b"x", object()])
+def test_other_types_are_named(target: object) -> None:
+    with pytest.raises(InvalidOption, match=r"takes a path"):
+        open_storage(cast(Any, target))
