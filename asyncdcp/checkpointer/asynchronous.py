@@ -9,9 +9,9 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
 from anyio import to_thread
@@ -38,6 +38,7 @@ from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.results import Progress, ProgressMeter
 from asyncdcp.staging import Arenas
 from asyncdcp.state_dict.flatten import flatten
+from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.structure import describe
 from asyncdcp.storage import Storage, open_storage
 from asyncdcp.trace import Trace
@@ -175,7 +176,12 @@ class AsyncCheckpointer:
         state: None = None,
         *,
         strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Any]: ...
 
@@ -186,36 +192,65 @@ class AsyncCheckpointer:
         state: StateT,
         *,
         strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[StateT]: ...
 
-    def load(
+    def load(  # noqa: PLR0913  # the vocabulary of loading; LoadOptions carries it from here on
         self,
         path: Place,
         state: Any = None,
         *,
         strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Any]:
         """Begins to load the checkpoint at ``path``; resolves to the state, with a ``LoadReport`` at the future's
         ``report``.
 
-        With ``state``, its tensors are filled in place and its plain values replaced, and it is what the future
-        resolves to; it must not be used until then. Every missing, unexpected or different entry is found and listed
-        (``StateMismatch``) before a byte is read; ``strict=False`` fills what both sides have. Without, a new nested
-        state is made on ``device``.
+        Without ``state`` a new nested state is made, of tensors on ``device``. With it, the state is what the future
+        resolves to, and it must not be used until then. For modules and bare tensors and values the *state* decides:
+        tensors are filled in place, values replaced. For other Statefuls (optimizers, schedulers, data loaders) the
+        *checkpoint* decides: tensors that match are filled in place, others made anew. Every Stateful's
+        ``load_state_dict`` is called, in the state's order, after every byte was verified.
 
-        Every byte is verified before it is used. ``ChecksumMismatch`` names file, block and tensors; targets of an
-        in-place load may then be partly written. Also ``CheckpointNotFound``, ``AmbiguousCheckpoint``,
-        ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded``, ``Cancelled``.
+        All that is missing, unexpected or different is found and listed (``StateMismatch``) before a byte is read.
+
+        - ``strict=False`` loads what both sides have and leaves the rest alone. - ``cast="allow"`` converts to the
+        target's dtype where it differs. - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest
+        of the state is left alone. - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them, to the state's;
+        names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation checkpointing) match by
+        themselves. - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on
+        the meta device need; new ones are where the old ones were, or on ``device`` for meta. - ``allow_pickle=True``
+        also unpickles what was saved so: it runs code of the checkpoint's choosing.
+
+        ``ChecksumMismatch`` names file, block and tensors; targets may then be partly written. Also
+        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``,
+        ``DeadlineExceeded``, ``Cancelled``.
         """
         self._enter()
+        options = LoadOptions(
+            strict=strict,
+            cast=cast,
+            keys=keys,
+            rename=rename,
+            device=torch.device(device),
+            assign=assign,
+            allow_pickle=allow_pickle,
+        )
         storage = open_storage(path)
-        flat = None if state is None else flatten(state)
-        trace = self._trace(0, on_progress)
-        request = LoadRequest(storage, state, flat, strict, torch.device(device), trace)
+        flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
+        request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress))
         task = LoadTask(request, self._engine, self._options.load_deadline)
         self._engine.submit(task.run, name=f"load of {storage.info.location}")
         return task.future

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import msgspec
-import torch
 from anyio import to_thread
-from torch import Tensor
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, CorruptCheckpoint, DeadlineExceeded, UnsupportedFormat
+from asyncdcp.errors import AsyncDCPError, Cancelled, CorruptCheckpoint, DeadlineExceeded
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.pipeline.load import load
@@ -24,9 +21,12 @@ from asyncdcp.planning import Want, plan_load
 from asyncdcp.results import LoadReport, frozen
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.matching import match
-from asyncdcp.state_dict.structure import DTYPES
+from asyncdcp.state_dict.nodes import TreeNodes
+from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.pruning import leaves, prune
+from asyncdcp.state_dict.restoring import Restorer
 from asyncdcp.state_dict.targets import TensorTarget, new_tensors, targets_of
-from asyncdcp.state_dict.unflatten import unflatten, unflatten_into
+from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
 
@@ -40,8 +40,7 @@ class LoadRequest:
     storage: Storage
     state: Any
     flat: FlatState | None
-    strict: bool
-    device: torch.device
+    options: LoadOptions
     trace: Trace
 
 
@@ -91,25 +90,24 @@ class LoadTask:
 
 
 async def _load(request: LoadRequest) -> tuple[Any, LoadReport]:
-    """Structure, names, shapes and dtypes are checked, and plain values of a new state decoded, before a byte of data
-    is read.
+    """Everything is matched before a byte of data is read, and every byte is verified before ``load_state_dict`` is
+    called.
     """
     begun = time.monotonic()
     async with await CheckpointReader.open(request.storage) as reader:
-        metadata = reader.metadata
-        tree, values = _decoded(metadata)
-        tensors, wants, targets = await to_thread.run_sync(_bind, request, metadata)
-        plan = await to_thread.run_sync(plan_load, metadata, wants)
+        into: _InPlace | _Anew = (
+            _Anew(request, reader.metadata) if request.flat is None else _InPlace(request, reader.metadata)
+        )
+        wants, targets = await to_thread.run_sync(into.bind)
+        plan = await to_thread.run_sync(plan_load, reader.metadata, wants)
         request.trace.total = plan.read_bytes
-        rebuild = _builder(request, tree, tensors, metadata.aliases, values)
-        state = rebuild() if request.flat is None else None
         await load(reader, plan, targets, request.trace)
-        if request.flat is not None:
-            state = rebuild()
+        with request.trace.span("restore"):
+            state = await to_thread.run_sync(into.finish)
     report = LoadReport(
         path=request.storage.info.location,
         save_id=reader.record.save_id,
-        tensors=len(tensors),
+        tensors=len(wants),
         read_bytes=plan.read_bytes,
         seconds=time.monotonic() - begun,
         stage_seconds=frozen(request.trace.seconds()),
@@ -117,38 +115,75 @@ async def _load(request: LoadRequest) -> tuple[Any, LoadReport]:
     return state, report
 
 
-def _decoded(metadata: Metadata) -> tuple[Any, dict[str, Any]]:
+class _Anew:
+    """A load that makes a new state of CPU tensors, or on ``options.device``; with ``options.keys``, a part of one."""
+
+    def __init__(self, request: LoadRequest, metadata: Metadata) -> None:
+        self._options = request.options
+        self._metadata = metadata
+        self._state: Any = None
+
+    def bind(self) -> tuple[list[Want], list[TensorTarget]]:
+        """Makes the state, its tensors still without content: a damaged tree is found before anything is read."""
+        metadata, options = self._metadata, self._options
+        tree, values = decoded(metadata)
+        if options.keys is not None:
+            tree = prune(tree, options.selects) or {"dict": [[], []]}
+        names = leaves(tree) if options.keys is not None else None
+        stored = {
+            metadata.aliases.get(name, name)
+            for name in (*metadata.state_dict_metadata, *metadata.aliases)
+            if names is None or name in names
+        }
+        devices = {
+            name: options.device
+            for name, entry in metadata.state_dict_metadata.items()
+            if name in stored and isinstance(entry, TensorStorageMetadata)
+        }
+        tensors = new_tensors(metadata, devices)
+        ties = {alias: tensors[name] for alias, name in metadata.aliases.items() if name in tensors}
+        self._state = unflatten(tree, {**tensors, **ties}, values, allow_pickle=options.allow_pickle)
+        return targets_of(metadata, tensors.items())
+
+    def finish(self) -> Any:
+        """The state."""
+        return self._state
+
+
+class _InPlace:
+    """A load into a state that is there."""
+
+    def __init__(self, request: LoadRequest, metadata: Metadata) -> None:
+        assert request.flat is not None
+        self._state = request.state
+        self._flat = request.flat
+        self._options = request.options
+        self._metadata = metadata
+        self._restorer: Restorer | None = None
+
+    def bind(self) -> tuple[list[Want], list[TensorTarget]]:
+        """Matches state and checkpoint; ``StateMismatch`` otherwise. Makes the tensors that have no target."""
+        metadata, options = self._metadata, self._options
+        tree, values = decoded(metadata)
+        nodes = TreeNodes(tree, options.renamed)
+        found = match(self._flat, metadata, nodes, options)
+        made = new_tensors(metadata, found.fresh)
+        found.add_fresh(made)
+        self._restorer = Restorer(self._flat, found, nodes, values, options)
+        return targets_of(metadata, [*found.fill, *made.items()])
+
+    def finish(self) -> Any:
+        """Plain values, and every Stateful's ``load_state_dict``, in the state's order."""
+        assert self._restorer is not None
+        return self._restorer.restore(self._state)
+
+
+def decoded(metadata: Metadata) -> tuple[Any, dict[str, Any]]:
+    """The checkpoint's tree and values, as JSON says them; not trusted yet."""
     try:
         tree = msgspec.json.decode(metadata.tree)
         values = {name: msgspec.json.decode(value) for name, value in metadata.values.items()}
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise CorruptCheckpoint(
-            f"{metadata.storage_meta.checkpoint_id}: its tree or values are not JSON ({error})"
-        ) from error
+        path = metadata.storage_meta.checkpoint_id
+        raise CorruptCheckpoint(f"{path}: its tree or values are not JSON ({error})", path=path) from error
     return tree, values
-
-
-def _bind(request: LoadRequest, metadata: Metadata) -> tuple[dict[str, Tensor], list[Want], list[TensorTarget]]:
-    """The tensors to fill, by their names in the checkpoint, and the wants and targets that fill them."""
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and entry.properties.dtype not in DTYPES:
-            raise UnsupportedFormat(
-                f"{name} has dtype {entry.properties.dtype}, which this torch does not have", tensors=[name]
-            )
-    if request.flat is not None:
-        found = match(request.flat, metadata, strict=request.strict)
-        pairs = [(name, tensor) for name, targets in found.items() for tensor in targets]
-        return {name: targets[0] for name, targets in found.items()}, *targets_of(pairs)
-    names = [n for n, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
-    made = new_tensors(metadata, names, request.device)
-    return made, *targets_of(list(made.items()))
-
-
-def _builder(
-    request: LoadRequest, tree: Any, tensors: dict[str, Tensor], aliases: dict[str, str], values: dict[str, Any]
-) -> Callable[[], Any]:
-    """What puts the state together from tensors and values."""
-    tensors = {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if name in tensors}}
-    if request.flat is None:
-        return lambda: unflatten(tree, tensors, values)
-    return lambda: unflatten_into(request.state, tree, tensors, values, strict=request.strict).state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,6 +18,14 @@ from asyncdcp.state_dict.leaves import Refusal
 from asyncdcp.state_dict.tensors import AliasGroups, tensor_kinds
 from asyncdcp.state_dict.values import MAX_DEPTH, PLAIN_KINDS, encode_value, factory_name, unsupported
 from asyncdcp.stateful import PerRank, RNGState, Stateful
+
+
+class Taken(NamedTuple):
+    """A Stateful, what its ``state_dict()`` gave, and the FQNs of all leaves in that."""
+
+    stateful: Stateful
+    state: Any
+    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,11 @@ class FlatState:
     """The other FQNs of tied tensors, with the FQN under which the tensor is in ``tensors``."""
     values: dict[str, Any]
     """Plain values, encoded by ``encode_value``."""
-    statefuls: dict[str, Stateful]
+    statefuls: dict[str, Taken]
     """The Statefuls whose ``state_dict()`` was taken, by the FQN at which they stand, in the state's order."""
 
 
-def flatten(state: Any, *, allow_pickle: bool = False) -> FlatState:
+def flatten(state: Any, *, allow_pickle: bool = False, allow_meta: bool = False) -> FlatState:
     """Take ``state`` apart. Nothing of it is changed, tensors are not copied, plain values are encoded (so copied).
 
     Lists and tuples in which there are only plain values (and such lists and tuples) are one plain value, so that a
@@ -55,8 +64,9 @@ def flatten(state: Any, *, allow_pickle: bool = False) -> FlatState:
     Each Stateful's ``state_dict()`` is called once, in order. Raises ``UnsupportedValue`` for the first thing that
     cannot be stored, by FQN and type, and for what is nested too deep or holds itself; ``DuplicateName`` where two
     entries have one FQN. With ``allow_pickle`` what would be refused is pickled instead, tensors too; keys never are.
+    ``allow_meta`` is for the targets of a load that replaces tensors: those on the meta device are accepted.
     """
-    walk = _Flattener(allow_pickle=allow_pickle)
+    walk = _Flattener(allow_pickle=allow_pickle, allow_meta=allow_meta)
     tree = walk.visit(state, "", _Frame("state", None, ""), _ROOT, 0)
     return FlatState(tree, walk.groups.tensors, walk.groups.aliases, walk.values, walk.statefuls)
 
@@ -92,10 +102,10 @@ class _Flattener:
     """One walk. It makes no more objects for a leaf than the tree has, none of which the garbage collector tracks, so
     that a walk over many tensors is quick and sets off no full collection."""
 
-    def __init__(self, *, allow_pickle: bool) -> None:
-        self.groups = AliasGroups()
+    def __init__(self, *, allow_pickle: bool, allow_meta: bool) -> None:
+        self.groups = AliasGroups(allow_meta=allow_meta)
         self.values: dict[str, Any] = {}
-        self.statefuls: dict[str, Stateful] = {}
+        self.statefuls: dict[str, Taken] = {}
         self._allow_pickle = allow_pickle
         self._tensor_kinds = tensor_kinds()
         self._leaves: dict[str, _Frame] = {}
@@ -182,9 +192,11 @@ class _Flattener:
         return [self.visit(item, f"{frame.prefix}{i}", frame, i, depth) for i, item in enumerate(items)]
 
     def _stateful(self, value: Stateful, fqn: str, path: str, depth: int) -> dict[str, Any]:
-        self.statefuls[fqn] = value
         inner = _Frame(f"{path}.state_dict()", None, "")
-        node = {"stateful": self.visit(value.state_dict(), fqn, inner, _ROOT, depth)}
+        before, state = len(self._leaves), value.state_dict()
+        self.statefuls[fqn] = Taken(value, state, frozenset())  # its place in the order comes before those inside it
+        node = {"stateful": self.visit(state, fqn, inner, _ROOT, depth)}
+        self.statefuls[fqn] = Taken(value, state, frozenset(islice(self._leaves, before, None)))
         return {"per_rank": node} if isinstance(value, RNGState) else node
 
 

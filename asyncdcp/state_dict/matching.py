@@ -1,82 +1,223 @@
-"""Which entries of a state a checkpoint can fill; every mismatch is found and listed before a byte is read."""
+"""Which entries of a state a checkpoint can fill; every mismatch is found and listed before a byte is read.
+
+For modules and for bare tensors and values the *state* decides: what it has must be in the checkpoint, and alike. For
+other Statefuls (optimizers, schedulers, data loaders) the *checkpoint* decides: tensors that are alike on both sides
+are filled in place, all others are made anew, and ``load_state_dict`` takes them over. A module whose checkpoint was
+written by another version of its class (``_metadata``) counts among the latter, since only its own ``load_state_dict``
+can bring it up to date.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from asyncdcp.errors import StateMismatch
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
-from asyncdcp.state_dict.flatten import FlatState
+from asyncdcp.state_dict.flatten import FlatState, Taken
+from asyncdcp.state_dict.nodes import TreeNodes
+from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Path steps that DataParallel and DDP, torch.compile, activation checkpointing and FSDP1 put into names."""
 _SHOWN = 20
 
 
-def match(flat: FlatState, metadata: Metadata, *, strict: bool) -> dict[str, list[Tensor]]:
-    """The targets for each stored tensor: usually one; more where the state is untied and the checkpoint tied.
+@dataclass
+class Match:
+    """What a load will do. Names are FQNs; "stored" ones are the checkpoint's, tied ones resolved."""
 
-    ``StateMismatch`` if shapes, dtypes or kinds differ, and with ``strict`` also if one side has a name that the other
-    lacks.
-    """
-    stored = metadata.state_dict_metadata
-    wanted: dict[str, Tensor] = {**flat.tensors, **{alias: flat.tensors[name] for alias, name in flat.aliases.items()}}
-    have = {*stored, *metadata.aliases}
-    want = {*wanted, *flat.values}
-    missing = sorted(want - have) if strict else []
-    unexpected = sorted(have - want) if strict else []
-    mismatched: dict[str, str] = {}
-    found: dict[str, list[Tensor]] = {}
-    for name, tensor in wanted.items():
-        origin = metadata.aliases.get(name, name)
-        if origin in stored:
-            problem = _difference(tensor, stored[origin])
-            if problem:
-                mismatched[name] = problem
-            targets = found.setdefault(origin, [])
-            if not any(tensor is other for other in targets):
-                targets.append(tensor)
-    for name in flat.values:
-        if isinstance(stored.get(metadata.aliases.get(name, name)), TensorStorageMetadata):
-            mismatched[name] = "a plain value in the state, a tensor in the checkpoint"
-    if missing or unexpected or mismatched:
-        raise _mismatch(metadata.storage_meta.checkpoint_id, missing, unexpected, mismatched)
-    return found
+    sources: dict[str, str] = field(default_factory=dict)
+    """The checkpoint's name for each of the state's that is loaded."""
+    fill: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Stored tensors and the targets that they fill in place."""
+    fresh: dict[str, torch.device] = field(default_factory=dict)
+    """Stored tensors for which new ones are made, and where."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """By the checkpoint's name, aliases too: the tensor that will hold its content. ``add_fresh`` completes it."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """The stored name of every checkpoint name that is to get one of ``fresh``."""
+    deciding: frozenset[str] = frozenset()
+    """FQNs of the Statefuls for which the checkpoint decides."""
+
+    def add_fresh(self, made: Mapping[str, Tensor]) -> None:
+        """Takes in the new tensors, by stored name."""
+        self.tensors.update({name: made[stored] for name, stored in self.ties.items()})
 
 
-def _difference(tensor: Tensor, stored: object) -> str | None:
-    if not isinstance(stored, TensorStorageMetadata):
-        return "a tensor in the state, a plain value in the checkpoint"
-    dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-    if shape != stored.size:
-        return f"shape {list(shape)} in the state, {list(stored.size)} in the checkpoint"
-    if dtype != stored.properties.dtype:
-        return f"dtype {dtype} in the state, {stored.properties.dtype} in the checkpoint"
-    return None
+def match(flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOptions) -> Match:
+    """Pairs the state's entries with the checkpoint's. ``StateMismatch`` lists everything that does not fit."""
+    return _Matcher(flat, metadata, nodes, options).run()
 
 
-def _mismatch(
-    path: str, missing: Sequence[str], unexpected: Sequence[str], mismatched: Mapping[str, str]
-) -> StateMismatch:
-    lines = [f"the state does not match the checkpoint at {path} (nothing was read):"]
-    lines += _listed("missing in the checkpoint", missing, unexpected)
-    lines += _listed("unexpected (only in the checkpoint)", unexpected, ())
-    lines += _listed("different", [f"{name}: {problem}" for name, problem in mismatched.items()], ())
-    if missing or unexpected:
-        lines.append("  strict=False loads what both have and leaves the rest alone")
-    return StateMismatch(
-        "\n".join(lines), path=path, missing=missing, unexpected=unexpected, mismatched=list(mismatched)
-    )
+def canonical(name: str) -> str:
+    """An FQN without the steps that wrappers add."""
+    return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
 
 
-def _listed(title: str, names: Sequence[str], candidates: Sequence[str]) -> list[str]:
+class _Matcher:
+    def __init__(self, flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOptions) -> None:
+        self._flat = flat
+        self._metadata = metadata
+        self._options = options
+        self._nodes = nodes
+        stored = [*metadata.state_dict_metadata, *metadata.aliases]
+        self._have = {options.renamed(name): name for name in stored if options.selects(name)}
+        self._aliased = {alias: flat.tensors[name] for alias, name in flat.aliases.items()}
+        self._targets: dict[str, Tensor] = {**flat.tensors, **self._aliased}
+        self._want = dict.fromkeys([*self._targets, *flat.values])
+        self._match = Match(
+            deciding=frozenset(
+                fqn
+                for fqn, taken in flat.statefuls.items()
+                if options.keys is None and not self._state_decides(fqn, taken)
+            )
+        )
+        self._missing: list[str] = []
+        self._unexpected: list[str] = []
+        self._different: dict[str, str] = {}
+
+    def run(self) -> Match:
+        self._pair()
+        self._find_gaps()
+        filled: set[tuple[str, int]] = set()
+        for name, source in self._match.sources.items():
+            if name in self._targets:
+                self._target(name, source, filled)
+            elif self._is_tensor(source) and not self._decided_by_checkpoint(name):
+                self._different[name] = "a plain value in the state, a tensor in the checkpoint"
+        if self._missing or self._unexpected or self._different:
+            raise self._mismatch()
+        self._add_fresh()
+        return self._match
+
+    def _state_decides(self, fqn: str, taken: Taken) -> bool:
+        if not isinstance(taken.stateful, torch.nn.Module):
+            return False
+        stored = self._nodes.versions(fqn)
+        own = vars(taken.state).get("_metadata") if hasattr(taken.state, "__dict__") else None
+        return stored is None or own is None or stored == _versions(own)
+
+    def _decided_by_checkpoint(self, name: str) -> bool:
+        return self._owner(name) is not None
+
+    def _owner(self, name: str) -> str | None:
+        """The Stateful with the checkpoint's say to whose part ``name`` belongs, whichever side has it."""
+        for fqn in self._match.deciding:
+            if name in self._flat.statefuls[fqn].names:
+                return fqn
+            if name not in self._want and (not fqn or name == fqn or name.startswith(f"{fqn}.")):
+                return fqn
+        return None
+
+    def _pair(self) -> None:
+        """Equal names first, then those that are equal without the steps of wrappers, if that is one to one."""
+        sources = self._match.sources
+        for name in self._want:
+            if name in self._have:
+                sources[name] = self._have[name]
+        rest: dict[str, list[str]] = {}
+        for name in self._have:
+            if name not in self._want:
+                rest.setdefault(canonical(name), []).append(name)
+        for name in self._want:
+            candidates = rest.get(canonical(name), ()) if name not in sources else ()
+            if len(candidates) == 1:
+                sources[name] = self._have[candidates[0]]
+
+    def _find_gaps(self) -> None:
+        options, paired = self._options, set(self._match.sources.values())
+        if options.keys is not None and not self._have:
+            self._different[", ".join(options.keys)] = "keys that match nothing in the checkpoint"
+        if not options.strict:
+            return
+        if options.keys is None:
+            self._missing = [
+                n for n in self._want if n not in self._match.sources and not self._decided_by_checkpoint(n)
+            ]
+            self._missing += [fqn for fqn in self._match.deciding if fqn not in self._nodes]
+        left = (name for name, source in self._have.items() if source not in paired)
+        self._unexpected = [name for name in left if not self._decided_by_checkpoint(name)]
+
+    def _target(self, name: str, source: str, filled: set[tuple[str, int]]) -> None:
+        """Decides what becomes of one of the state's tensors."""
+        tensor, stored = self._targets[name], self._origin(source)
+        problem = self._difference(tensor, stored)
+        if problem is None and not self._options.assign and not tensor.is_meta:
+            self._match.tensors[source] = tensor
+            if (stored, id(tensor)) not in filled:
+                filled.add((stored, id(tensor)))
+                self._match.fill.append((stored, tensor))
+        elif problem is not None and not self._decided_by_checkpoint(name):
+            self._different[name] = problem
+
+    def _difference(self, tensor: Tensor, stored: str) -> str | None:
+        entry = self._metadata.state_dict_metadata[stored]
+        if not isinstance(entry, TensorStorageMetadata):
+            return "a tensor in the state, a plain value in the checkpoint"
+        dtype, shape = DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)
+        if shape != entry.size:
+            return f"shape {list(shape)} in the state, {list(entry.size)} in the checkpoint"
+        if self._options.assign:
+            return None
+        if tensor.is_meta:
+            return "on the meta device: call to_empty() on the module first, or load with assign=True"
+        if dtype != entry.properties.dtype and self._options.cast == "error":
+            return f"dtype {dtype} in the state, {entry.properties.dtype} in the checkpoint (cast='allow' converts)"
+        return None
+
+    def _add_fresh(self) -> None:
+        """New tensors for all that is loaded and has no target: parts of Statefuls, and everything with ``assign``."""
+        wanted = set(self._match.sources.values())
+        wanted |= {source for name, source in self._have.items() if self._owner(name) is not None}
+        sources = self._match.sources
+        devices = {sources[name]: tensor.device for name, tensor in self._targets.items() if name in sources}
+        for name in self._have.values():
+            if name in wanted and name not in self._match.tensors and self._is_tensor(name):
+                device = devices.get(name, self._options.device)
+                stored = self._match.ties[name] = self._origin(name)
+                self._match.fresh[stored] = self._options.device if device.type == "meta" else device
+
+    def _origin(self, name: str) -> str:
+        return self._metadata.aliases.get(name, name)
+
+    def _is_tensor(self, name: str) -> bool:
+        return isinstance(self._metadata.state_dict_metadata[self._origin(name)], TensorStorageMetadata)
+
+    def _mismatch(self) -> StateMismatch:
+        path = self._metadata.storage_meta.checkpoint_id
+        lines = [f"the state does not match the checkpoint at {path} (nothing was read):"]
+        lines += _listed("missing in the checkpoint", self._missing, self._unexpected)
+        lines += _listed("unexpected (only in the checkpoint)", self._unexpected, ())
+        lines += _listed("different", [f"{name}: {problem}" for name, problem in self._different.items()], ())
+        if self._missing or self._unexpected:
+            lines.append("  strict=False loads what both have and leaves the rest alone; rename= pairs other names")
+        return StateMismatch(
+            "\n".join(lines),
+            path=path,
+            missing=self._missing,
+            unexpected=self._unexpected,
+            mismatched=list(self._different),
+        )
+
+
+def _versions(metadata: Mapping[str, Mapping[str, object]]) -> list[object]:
+    """The classes' versions in a module's ``_metadata``; names are left out, since wrappers change them."""
+    return [entry.get("version") for entry in metadata.values() if entry.get("version") is not None]
+
+
+def _listed(title: str, names: Sequence[str], candidates: Iterable[str]) -> list[str]:
     if not names:
         return []
+    pool = list(candidates)
     lines = [f"  {title}: {len(names)}"]
     for name in names[:_SHOWN]:
-        near = difflib.get_close_matches(name, candidates, n=1)
+        near = difflib.get_close_matches(name, pool, n=1)
         lines.append(f"    {name}" + (f"  (did you mean {near[0]}?)" if near else ""))
     if len(names) > _SHOWN:
         lines.append(f"    … and {len(names) - _SHOWN} more (all are in the error's fields)")

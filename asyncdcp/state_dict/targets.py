@@ -5,12 +5,13 @@ piece.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from asyncdcp.boxes import Box, intersect, row_major_boxes, whole
+from asyncdcp.errors import UnsupportedFormat
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.planning import Want
 from asyncdcp.state_dict.structure import DTYPES
@@ -19,26 +20,33 @@ from asyncdcp.state_dict.structure import DTYPES
 class TensorTarget:
     """Fills one tensor. The caller keeps the tensor alive and unused until the load is done."""
 
-    def __init__(self, tensor: Tensor, box: Box) -> None:
+    def __init__(self, tensor: Tensor, box: Box, dtype: torch.dtype) -> None:
         self._tensor = tensor.detach()
         self._box = box
-        plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        self._dtype = dtype
+        plain = (
+            tensor.dtype == dtype
+            and tensor.device.type == "cpu"
+            and tensor.is_contiguous()
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+        )
         self.buffer: memoryview | None = _memory(tensor) if plain else None
 
     def deliver(self, chunk: Box, start: int, data: memoryview) -> None:
         """Copies whole elements of ``chunk``, from its byte ``start`` on, to where they belong in the tensor."""
-        dtype = self._tensor.dtype
-        elements = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
-        first = start // dtype.itemsize
+        elements = torch.frombuffer(data, dtype=torch.uint8).view(self._dtype)
+        first = start // self._dtype.itemsize
+        same = self._tensor.dtype == self._dtype
+        target = copyable(self._tensor) if same else self._tensor
         with torch.no_grad():
             for begin, box in row_major_boxes(chunk.sizes, first, first + len(elements)):
                 absolute = Box(tuple(a + b for a, b in zip(chunk.offsets, box.offsets, strict=True)), box.sizes)
                 common = intersect(absolute, self._box)
                 if common is not None:
-                    flat = elements[begin - first : begin - first + box.volume]
-                    copyable(self._tensor)[_slices(common, self._box)] = copyable(flat.view(box.sizes))[
-                        _slices(common, absolute)
-                    ]
+                    piece = elements[begin - first : begin - first + box.volume].view(box.sizes)
+                    source = copyable(piece) if same else piece
+                    target[_slices(common, self._box)].copy_(source[_slices(common, absolute)])
 
 
 def copyable(tensor: Tensor) -> Tensor:
@@ -65,22 +73,35 @@ def _memory(tensor: Tensor) -> memoryview | None:
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def new_tensors(metadata: Metadata, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """An uninitialised tensor for each stored one."""
-    made = {}
-    for name in names:
-        stored = metadata.state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        made[name] = torch.empty(stored.size, dtype=DTYPES[stored.properties.dtype], device=device)
-    return made
+def new_tensors(metadata: Metadata, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """An uninitialised tensor for each stored one, where it is to be."""
+    return {
+        name: torch.empty(_stored(metadata, name).size, dtype=_dtype(metadata, name), device=device)
+        for name, device in devices.items()
+    }
 
 
-def targets_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[Want], list[TensorTarget]]:
+def targets_of(metadata: Metadata, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[Want], list[TensorTarget]]:
     """Wants and targets for whole tensors, each with the name under which it is stored. Empty tensors need nothing."""
     wants, targets = [], []
     for name, tensor in tensors:
         if tensor.numel():
             box = whole(tensor.shape)
             wants.append(Want(name, box))
-            targets.append(TensorTarget(tensor, box))
+            targets.append(TensorTarget(tensor, box, _dtype(metadata, name)))
     return wants, targets
+
+
+def _stored(metadata: Metadata, name: str) -> TensorStorageMetadata:
+    entry = metadata.state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata)
+    return entry
+
+
+def _dtype(metadata: Metadata, name: str) -> torch.dtype:
+    """``UnsupportedFormat`` if this torch does not have it."""
+    stored = _stored(metadata, name).properties.dtype
+    dtype = DTYPES.get(stored)
+    if dtype is None:
+        raise UnsupportedFormat(f"{name} has dtype {stored}, which this torch does not have", tensors=[name])
+    return dtype

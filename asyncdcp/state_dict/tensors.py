@@ -38,7 +38,8 @@ class AliasGroups:
     ranks it is not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, allow_meta: bool = False) -> None:
+        self._allow_meta = allow_meta
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._by_address: dict[int, str] = {}
@@ -56,8 +57,10 @@ class AliasGroups:
         except RuntimeError as error:
             raise Refusal(_NO_MEMORY) from error
         if address < _SUSPECT:
-            _check_memory(tensor)
-            if tensor.numel() == 0:
+            replaced = tensor.is_meta and self._allow_meta
+            if not replaced:
+                _check_memory(tensor)
+            if replaced or tensor.numel() == 0:
                 self.tensors[fqn] = tensor
                 return
         # There are three cases: an address not seen before (all but a few), an alias, and another view with the same

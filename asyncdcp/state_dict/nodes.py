@@ -1,0 +1,87 @@
+"""The containers of a checkpoint's tree by their FQNs, so that a Stateful's part can be found by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from asyncdcp.errors import CorruptCheckpoint
+from asyncdcp.state_dict.keys import decode_key
+from asyncdcp.state_dict.values import MAX_DEPTH, decode_value
+
+_MARKS = ("stateful", "per_rank")
+_KEYED = ("dict", "ordered", "defaultdict")
+_LISTED = ("list", "tuple")
+
+
+class TreeNodes:
+    """Finds nodes by FQN; ``renamed`` maps the checkpoint's names to the state's, under which they are then found.
+
+    Marks around a node are passed over. Malformed parts raise ``CorruptCheckpoint``.
+    """
+
+    def __init__(self, tree: Any, renamed: Callable[[str], str]) -> None:
+        self._nodes: dict[str, Any] = {}
+        self._renamed = renamed
+        self._walk(tree, "", 0)
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._nodes
+
+    def get(self, fqn: str) -> Any:
+        """The node that stands at ``fqn``, None if there is none."""
+        return self._nodes.get(fqn)
+
+    def versions(self, fqn: str) -> list[object] | None:
+        """The class versions in the ``_metadata`` of the module state at ``fqn``; None if it has no ``_metadata``."""
+        node = self._nodes.get(fqn)
+        if not isinstance(node, dict) or not isinstance(node.get("metadata"), str):
+            return None
+        metadata = self.metadata(node)
+        if not isinstance(metadata, Mapping):
+            return None
+        entries = (entry.get("version") for entry in metadata.values() if isinstance(entry, Mapping))
+        return [version for version in entries if version is not None]
+
+    @staticmethod
+    def metadata(node: dict[str, Any]) -> Any:
+        """The ``_metadata`` that an ordered node carries."""
+        try:
+            return decode_value(msgspec.json.decode(node["metadata"]), "_metadata")
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise CorruptCheckpoint(f"the tree has malformed metadata: {error!s:.200}") from error
+
+    def _walk(self, node: Any, fqn: str, depth: int) -> None:
+        if depth > 2 * MAX_DEPTH or not isinstance(node, dict) or not node:
+            raise CorruptCheckpoint(f"the tree is malformed or nested too deeply at {fqn!r:.200}")
+        tag = next(iter(node))
+        content = node[tag]
+        if tag in _MARKS:
+            self._walk(content, fqn, depth + 1)
+            return
+        self._nodes[self._renamed(fqn)] = node
+        if tag in _KEYED:
+            if (
+                not isinstance(content, list)
+                or len(content) != 2
+                or not all(isinstance(part, list) for part in content)
+            ):
+                raise CorruptCheckpoint(f"the tree has a dict that is not its keys and nodes at {fqn!r:.200}")
+            for key, item in zip(*content, strict=False):
+                if _is_container(item):
+                    self._walk(item, _join(fqn, decode_key(key)), depth + 1)
+        elif tag in _LISTED and isinstance(content, list):
+            for number, item in enumerate(content):
+                if _is_container(item):
+                    self._walk(item, _join(fqn, number), depth + 1)
+
+
+def _is_container(node: Any) -> bool:
+    """Leaves, by far the most, need no walk."""
+    return not (isinstance(node, dict) and ("t" in node or "v" in node))
+
+
+def _join(fqn: str, key: Any) -> str:
+    return f"{fqn}.{key}" if fqn else str(key)

@@ -1,0 +1,63 @@
+"""How a load matches a state with a checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from asyncdcp.errors import InvalidOption
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """See ``AsyncCheckpointer.load`` for what each means."""
+
+    strict: bool = True
+    cast: Literal["error", "allow"] = "error"
+    keys: Sequence[str] | None = None
+    rename: Mapping[str, str] | Callable[[str], str] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    assign: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cast not in ("error", "allow"):
+            raise InvalidOption(f"cast takes 'error' or 'allow', not {self.cast!r}")
+        if isinstance(self.keys, str):
+            raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
+
+    def selects(self, name: str) -> bool:
+        """Whether ``keys`` lets a checkpoint's FQN through."""
+        return self._pattern is None or self._pattern.fullmatch(name) is not None
+
+    def renamed(self, name: str) -> str:
+        """The state's name for a checkpoint's FQN. A mapping's keys are FQNs, or prefixes of them up to a dot."""
+        if self.rename is None:
+            return name
+        if callable(self.rename):
+            return self.rename(name)
+        for end in _ends(name):
+            new = self.rename.get(name[:end])
+            if new is not None:
+                return new + name[end:]
+        return name
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        return None if self.keys is None else key_pattern(self.keys)
+
+
+def key_pattern(keys: Sequence[str]) -> re.Pattern[str]:
+    """One expression for several globs (``*`` also matches dots) of which any may match a whole FQN."""
+    return re.compile("|".join(fnmatch.translate(key) for key in keys) or r"(?!)")
+
+
+def _ends(name: str) -> list[int]:
+    """The ends of ``name``'s dotted prefixes, the longest first."""
+    return [len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == ".")]

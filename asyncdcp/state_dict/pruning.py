@@ -1,0 +1,65 @@
+"""A part of a state, chosen by FQN: what ``save(keys=…)`` stores and ``load(keys=…)`` makes anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from asyncdcp.state_dict.flatten import FlatState
+
+_KEYED = ("dict", "ordered", "defaultdict")
+_LISTED = ("list", "tuple")
+
+
+def prune(tree: Any, keep: Callable[[str], bool]) -> Any:
+    """The tree without the leaves that ``keep`` refuses; None if nothing is left of it.
+
+    Dicts lose entries. A list or tuple, whose entries are named by position, is kept whole where any entry is kept.
+    """
+    tag = next(iter(tree))
+    content = tree[tag]
+    if tag in ("t", "v"):
+        return tree if keep(content) else None
+    if tag in _KEYED:
+        kept = [(key, part) for key, node in zip(*content, strict=True) if (part := prune(node, keep)) is not None]
+        return {**tree, tag: [[key for key, _ in kept], [part for _, part in kept]]} if kept else None
+    if tag in _LISTED:
+        return tree if any(prune(node, keep) is not None for node in content) else None
+    inner = prune(content, keep)
+    return None if inner is None else {tag: inner}
+
+
+def leaves(tree: Any) -> set[str]:
+    """The FQNs of all leaves."""
+    tag = next(iter(tree))
+    content = tree[tag]
+    if tag in ("t", "v"):
+        return {content}
+    nodes = content[1] if tag in _KEYED else content if tag in _LISTED else [content]
+    return {name for node in nodes for name in leaves(node)}
+
+
+def select(flat: FlatState, keep: Callable[[str], bool]) -> FlatState:
+    """The part of a flattened state whose leaves ``keep`` lets through. A tied tensor is stored under the first name
+    kept.
+    """
+    tree = prune(flat.tree, keep)
+    if tree is None:
+        return replace(flat, tree={"dict": [[], []]}, tensors={}, aliases={}, values={})
+    names = leaves(tree)
+    tensors = {name: tensor for name, tensor in flat.tensors.items() if name in names}
+    aliases: dict[str, str] = {}
+    promoted: dict[str, str] = {}
+    for alias, name in flat.aliases.items():
+        if alias not in names:
+            continue
+        if name in names:
+            aliases[alias] = name
+        elif name in promoted:
+            aliases[alias] = promoted[name]
+        else:
+            promoted[name] = alias
+            tensors[alias] = flat.tensors[name]
+    values = {name: value for name, value in flat.values.items() if name in names}
+    return replace(flat, tree=tree, tensors=tensors, aliases=aliases, values=values)

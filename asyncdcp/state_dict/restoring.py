@@ -1,0 +1,136 @@
+"""The end of an in-place load: plain values into containers, and each Stateful's part to its ``load_state_dict``, in
+order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asyncdcp.errors import StateMismatch
+from asyncdcp.state_dict.flatten import FlatState, Taken, is_plain_sequence
+from asyncdcp.state_dict.matching import Match
+from asyncdcp.state_dict.nodes import TreeNodes
+from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.unflatten import unflatten
+from asyncdcp.state_dict.values import decode_value
+from asyncdcp.stateful import PerRank, Stateful
+
+_DICTS = (dict, OrderedDict)
+
+
+class Restorer:
+    """Brings a state to the checkpoint's, once the tensors of ``match`` hold its content.
+
+    ``tensors`` are by the checkpoint's names, aliases too. Containers of the state are kept and changed in place; a
+    tuple is made anew only where something in it was.
+    """
+
+    def __init__(
+        self, flat: FlatState, match: Match, nodes: TreeNodes, values: Mapping[str, Any], options: LoadOptions
+    ) -> None:
+        self._flat = flat
+        self._match = match
+        self._nodes = nodes
+        self._values = values
+        self._options = options
+        self._inside = False
+
+    def restore(self, state: Any) -> Any:
+        """The state, or what stands for it where it is a tuple or a single value."""
+        result = self._value(state, "")
+        self._inside = True
+        for fqn, taken in self._flat.statefuls.items():
+            if not any(fqn != other and self._within(fqn, other) for other in self._flat.statefuls):
+                self._load(fqn, taken)
+        return result
+
+    def _within(self, fqn: str, other: str) -> bool:
+        return self._flat.statefuls[fqn].names < self._flat.statefuls[other].names and fqn.startswith(other)
+
+    def _value(self, target: Any, fqn: str) -> Any:
+        """What is to stand at ``fqn``: containers as they are, with new content."""
+        if isinstance(target, Tensor):
+            source = self._match.sources.get(fqn)
+            return self._match.tensors.get(source, target) if source is not None else target
+        if isinstance(target, PerRank):
+            target.value = self._value(target.value, fqn)
+            return target
+        if not isinstance(target, type) and isinstance(target, Stateful):
+            return target
+        if isinstance(target, dict) and fqn not in self._match.sources:
+            self._entries(target, fqn)
+            if not self._inside:
+                self._take_versions(target, fqn)
+            return target
+        if type(target) in (list, tuple) and not is_plain_sequence(target):
+            return self._items(target, fqn)
+        source = self._match.sources.get(fqn)
+        if source is None or source not in self._values:
+            return target
+        new = decode_value(self._values[source], fqn, allow_pickle=self._options.allow_pickle)
+        if type(target) is list and type(new) is list:
+            target[:] = new
+            return target
+        return new
+
+    def _entries(self, target: dict[Any, Any], fqn: str) -> None:
+        for key, old in target.items():
+            new = self._value(old, f"{fqn}.{key}" if fqn else str(key))
+            if new is not old:
+                target[key] = new
+
+    def _take_versions(self, target: dict[Any, Any], fqn: str) -> None:
+        """A plain module state is to be given to ``load_state_dict`` by the caller, who needs the checkpoint's
+        versions.
+        """
+        node = self._nodes.get(fqn)
+        if isinstance(target, OrderedDict) and node is not None and "metadata" in node:
+            vars(target)["_metadata"] = self._nodes.metadata(node)
+
+    def _items(self, target: Any, fqn: str) -> Any:
+        merged = [self._value(old, f"{fqn}.{n}" if fqn else str(n)) for n, old in enumerate(target)]
+        if all(new is old for new, old in zip(merged, target, strict=True)):
+            return target
+        if type(target) is list:
+            target[:] = merged
+            return target
+        return tuple(merged)
+
+    def _load(self, fqn: str, taken: Taken) -> None:
+        """Gives a Stateful its part; what no name of was selected is left alone."""
+        if fqn in self._match.deciding:
+            node = self._nodes.get(fqn)
+            if node is not None:
+                part = unflatten(node, self._match.tensors, self._values, allow_pickle=self._options.allow_pickle)
+                self._hand_over(fqn, taken.stateful, part, strict=self._options.strict)
+            return
+        chosen = [name for name in taken.names if name in self._match.sources]
+        if chosen or not taken.names:
+            part = self._value(taken.state, fqn)
+            whole = len(chosen) == len(taken.names)
+            if not whole and isinstance(part, dict):
+                part = self._only(part, fqn, chosen)
+            self._hand_over(fqn, taken.stateful, part, strict=whole)
+
+    def _only(self, part: dict[Any, Any], fqn: str, chosen: list[str]) -> dict[Any, Any]:
+        """The entries of a module's state that are loaded; the others are not even copied onto themselves."""
+        names = set(chosen)
+        kept = [key for key in part if (f"{fqn}.{key}" if fqn else str(key)) in names]
+        few = OrderedDict((key, part[key]) for key in kept)
+        if isinstance(part, OrderedDict):
+            vars(few).update(vars(part))
+        return few
+
+    def _hand_over(self, fqn: str, stateful: Stateful, part: Any, *, strict: bool) -> None:
+        if not isinstance(stateful, torch.nn.Module):
+            stateful.load_state_dict(part)
+            return
+        try:
+            stateful.load_state_dict(part, strict=strict, assign=self._options.assign)
+        except RuntimeError as error:
+            raise StateMismatch(f"{fqn}: its load_state_dict refused the checkpoint's state: {error}") from error
