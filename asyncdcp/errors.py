@@ -141,6 +141,20 @@ class PeerFailed(PeerError):
     """Another rank gave the save up; ``rank`` is it, and the message names its cause."""
 
 
+class WorkerCrashed(PeerError):
+    """The background process ended, or could not be started, before the save was committed; it will not be any more.
+
+    ``signal`` is the number of the signal that ended it, None where it exited by itself; ``save`` the save's id.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, signal: int | None = None, save: str | None = None
+    ) -> None:
+        super().__init__(message, path=path)
+        self.signal = signal
+        self.save = save
+
+
 # ── the storage ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -161,6 +175,10 @@ class CommitUnknown(StorageError):
 
     Look again with a load once the storage answers: the checkpoint is there whole, or not at all.
     """
+
+
+class ThreadPipelineWarning(UserWarning):
+    """Something of a save cannot travel to the background process, so the save runs on a thread of this one."""
 
 
 class VolatileStorageWarning(UserWarning):

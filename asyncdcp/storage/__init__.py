@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
 from asyncdcp.errors import InvalidOption
+from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.local import LocalStorage
 from asyncdcp.storage.memory import MemoryStorage
 from asyncdcp.storage.port import Buffer, ObjectReader, ObjectWriter, Storage, StorageInfo, check_name
+from asyncdcp.storage.spec import LocalSpec, StorageSpec, spec_of
 
 __all__ = [
     "Buffer",
@@ -19,8 +22,11 @@ __all__ = [
     "ObjectWriter",
     "Storage",
     "StorageInfo",
+    "StorageSpec",
     "check_name",
+    "open_spec",
     "open_storage",
+    "spec_of",
 ]
 
 
@@ -38,6 +44,14 @@ def open_storage(target: str | os.PathLike[str] | Storage) -> Storage:
     if not hasattr(target, "claim"):
         raise InvalidOption(f"target is a {type(target).__name__}; it takes a path, a file:// URL or a Storage")
     return target
+
+
+def open_spec(spec: StorageSpec, *, kill_trainer: Callable[[], object] = lambda: None) -> Storage:
+    """The Storage that a spec describes. ``kill_trainer`` is for a spec with faults, which may ask for that."""
+    if isinstance(spec, LocalSpec):
+        return LocalStorage(os.fsdecode(spec.path), direct_io=spec.direct_io)
+    posix = FaultyOS(spec.faults, kill_trainer)
+    return LocalStorage(os.fsdecode(spec.path), direct_io=spec.direct_io, posix=posix)
 
 
 def _path_of(target: str) -> str:

@@ -24,6 +24,7 @@ from asyncdcp.storage.local_reader import LocalReader
 from asyncdcp.storage.local_writer import LocalWriter
 from asyncdcp.storage.port import StorageInfo, check_name
 from asyncdcp.storage.posix import SYSTEM, FileStatus, Posix
+from asyncdcp.storage.spec import LocalSpec, StorageSpec
 from asyncdcp.threads import on_executor
 
 TRANSFERS: Final = 8
@@ -57,6 +58,10 @@ class LocalStorage:
             kind = self._posix.filesystem(self._path)
             self._info = StorageInfo(self._path, kind, kind in _VOLATILE)
         return self._info
+
+    def spec(self) -> StorageSpec | None:
+        """The same directory for another process; None where ``posix`` is a stand-in, which cannot travel."""
+        return LocalSpec(os.fsencode(self._path), self._direct_io) if self._posix is SYSTEM else None
 
     async def create(self, name: str, length_hint: int) -> LocalWriter:
         path = self._join(name)
