@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from asyncdcp.errors import InvalidOption
 
 WhenBusy: TypeAlias = Literal["queue", "skip", "error"]
+IOPriority: TypeAlias = Literal["idle", 0, 1, 2, 3, 4, 5, 6, 7]
 OnError: TypeAlias = Literal["raise", "warn"] | Callable[[BaseException], object]
 
 
@@ -32,15 +33,35 @@ class Options:
     settle_seconds: float = 30.0
     """How long a save that is given up may take to settle (to win its Record with an abort, to end its writes) before
     it is left behind and its future fails with ``CommitUnknown``."""
+    worker_nice: int = 10
+    """What is added to the niceness of the background process: 0 to 19, the higher the more it yields to training."""
+    worker_io_priority: IOPriority | None = None
+    """The background process's I/O class: "idle", or the level in the class best-effort (0 the first, 7 the last); None
+    leaves it to the niceness. Only some I/O schedulers look at it."""
+    worker_affinity: frozenset[int] | None = None
+    """The CPUs the background process may run on; None: those of the trainer."""
+    worker_start_deadline: float = 60.0
+    """How long the background process may take to start."""
 
     def __post_init__(self) -> None:
-        if self.staging_bytes is not None and (not isinstance(self.staging_bytes, int) or self.staging_bytes < 1):
+        size = self.staging_bytes
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InvalidOption(f"staging_bytes takes a positive number of bytes or None, not {self.staging_bytes!r}")
         if self.when_busy not in ("queue", "skip", "error"):
             raise InvalidOption(f"when_busy takes 'queue', 'skip' or 'error', not {self.when_busy!r}")
         if self.on_error not in ("raise", "warn") and not callable(self.on_error):
             raise InvalidOption(f"on_error takes 'raise', 'warn' or a callable, not {self.on_error!r}")
-        for name in ("save_deadline", "load_deadline", "close_deadline", "settle_seconds"):
+        self._check_worker()
+        for name in ("save_deadline", "load_deadline", "close_deadline", "settle_seconds", "worker_start_deadline"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise InvalidOption(f"{name} takes a positive number of seconds, not {value!r}")
+
+    def _check_worker(self) -> None:
+        if self.worker_nice not in range(20):
+            raise InvalidOption(f"worker_nice takes 0 to 19, not {self.worker_nice!r}")
+        if self.worker_io_priority not in ("idle", None, *range(8)):
+            raise InvalidOption(f"worker_io_priority takes 'idle', 0 to 7 or None, not {self.worker_io_priority!r}")
+        cpus = self.worker_affinity
+        if cpus is not None and (not cpus or any(not isinstance(cpu, int) or cpu < 0 for cpu in cpus)):
+            raise InvalidOption(f"worker_affinity takes a set of CPU numbers or None, not {cpus!r}")
