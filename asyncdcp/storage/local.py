@@ -13,6 +13,7 @@ import secrets
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from threading import Lock
 from typing import Final
 
@@ -48,9 +49,13 @@ class LocalStorage:
         self._path = os.path.abspath(name)
         self._direct_io = direct_io
         self._posix = posix
-        self._limiter = CapacityLimiter(TRANSFERS)
         self._place = _Place(self._path, posix)
         self._info: StorageInfo | None = None
+
+    @cached_property
+    def _limiter(self) -> CapacityLimiter:
+        """Made at its first use: that is on the engine's loop, where the storage itself may be made on trio's."""
+        return CapacityLimiter(TRANSFERS)
 
     @property
     def info(self) -> StorageInfo:
