@@ -51,14 +51,17 @@ class LoadTask:
         self._request = request
         self._deadline = deadline
         self._path = request.storage.info.location
-        self._scope = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None
+        self._given_up = False
         self.future: CheckpointFuture[Any] = engine.future(f"load of {self._path}", cancel=self._cancel)
 
     async def run(self) -> None:
         """Never raises but for cancellation, at the engine's end."""
         timer = asyncio.get_running_loop().call_later(self._deadline, self._expire)
         try:
-            with self._scope:
+            with anyio.CancelScope() as self._scope:
+                if self._given_up:
+                    self._scope.cancel()
                 state, report = await _load(self._request)
                 self.future.report = report
                 self.future.resolve(state)
@@ -73,7 +76,9 @@ class LoadTask:
             self.future.fail(Cancelled(f"the load of {self._path} was cancelled", path=self._path))
 
     def _cancel(self) -> None:
-        self._scope.cancel()
+        self._given_up = True
+        if self._scope is not None:
+            self._scope.cancel()
 
     def _expire(self) -> None:
         """A read that never returns must not keep the caller: the future fails now, the read is left to end when it
@@ -86,7 +91,7 @@ class LoadTask:
                 path=self._path,
             )
         )
-        self._scope.cancel()
+        self._cancel()
 
 
 async def _load(request: LoadRequest) -> tuple[Any, LoadReport]:

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import update_wrapper
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Concatenate, ParamSpec, Protocol, Self, TypeVar
 
-import torch
-
-from asyncdcp.checkpointer.asynchronous import AsyncCheckpointer, OnProgress, Place
+from asyncdcp.checkpointer.asynchronous import AsyncCheckpointer
 from asyncdcp.config import Options
-from asyncdcp.results import SaveResult
 
-StateT = TypeVar("StateT")
+P = ParamSpec("P")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class _Pending(Protocol[T_co]):
+    """A future or a handle."""
+
+    def result(self) -> T_co: ...
+
+
+def _blocking(
+    verb: Callable[Concatenate[AsyncCheckpointer, P], _Pending[T_co]],
+) -> Callable[Concatenate[SyncCheckpointer, P], T_co]:
+    """The verb with the same signature, which returns what its future resolves to."""
+
+    def wait(self: SyncCheckpointer, /, *args: P.args, **kwargs: P.kwargs) -> T_co:
+        return verb(self._inner, *args, **kwargs).result()
+
+    update_wrapper(wait, verb)
+    return wait
 
 
 class SyncCheckpointer:
-    """``AsyncCheckpointer`` with ``.result()`` after every verb: arguments, guarantees and errors are the same."""
+    """``AsyncCheckpointer`` with ``.result()`` after every verb: arguments, guarantees and errors are the same.
+
+    ``save`` returns the ``SaveResult`` when the checkpoint is durable, ``load`` the state, ``prepare`` nothing.
+    """
 
     def __init__(self, options: Options | None = None) -> None:
         self._inner = AsyncCheckpointer(options)
 
-    def save(
-        self,
-        path: Place,
-        state_dict: Mapping[Any, Any],
-        *,
-        overwrite: bool = False,
-        metadata: Mapping[str, Any] | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> SaveResult:
-        """Saves, and returns when the checkpoint is durable."""
-        return self._inner.save(
-            path, state_dict, overwrite=overwrite, metadata=metadata, on_progress=on_progress
-        ).result()
-
-    def prepare(self, state_dict: Mapping[Any, Any]) -> None:
-        """Takes the arena's memory ahead, and returns when it is there."""
-        self._inner.prepare(state_dict).result()
-
-    @overload
-    def load(
-        self, path: Place, state: None = None, *, strict: bool = True, device: torch.device | str = "cpu"
-    ) -> Any: ...
-
-    @overload
-    def load(
-        self, path: Place, state: StateT, *, strict: bool = True, device: torch.device | str = "cpu"
-    ) -> StateT: ...
-
-    def load(self, path: Place, state: Any = None, *, strict: bool = True, device: torch.device | str = "cpu") -> Any:
-        """Loads, and returns the state: the given one, filled, or a new one."""
-        return self._inner.load(path, state, strict=strict, device=device).result()
+    save = _blocking(AsyncCheckpointer.save)
+    prepare = _blocking(AsyncCheckpointer.prepare)
+    load = _blocking(AsyncCheckpointer.load)
 
     def close(self) -> None:
-        """Ends the engine."""
+        """As ``AsyncCheckpointer.close``."""
         self._inner.close()
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class _Matcher:
             return False
         stored = self._nodes.versions(fqn)
         own = vars(taken.state).get("_metadata") if hasattr(taken.state, "__dict__") else None
-        return stored is None or own is None or stored == _versions(own)
+        return stored is None or own is None or not _differ(own, stored)
 
     def _decided_by_checkpoint(self, name: str) -> bool:
         return self._owner(name) is not None
@@ -206,9 +207,15 @@ class _Matcher:
         )
 
 
-def _versions(metadata: Mapping[str, Mapping[str, object]]) -> list[object]:
-    """The classes' versions in a module's ``_metadata``; names are left out, since wrappers change them."""
-    return [entry.get("version") for entry in metadata.values() if entry.get("version") is not None]
+def _differ(own: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether a submodule that both sides have is of another version of its class."""
+    ours, theirs = _versions(own), _versions(stored)
+    return any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys())
+
+
+def _versions(metadata: Mapping[str, Any]) -> dict[str, object]:
+    """By canonical name, so that of a wrapper and what it wraps the inner one counts."""
+    return {canonical(name): entry.get("version") for name, entry in metadata.items() if isinstance(entry, Mapping)}
 
 
 def _listed(title: str, names: Sequence[str], candidates: Iterable[str]) -> list[str]:

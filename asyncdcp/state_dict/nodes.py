@@ -34,16 +34,13 @@ class TreeNodes:
         """The node that stands at ``fqn``, None if there is none."""
         return self._nodes.get(fqn)
 
-    def versions(self, fqn: str) -> list[object] | None:
-        """The class versions in the ``_metadata`` of the module state at ``fqn``; None if it has no ``_metadata``."""
+    def versions(self, fqn: str) -> Mapping[str, Mapping[str, object]] | None:
+        """The ``_metadata`` of the module state at ``fqn``; None if it has none."""
         node = self._nodes.get(fqn)
         if not isinstance(node, dict) or not isinstance(node.get("metadata"), str):
             return None
         metadata = self.metadata(node)
-        if not isinstance(metadata, Mapping):
-            return None
-        entries = (entry.get("version") for entry in metadata.values() if isinstance(entry, Mapping))
-        return [version for version in entries if version is not None]
+        return metadata if isinstance(metadata, Mapping) else None
 
     @staticmethod
     def metadata(node: dict[str, Any]) -> Any:

@@ -29,9 +29,45 @@ class Described(NamedTuple):
 
 def describe(flat: FlatState) -> Described:
     """The structure of a flattened state. Each plain tensor is one chunk, in the order of the state."""
-    sources = list(flat.tensors.values())
     specs = tuple(
         TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in flat.tensors.items()
     )
     chunks = tuple(ChunkSpec(number, whole(spec.shape)) for number, spec in enumerate(specs))
-    return Described(Structure(specs, chunks, flat.aliases, flat.tree), sources)
+    return Described(Structure(specs, chunks, flat.aliases, flat.tree), list(flat.tensors.values()))
+
+
+class _Seen(NamedTuple):
+    """What a structure followed from, in torch's own terms, which are quick to compare."""
+
+    names: list[str]
+    dtypes: list[torch.dtype]
+    shapes: list[torch.Size]
+    structure: Structure
+
+
+class StructureCache:
+    """Describes states; one that is as one of the last few were gets the very same ``Structure``, which costs much less
+    than to make an equal one: objects by the thousand set off the garbage collector. From any thread.
+    """
+
+    def __init__(self, limit: int = 4) -> None:
+        self._limit = limit
+        self._seen: tuple[_Seen, ...] = ()
+
+    def describe(self, flat: FlatState) -> Described:
+        """As the function ``describe``."""
+        sources = list(flat.tensors.values())
+        names, dtypes = list(flat.tensors), [tensor.dtype for tensor in sources]
+        shapes = [tensor.shape for tensor in sources]
+        for seen in self._seen:
+            known = seen.structure
+            same = names == seen.names and dtypes == seen.dtypes and shapes == seen.shapes
+            if same and known.aliases == flat.aliases and known.tree == flat.tree:
+                self._remember(seen)
+                return Described(known, sources)
+        made = describe(flat)
+        self._remember(_Seen(names, dtypes, shapes, made.structure))
+        return made
+
+    def _remember(self, latest: _Seen) -> None:
+        self._seen = (latest, *[seen for seen in self._seen if seen is not latest][: self._limit - 1])

@@ -86,7 +86,7 @@ def test_statefuls_are_asked_once_and_listed_in_order():
     b, a = Counter(1), Counter({"inner": Counter(2)})
     flat = flatten({"b": b, "a": [a], "p": PerRank(Counter(3))})
     assert list(flat.statefuls) == ["b", "a.0", "a.0.count.inner", "p"]
-    assert flat.statefuls["b"] is b
+    assert flat.statefuls["b"].stateful is b
     assert (a.taken, b.taken) == (1, 1)
     assert flat.values == {"b.count": 1, "a.0.count.inner.count": 2, "p.count": 3}
     assert flat.tree == {

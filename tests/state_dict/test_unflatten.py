@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StateMismatch, UnsupportedValue
+from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, UnsupportedValue
 from asyncdcp.state_dict.flatten import FlatState, flatten
-from asyncdcp.state_dict.unflatten import unflatten, unflatten_into
+from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.state_dict.values import MAX_DEPTH
 from asyncdcp.stateful import PerRank, RNGState
 
@@ -95,8 +94,6 @@ def _nest(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 @given(st.recursive(_tensors | _values, _nest, max_leaves=15))
 def test_what_comes_back_equals_what_went_in(same, state):
     assert same(again(state), state)
-    found = unflatten_into(state, *stored(flatten(state))).state
-    assert same(found, state)
 
 
 def test_ties_come_back_as_one_tensor():
@@ -132,8 +129,6 @@ def test_pickles_only_where_they_are_allowed():
     assert unflatten(*stored(flat), allow_pickle=True) == {"a": nn.ReLU, "b": 1}
     with pytest.raises(UnsupportedValue, match="'a' was saved as a pickle"):
         unflatten(*stored(flat))
-    target = {"a": None, "b": 0}
-    assert unflatten_into(target, *stored(flat), allow_pickle=True).state == {"a": nn.ReLU, "b": 1}
 
 
 @pytest.mark.parametrize("kind", ["dict", "list", "mixed", "both"])
@@ -147,7 +142,6 @@ def test_the_deepest_state_that_is_taken_comes_back(kind):
         state = [state] if kind == "list" or (kind == "mixed" and level % 2) else {"k": state}
     flat = flatten(state)
     assert list(unflatten(*stored(flat))) == list(state)
-    assert unflatten_into(state, *stored(flat)).state is state
     with pytest.raises(UnsupportedValue, match="nested deeper"):
         flatten([state])
 
@@ -157,108 +151,6 @@ def test_an_rng_state_as_deep_as_may_be():
     for _ in range(MAX_DEPTH - 4):
         state = [state]
     again(state)
-
-
-# ── in place ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def into(target: Any, state: Any, *, strict: bool = True) -> Any:
-    return unflatten_into(target, *stored(flatten(state)), strict=strict)
-
-
-def test_containers_and_tensors_of_the_target_stay():
-    weight, history = torch.zeros(2), [1]
-    inner: dict[Any, Any] = defaultdict(list, {1: 0})
-    nested = [weight, {"x": 0}]
-    target = {"w": weight, "inner": inner, "nested": nested, "history": history, "t": (1, 2)}
-    other = {"w": torch.ones(2), "inner": {1: 5}, "nested": [torch.ones(2), {"x": 7}], "history": [1, 2, 3], "t": (3,)}
-    found, statefuls = into(target, other)
-    assert found is target
-    assert statefuls == []
-    assert target["w"] is weight
-    assert torch.equal(weight, torch.zeros(2))
-    assert target["inner"] is inner
-    assert inner == {1: 5}
-    assert target["nested"] is nested
-    assert nested[0] is weight
-    assert nested[1] == {"x": 7}
-    assert target["history"] is history
-    assert history == [1, 2, 3]
-    assert target["t"] == (3,)
-
-
-def test_a_tuple_is_made_anew_only_where_something_in_it_was():
-    weight = torch.zeros(1)
-    kept, changed = (weight, {"x": 1}), (weight, 5)
-    target = {"kept": kept, "changed": changed}
-    into(target, {"kept": (torch.ones(1), {"x": 2}), "changed": (torch.ones(1), 6)})
-    assert target["kept"] is kept
-    assert kept[1] == {"x": 2}
-    assert target["changed"] == (weight, 6)
-    assert target["changed"][0] is weight
-
-
-def test_statefuls_are_collected_in_the_targets_order_and_not_touched():
-    first, second, third = Box({"x": 1}), Box({"y": 1}), Box(0)
-    target = {"second": second, "list": [first], "p": PerRank(third)}
-    found, statefuls = into(target, {"p": PerRank(Box(9)), "list": [Box({"x": [2, {}]})], "second": {"y": (3,)}})
-    assert found is target
-    assert [(fqn, stateful) for fqn, stateful, _ in statefuls] == [("second", second), ("list.0", first), ("p", third)]
-    assert {fqn: part for fqn, _, part in statefuls} == {"second": {"y": (3,)}, "list.0": {"x": [2, {}]}, "p": 9}
-
-
-def test_marks_may_be_on_one_side_only():
-    marked = PerRank(1)
-    target = {"a": marked, "b": 2, "c": {"x": 1}, "d": PerRank({"y": 1})}
-    into(target, {"a": 5, "b": PerRank(6), "c": Box({"x": 7}), "d": PerRank({"y": 8})})
-    assert target == {"a": PerRank(5), "b": 6, "c": {"x": 7}, "d": PerRank({"y": 8})}
-    assert target["a"] is marked
-
-
-def test_a_target_that_is_one_leaf_or_a_stateful():
-    assert into(1, 2).state == 2
-    box = Box(1)
-    assert into(box, {"x": 3}) == (box, [("", box, {"x": 3})])
-
-
-def test_metadata_of_the_target_becomes_the_checkpoints():
-    target = nn.BatchNorm1d(2).state_dict()
-    saved = nn.BatchNorm1d(2).state_dict()
-    saved._metadata[""]["version"] = 1  # type: ignore[attr-defined]  # nn.Module's own
-    into(target, saved)
-    assert target._metadata == {"": {"version": 1}}  # type: ignore[attr-defined]  # nn.Module's own
-
-
-MISMATCHES: list[tuple[Any, Any, dict[str, list[str]]]] = [
-    ({"a": 1}, {}, {"missing": ["a"]}),
-    ({}, {"a": 1}, {"unexpected": ["a"]}),
-    ({"d": {1: 1}}, {"d": {"1": 1}}, {"missing": ["d.1"], "unexpected": ["d.1"]}),
-    ({"l": [{}, {}]}, {"l": [{}]}, {"missing": ["l.1"]}),
-    ({"l": [{}]}, {"l": [{}, {}]}, {"unexpected": ["l.1"]}),
-    ({"a": 1}, {"a": torch.ones(1)}, {"mismatched": ["a"]}),
-    ({"a": torch.ones(1)}, {"a": 1}, {"mismatched": ["a"]}),
-    ({"a": {}}, {"a": 1}, {"mismatched": ["a"]}),
-    ({"a": [{}]}, {"a": [1]}, {"mismatched": ["a"]}),
-    ({"a": 1}, {"a": {}}, {"mismatched": ["a"]}),
-    ({"a": {}}, {"a": [{}]}, {"mismatched": ["a"]}),
-    ({"a": 5}, {"a": [{}]}, {"mismatched": ["a"]}),
-    ({"a": Counter()}, {"a": {}}, {"mismatched": ["a"]}),
-    ({"a": torch.Size([1])}, {"a": ({},)}, {"mismatched": ["a"]}),
-]
-
-
-@pytest.mark.parametrize(("target", "state", "fields"), MISMATCHES, ids=range(len(MISMATCHES)))
-def test_mismatches(target, state, fields):
-    with pytest.raises(StateMismatch) as caught:
-        into(target, state)
-    found = {name: list(getattr(caught.value, name)) for name in ("missing", "unexpected", "mismatched")}
-    assert {name: names for name, names in found.items() if names} == fields
-
-
-def test_without_strict_what_one_side_lacks_is_left_alone():
-    target = {"a": 1, "b": {"x": 1}, "l": [{"y": 1}, {"y": 2}], "t": ({"z": 1},)}
-    into(target, {"b": {"x": 2, "new": 3}, "l": [{"y": 5}], "t": ({"z": 6}, {}), "c": 4}, strict=False)
-    assert target == {"a": 1, "b": {"x": 2}, "l": [{"y": 5}, {"y": 2}], "t": ({"z": 6},)}
 
 
 # ── hostile trees ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -327,9 +219,6 @@ def test_a_hostile_tree_is_a_corrupt_checkpoint(tree):
     tensors, values = {"t": torch.ones(1)}, {"v": 1}
     with pytest.raises(CorruptCheckpoint, match=r"^(the tree|the value '_metadata' is) .{1,300}$"):
         unflatten(tree, tensors, values)
-    for target in (Box(1), {"x": Box(1)}, PerRank(Box(1))):
-        with pytest.raises((CorruptCheckpoint, StateMismatch)):
-            unflatten_into(target, tree if not isinstance(target, dict) else {"dict": [["x"], [tree]]}, tensors, values)
 
 
 _json = st.recursive(
@@ -347,14 +236,11 @@ _json = st.recursive(
     ),
     max_leaves=8,
 )
-_targets: list[Mapping[str, Any]] = [{}, {"x": 1, "y": [{}, 1]}, {"t": torch.ones(1), "v": (1, {})}]
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)
-@given(_json, st.sampled_from(_targets), st.booleans())
-def test_any_json_as_a_tree_is_built_or_refused(tree, target, strict):
+@given(_json)
+def test_any_json_as_a_tree_is_built_or_refused(tree):
     for tables in (({"t": torch.ones(1)}, {"v": 1}), ({}, {})):
         with contextlib.suppress(AsyncDCPError):
             unflatten(tree, *tables)
-        with contextlib.suppress(AsyncDCPError):
-            unflatten_into(target, tree, *tables, strict=strict)
