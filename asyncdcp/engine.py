@@ -211,6 +211,16 @@ class Engine:
     def _on_loop(self) -> bool:
         return self._thread is not None and threading.get_ident() == self._thread.ident
 
+    @property
+    def started(self) -> bool:
+        """Whether there was any work yet, so that there is a thread to end."""
+        return self._loop is not None
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy, which has no thread and whose locks nobody may ever release."""
+        return os.getpid() != self._pid
+
     def check_process(self) -> None:
         if os.getpid() != self._pid:
             raise Closed(

@@ -83,6 +83,7 @@ class CheckpointFuture(Generic[T]):
         self._failure: BaseException | None = None
         self._traceback: TracebackType | None = None
         self._retrieved = False
+        self._waiting = 0
         self._wakers: dict[anyio.Event, object] = {}
         self._callbacks: list[tuple[Context, Callable[[CheckpointFuture[T]], object]]] = []
 
@@ -103,12 +104,15 @@ class CheckpointFuture(Generic[T]):
                 waits = not self._done
                 if waits:
                     self._wakers[event] = token
+                    self._waiting += 1
             try:
                 if waits:
                     await event.wait()
             finally:
-                with self._lock:
-                    self._wakers.pop(event, None)
+                if waits:
+                    with self._lock:
+                        self._wakers.pop(event, None)
+                        self._waiting -= 1
         return self._outcome()
 
     def result(self, timeout: float | None = None) -> T:
@@ -135,8 +139,14 @@ class CheckpointFuture(Generic[T]):
                 f"{self.name}: blocking here would wait for this very thread; await the future, or give the wait to "
                 "a thread of your own"
             )
-        if not self._resolved.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
-            raise DeadlineExceeded(f"{self.name} was not done within timeout={timeout} s")
+        with self._lock:
+            self._waiting += 1
+        try:
+            if not self.wait(timeout):
+                raise DeadlineExceeded(f"{self.name} was not done within timeout={timeout} s")
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def _outcome(self) -> T:
         if self._failure is None:
@@ -160,7 +170,12 @@ class CheckpointFuture(Generic[T]):
         """Block like ``result``, but only for being done, which it returns. Does not count as seeing an error."""
         if not self._done and self._host.owns_current_thread():
             raise WouldDeadlock(f"{self.name} cannot be waited for here: this thread is the one that would resolve it")
-        return self._resolved.wait(timeout)
+        return self._resolved.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for the outcome, or was woken by it and has not run yet: it is theirs to see."""
+        return self._waiting > 0
 
     def cancelled(self) -> bool:
         """Whether it was given up: the error is ``Cancelled``."""

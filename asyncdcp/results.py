@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 from asyncdcp.trace import Span
@@ -26,7 +25,7 @@ class SaveResult:
     durable_seconds: float
     """Until the checkpoint would have survived a loss of power."""
     stage_seconds: Mapping[str, float]
-    """Per stage (stage, transform, write, sync, commit): from its first begin to its last end."""
+    """Per stage (stage, transform, write, sync, commit): from its first begin to its last end. Not to be changed."""
     filesystem: str
     replaced: tuple[str, ...] = ()
     """Save ids of the checkpoints at the same path that this one took the place of."""
@@ -56,8 +55,10 @@ class LoadReport:
 
 
 class Progress(NamedTuple):
-    """How far a save or load has come: ``done`` of ``total`` bytes have passed ``stage`` ("stage", "write" or
-    "verify").
+    """How far a save or load has come: ``done`` of ``total`` bytes have passed ``stage``.
+
+    A save passes "stage" and "write", and counts the bytes of its data files, headers too; a load passes "verify". Per
+    stage ``done`` only grows, and the last report of one that was not cut short has ``done == total``.
     """
 
     stage: str
@@ -65,22 +66,30 @@ class Progress(NamedTuple):
     total: int
 
 
-class ProgressMeter:
-    """A trace's listener: adds up the bytes of the stages that a person wants to see. May be called from any thread."""
+PROGRESS_STAGES = ("stage", "write", "verify")
 
-    def __init__(self, report: Callable[[Progress], object]) -> None:
-        self._report = report
-        self._done: dict[str, int] = {}
+
+class ProgressMeter:
+    """A trace's listener: adds up the bytes of the stages that a person wants to see, and reports by stage. May be
+    called from any thread; a report must not block.
+    """
+
+    def __init__(self, reports: Mapping[str, Callable[[Progress], object]]) -> None:
+        self._reports = reports
+        self._done = dict.fromkeys(reports, 0)
         self._lock = threading.Lock()
 
     def __call__(self, span: Span, total: int) -> None:
-        if span.stage not in ("stage", "write", "verify") or not span.bytes:
+        report = self._reports.get(span.stage)
+        if report is None or not span.bytes:
             return
-        with self._lock:
-            done = self._done[span.stage] = self._done.get(span.stage, 0) + span.bytes
-        self._report(Progress(span.stage, min(done, total), total))
+        with self._lock:  # reported under it, so that no report overtakes another
+            done = self._done[span.stage] = self._done[span.stage] + span.bytes
+            report(Progress(span.stage, min(done, total), total))
 
 
-def frozen(mapping: dict[str, float]) -> Mapping[str, float]:
-    """A read-only view."""
-    return MappingProxyType(mapping)
+def frozen(mapping: Mapping[str, float]) -> Mapping[str, float]:
+    """A copy that types alone keep from being changed: a mappingproxy could be neither pickled nor given to
+    ``dataclasses.asdict``.
+    """
+    return dict(mapping)

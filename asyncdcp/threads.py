@@ -16,6 +16,7 @@ from typing import TypeVar, TypeVarTuple
 
 from aiofiles.os import wrap
 from anyio import CancelScope, CapacityLimiter, to_thread
+from anyio.lowlevel import current_token
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -44,6 +45,16 @@ async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *arg
                 await _ended(asyncio.wrap_future(job))
         raise
     return job.result()
+
+
+async def uncut(function: Callable[[], T]) -> T:
+    """Calls the function on a thread and returns when it has, on whatever loop (asyncio, trio) and however cancelled.
+
+    Cancellation follows at the next await, or after ``Task.cancel`` in place of the result.
+    """
+    if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
+        return await _ended(asyncio.ensure_future(to_thread.run_sync(function)))
+    return await to_thread.run_sync(function)  # shielded by anyio, and trio has no other way to cancel
 
 
 def _perform(job: Future[T], function: Callable[[], T]) -> None:

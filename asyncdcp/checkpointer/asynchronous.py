@@ -10,37 +10,39 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
+from typing import Any, Literal, NoReturn, Self, TypeAlias, TypeVar, overload
 
 import torch
-from anyio import to_thread
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.jobs import make_job, plain_json
 from asyncdcp.checkpointer.loading import LoadRequest, LoadTask
+from asyncdcp.checkpointer.pending import PendingSaves
 from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
-    AsyncDCPError,
     CheckpointerBusy,
     Closed,
     DeadlineExceeded,
     SaveSkipped,
-    UnseenFailure,
     VolatileStorageWarning,
+    WouldDeadlock,
 )
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.names import make_save_id
 from asyncdcp.planning import PlanCache, SavePlan, Structure
-from asyncdcp.results import Progress, ProgressMeter
+from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.staging import Arenas
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.options import LoadOptions
-from asyncdcp.state_dict.structure import describe
-from asyncdcp.storage import Storage, open_storage
+from asyncdcp.state_dict.structure import StructureCache
+from asyncdcp.storage import MemoryStorage, Storage, open_storage
+from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
 
 StateT = TypeVar("StateT")
@@ -59,6 +61,8 @@ class AsyncCheckpointer:
     any loop or blocked on with ``result()``.
 
     Tensors must not be changed between ``save`` and ``staged``. A context manager, plain or async; leaving it closes.
+    One that is dropped unclosed warns (``ResourceWarning``); at the interpreter's exit it is closed, so that pending
+    saves are committed. In a process made by ``os.fork()`` every verb raises ``Closed``.
 
     ``process=False`` runs the pipeline on a thread of this process.
     """
@@ -66,15 +70,21 @@ class AsyncCheckpointer:
     def __init__(self, options: Options | None = None) -> None:
         self._options = options or Options()
         self._lock = threading.Lock()
+        self._structures = StructureCache()
         self._plans = PlanCache()
         self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes))
         self._run_id = uuid.uuid4().hex
         self._attempts: dict[str, int] = {}
-        self._handles: list[SaveHandle] = []
+        self._pending = PendingSaves(self._options.on_error)
         self._volatile: set[str] = set()
         self._closed = False
         close = weakref.WeakMethod(self.close)
-        self._engine = Engine("asyncdcp", drain=lambda: _call(close()), exit_deadline=self._options.close_deadline)
+        self._engine = Engine(
+            "asyncdcp",
+            drain=lambda: _call(close()),
+            exit_deadline=self._options.close_deadline,
+            grace=min(self._options.settle_seconds, 5.0),
+        )
 
     # ── save ──
 
@@ -100,27 +110,39 @@ class AsyncCheckpointer:
         ``CommitUnknown``.
         """
         begun = time.monotonic()
-        self._enter()
+        self._check_open()
         storage = open_storage(path)
-        location = storage.info.location
+        attempt = self._count(storage.info.location)
+        self._pending.surface()
         user = plain_json("metadata", metadata)
-        with self._lock:
-            attempt = self._attempts[location] = self._attempts.get(location, 0) + 1
-            busy = any(not handle.done() for handle in self._handles)
-        if busy and self._options.when_busy != "queue":
-            return self._refuse(location)
-        flat = flatten(state_dict)
-        described = describe(flat)
-        plan = self._plan(described.structure)
-        save_id = make_save_id(self._run_id, location, attempt)
-        job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
-        request = SaveRequest(job, storage, plan, described.sources, self._trace(plan.tensor_bytes, on_progress), begun)
+        with self._pending.entering() as busy:
+            if busy and self._options.when_busy != "queue":
+                return self._refuse(storage.info.location)
+            self._warn_volatile(storage)
+            flat = flatten(state_dict)
+            described = self._structures.describe(flat)
+            plan = self._plan(described.structure)
+            save_id = make_save_id(self._run_id, storage.info.location, attempt)
+            job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
+            trace = self._trace(sum(image.size for image in plan.images), on_progress)
+            return self._begin(SaveRequest(job, storage, plan, described.sources, trace, begun))
+
+    def _begin(self, request: SaveRequest) -> SaveHandle:
         task = SaveTask(request, self._engine, self._lanes, self._options)
         with self._lock:
-            self._engine.submit(task.run, name=f"save to {location}")
-            self._handles.append(task.handle)
-        self._warn_volatile(storage)
+            if self._closed:
+                raise Closed("the checkpointer is closed")
+            self._engine.submit(task.run, name=f"save to {task.handle.path}")
+            self._pending.add(task.handle)
         return task.handle
+
+    def _count(self, location: str) -> int:
+        """The number of this call of ``save`` for the location. Whatever becomes of the call, it counts, so that all
+        ranks agree on the next one's.
+        """
+        with self._lock:
+            self._attempts[location] = self._attempts.get(location, 0) + 1
+            return self._attempts[location]
 
     def prepare(self, state_dict: Mapping[Any, Any]) -> CheckpointFuture[None]:
         """Plans saves of this structure and takes the arena's memory ahead, so that the first save is as fast as the
@@ -130,7 +152,7 @@ class AsyncCheckpointer:
         ``MemoryLimit``.
         """
         self._enter()
-        plan = self._plan(describe(flatten(state_dict)).structure)
+        plan = self._plan(self._structures.describe(flatten(state_dict)).structure)
         return self._engine.submit(self._lanes.arenas.prepare, len(plan.slabs), name="prepare")
 
     def _plan(self, structure: Structure) -> SavePlan:
@@ -152,12 +174,17 @@ class AsyncCheckpointer:
         return handle
 
     def _trace(self, total: int, on_progress: OnProgress | None) -> Trace:
-        trace = Trace(None if on_progress is None else ProgressMeter(self._engine.callback(on_progress)))
+        meter = None
+        if on_progress is not None:  # a stage a callback: one stage's reports never replace another's
+            meter = ProgressMeter({stage: self._engine.callback(on_progress) for stage in PROGRESS_STAGES})
+        trace = Trace(meter)
         trace.total = total
         return trace
 
     def _warn_volatile(self, storage: Storage) -> None:
         info = storage.info
+        if isinstance(storage, MemoryStorage):
+            return  # whoever hands that over knows
         if info.volatile and info.filesystem not in self._volatile:
             self._volatile.add(info.filesystem)
             warnings.warn(
@@ -260,27 +287,28 @@ class AsyncCheckpointer:
     def close(self) -> None:
         """Waits for pending saves, up to ``options.close_deadline``, and ends the engine; safe to call twice.
 
-        Saves that are not done then are given up; ``DeadlineExceeded`` names them. Also raises what failed unseen, as
-        ``options.on_error`` says. After it, verbs raise ``Closed``.
+        Saves that are not done then are given up, and what does not even settle in ``options.settle_seconds`` is left
+        behind; ``DeadlineExceeded`` names them. Loads that are not done get ``settle_seconds``, too. Also raises what
+        failed unseen, as ``options.on_error`` says. After it, verbs raise ``Closed``. In a forked child it does
+        nothing: the saves are the parent's.
         """
+        if self._engine.inherited:
+            return
+        if self._engine.owns_current_thread():
+            raise WouldDeadlock("close() in a done callback would wait for that very callback")
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            handles = list(self._handles)
-        given_up = self._await_all(handles)
-        self._engine.call(self._lanes.arenas.close)
-        self._engine.close(self._options.settle_seconds)
-        if given_up:
-            seconds = self._options.close_deadline
-            raise DeadlineExceeded(
-                f"close gave up saves that were not durable within {seconds:g} s: {', '.join(given_up)}"
-            )
-        self._surface()
+        given_up = self._await_all(self._pending.unsettled())
+        stuck = self._end_engine()
+        if given_up or stuck is not None:
+            self._raise_late(given_up, stuck)
+        self._pending.surface(awaited=True)
 
     async def aclose(self) -> None:
         """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
-        await to_thread.run_sync(self.close)
+        await uncut(self.close)
 
     def _await_all(self, handles: list[SaveHandle]) -> list[str]:
         """Waits for saves to settle, and gives up those that do not in time. Returns the paths of these."""
@@ -293,26 +321,49 @@ class AsyncCheckpointer:
             handle.committed.wait(max(until - time.monotonic(), 0))
         return [handle.path for handle in late if not handle.committed.done() or handle.committed.failed]
 
-    def _enter(self) -> None:
-        """What every verb does first."""
+    def _end_engine(self) -> DeadlineExceeded | None:
+        """Ends the thread; what it raised if it had to be left behind."""
+        if self._engine.started:
+            with suppress(Closed):  # its thread could not be started
+                self._engine.call(self._lanes.arenas.close)
+        try:
+            self._engine.close(self._options.settle_seconds)
+        except DeadlineExceeded as error:
+            return error
+        return None
+
+    def _raise_late(self, given_up: list[str], stuck: DeadlineExceeded | None) -> NoReturn:
+        """``DeadlineExceeded`` for what close gave up and left behind; other failures that nobody saw are its notes."""
+        parts = []
+        if given_up:
+            seconds = f"{self._options.close_deadline:g} s (option close_deadline)"
+            parts.append(f"saves that were not durable within {seconds}: {', '.join(given_up)}")
+        if stuck is not None:
+            parts.append(f"threads that never returned: {stuck}")
+        raised = DeadlineExceeded(f"close gave up {'; and '.join(parts)}")
+        for path, error in self._pending.take_unseen(awaited=True):
+            if path not in given_up:
+                raised.add_note(f"an earlier save to {path} failed and nobody looked at it: {error}")
+        raise raised from stuck
+
+    def _check_open(self) -> None:
+        self._engine.check_process()  # first of all: in a forked child a lock may be held for good
         if self._closed:
             raise Closed("the checkpointer is closed")
-        self._surface()
 
-    def _surface(self) -> None:
-        """Raises, warns of, or hands on the failures of settled saves that nobody has looked at."""
-        with self._lock:
-            settled = [handle for handle in self._handles if handle.done()]
-            self._handles = [handle for handle in self._handles if handle not in settled]
-            failures = [(handle.path, error) for handle in settled if (error := handle.take_unseen_failure())]
-        for path, error in failures:
-            message = f"an earlier save to {path} failed and nobody looked at it: {error}"
-            if callable(self._options.on_error):
-                self._options.on_error(error)
-            elif self._options.on_error == "warn" or (path, error) != failures[-1]:
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
-            else:
-                raise UnseenFailure(message, path=path) from error
+    def _enter(self) -> None:
+        """What every verb does first."""
+        self._check_open()
+        self._pending.surface()
+
+    def __del__(self) -> None:
+        """Warns; saves under way still end, at the latest at the interpreter's exit."""
+        engine: Engine | None = vars(self).get("_engine")
+        if engine is None or self._closed or not engine.started or engine.inherited:
+            return
+        warnings.warn(f"unclosed {self!r}: its thread lives on", ResourceWarning, source=self, stacklevel=2)
+        for path, error in self._pending.take_unseen(awaited=True):
+            _logger.error("a save to %s failed and nobody looked at it", path, exc_info=error)
 
     def __enter__(self) -> Self:
         return self
@@ -322,7 +373,7 @@ class AsyncCheckpointer:
     ) -> None:
         try:
             self.close()
-        except AsyncDCPError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             _logger.exception("closing failed while another error is on its way")
@@ -334,7 +385,7 @@ class AsyncCheckpointer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await to_thread.run_sync(self.__exit__, kind, error, traceback)
+        await uncut(partial(self.__exit__, kind, error, traceback))
 
 
 def _call(method: Callable[[], object] | None) -> None:

@@ -58,6 +58,11 @@ class SaveHandle:
         """Calls ``fn`` with the ``committed`` future once it is done. See ``CheckpointFuture.add_done_callback``."""
         self.committed.add_done_callback(fn)
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for one of the futures just now."""
+        return self.staged.awaited or self.committed.awaited
+
     def take_unseen_failure(self) -> BaseException | None:
         """The save's error if nobody has looked at either future, which counts as looking; None for one skipped or
         cancelled.

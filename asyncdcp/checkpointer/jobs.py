@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,12 +43,13 @@ def make_job(
         overwrite=overwrite,
         deadline=deadline,
         metadata=metadata,
-        versions=versions(),
+        versions=dict(versions()),
     )
 
 
-def versions() -> dict[str, str]:
-    """Who writes: asyncdcp, torch and Python."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Who writes: asyncdcp, torch and Python. Looked up once: to read a distribution's metadata takes a millisecond."""
     try:
         own = version("asyncdcp")
     except PackageNotFoundError:  # run from a source tree that is not installed

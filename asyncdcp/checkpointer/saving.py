@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
-from anyio import to_thread
 from torch import Tensor
 
 from asyncdcp.checkpointer.handle import SaveHandle
@@ -16,10 +16,10 @@ from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, ungrouped
 from asyncdcp.pipeline.messages import Saved, SaveJob
-from asyncdcp.pipeline.session import LocalSession, SaveSession
+from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
 from asyncdcp.planning import SavePlan
 from asyncdcp.results import SaveResult, frozen
-from asyncdcp.staging import Arenas, CheckpointStager, SlabCopier, StagingArena
+from asyncdcp.staging import Arenas, CheckpointStager, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
 
@@ -37,14 +37,27 @@ class SaveRequest:
 
 
 class Lanes:
-    """What the saves of a checkpointer share: the order in which they stage and write, and the arenas. Used on one loop
-    only.
+    """What the saves of a checkpointer share: the order in which they stage and write, the arenas, and the pipeline that
+    writes. Used on one loop only.
     """
 
-    def __init__(self, arenas: Arenas) -> None:
+    def __init__(self, arenas: Arenas, pipeline: Pipeline | None = None) -> None:
         self.arenas = arenas
+        self.pipeline = pipeline or ThreadPipeline()
         self.staging = TurnQueue()
         self.writing = TurnQueue()
+
+
+@dataclass
+class _Attempt:
+    """A save's staging into one arena, and the session that writes from it."""
+
+    arena: StagingArena
+    stager: CheckpointStager
+    session: SaveSession
+    staged: bool = False
+    writing: bool = False
+    released: bool = False
 
 
 class SaveTask:
@@ -58,11 +71,10 @@ class SaveTask:
         self._options = options
         self._staging = Turn()
         self._writing = Turn()
-        self._arena: StagingArena | None = None
-        self._stager: CheckpointStager | None = None
-        self._session: SaveSession | None = None
+        self._attempt: _Attempt | None = None
         self._error: AsyncDCPError | None = None
         self._staged_seconds = 0.0
+        self._timers: list[asyncio.TimerHandle] = []
         self._over = False
         self.handle = SaveHandle(
             path,
@@ -86,78 +98,95 @@ class SaveTask:
 
     def cancel(self) -> None:
         """Gives the save up, wherever it is."""
+        if self._over:
+            return
         self._give_up(Cancelled(f"the save to {self.handle.path} was cancelled", path=self.handle.path), "cancelled")
-        self._staging.leave()
-        self._writing.leave()
         self._limit(self._options.settle_seconds)
 
     async def _save(self) -> Saved:
-        came = await self._staging.wait()
-        if self._error is not None or not came:
-            raise self._error or Cancelled("the save was given up before its turn")
-        request = self._request
-        self._arena = self._arenas.acquire(len(request.plan.slabs))
-        self._stager = CheckpointStager(request.plan, self._arena, request.trace)
-        self._session = LocalSession(request.job, request.storage, self._arena.arena, self._free, request.trace)
-        try:
-            return await self._stage_and_write(self._session, self._stager)
-        finally:
-            self._release()
+        await self._turn(self._staging)
+        saved: Saved | None = None
+        while saved is None:
+            self._attempt = attempt = self._begin()
+            try:
+                saved = await self._stage_and_write(attempt)
+            finally:
+                self._release(attempt)
+        return saved
 
-    async def _stage_and_write(self, session: SaveSession, stager: CheckpointStager) -> Saved:
+    async def _turn(self, turn: Turn) -> None:
+        await turn.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _begin(self) -> _Attempt:
+        request = self._request
+        arena = self._arenas.acquire(len(request.plan.slabs))
+        stager = CheckpointStager(request.plan, arena, request.trace)
+        free = partial(_free, arena, stager)
+        session = SessionRequest(request.job, request.storage, arena.arena, free, request.trace)
+        return _Attempt(arena, stager, self._lanes.pipeline.open(session))
+
+    async def _stage_and_write(self, attempt: _Attempt) -> Saved | None:
         """Both at once. If the pipeline ends first, staging is stopped; if staging fails, the pipeline is told to give
         up.
+
+        None if an earlier save took the arena down with it while this one still needed slots of it: it has to be staged
+        anew, in another.
         """
         saved: Saved | None = None
         with ungrouped():
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._stage, session, stager)
-                await self._writing.wait()
-                self._limit(self._options.save_deadline + self._options.settle_seconds)
+                tasks.start_soon(self._stage, attempt)
                 try:
-                    saved = await session.run()
+                    await self._turn(self._writing)
+                    if attempt.staged or attempt.session.begun or not attempt.arena.abandoned:
+                        self._limit(self._options.save_deadline + self._options.settle_seconds)
+                        attempt.writing = True
+                        saved = await attempt.session.run()
                 finally:
                     tasks.cancel_scope.cancel()
-        assert saved is not None
         return saved
 
-    async def _stage(self, session: SaveSession, stager: CheckpointStager) -> None:
+    async def _stage(self, attempt: _Attempt) -> None:
         request = self._request
         try:
-            copier = await to_thread.run_sync(SlabCopier, request.plan, request.sources)
             with ungrouped():
-                await stager.stage(copier, session.announce)
+                await attempt.stager.stage(request.sources, attempt.session.announce)
         except Exception as error:  # noqa: BLE001  # whatever it is, the save is settled and the caller told
             self._give_up(_unexpected(error), "failed")
             return
-        session.staging_done()
+        await attempt.session.staging_done()
+        attempt.staged = True
         request.sources.clear()
         self._staged_seconds = time.monotonic() - request.begun
         self._staging.end()
         self.handle.staged.resolve(None)
 
     def _give_up(self, error: AsyncDCPError, kind: str) -> None:
+        """A save that waits for its turn ends at once and leaves no trace; one under way is told to end."""
         self._error = self._error or error
-        if self._session is not None:
-            self._session.give_up(kind, error)
+        if self._attempt is not None:
+            self._attempt.session.give_up(kind, error)
+        self._staging.leave()
+        self._writing.leave()
 
-    def _free(self, slot: int) -> None:
-        """The pipeline has given a slot back."""
-        assert self._arena is not None and self._stager is not None
-        self._stager.held.remove(slot)
-        self._arena.ring.release(slot)
-
-    def _release(self) -> None:
-        """Nothing touches the arena any more: neither a copy nor a write is under way."""
-        arena, stager = self._arena, self._stager
-        assert arena is not None and stager is not None
-        for slot in stager.held:
-            arena.ring.release(slot)
-        stager.held.clear()
-        self._arenas.release(arena)
+    def _release(self, attempt: _Attempt) -> None:
+        """Nothing touches the arena for this save any more: neither a copy nor a write is under way."""
+        if attempt.released:
+            return
+        attempt.released = True
+        if not attempt.session.quiet:
+            self._arenas.abandon(attempt.arena)
+            return
+        for slot in attempt.stager.held:
+            attempt.arena.ring.release(slot)
+        attempt.stager.held.clear()
+        self._arenas.release(attempt.arena)
+        self._lanes.pipeline.tidy()
 
     def _limit(self, seconds: float) -> None:
-        asyncio.get_running_loop().call_later(seconds, self._abandon)
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, self._abandon))
 
     def _abandon(self) -> None:
         """The save should have been settled by now: something in it never returns. Leave it, with the memory it may
@@ -165,9 +194,14 @@ class SaveTask:
         """
         if self._over:
             return
-        path = self.handle.path
-        if self._arena is not None:
-            self._arenas.abandon(self._arena)
+        attempt, path = self._attempt, self.handle.path
+        if attempt is not None and attempt.staged and not attempt.stager.held:
+            self._release(attempt)  # stuck later than with its slabs
+        elif attempt is not None:
+            self._arenas.abandon(attempt.arena)
+        if self._error is not None and (attempt is None or not attempt.writing):
+            self._settle(self._error)  # it never came to writing, and never will
+            return
         self._settle(
             CommitUnknown(
                 f"the save to {path} did not end within its deadline and settle_seconds="
@@ -181,6 +215,9 @@ class SaveTask:
         if self._over:
             return
         self._over = True
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
         self._request.sources.clear()
         self._staging.end()
         self._writing.end()
@@ -200,10 +237,16 @@ class SaveTask:
             stored_bytes=saved.stored_bytes,
             staged_seconds=self._staged_seconds,
             durable_seconds=time.monotonic() - request.begun,
-            stage_seconds=frozen(saved.seconds),
+            stage_seconds=frozen({**request.trace.seconds(), **saved.seconds}),
             filesystem=saved.filesystem,
             replaced=tuple(saved.replaced),
         )
+
+
+def _free(arena: StagingArena, stager: CheckpointStager, slot: int) -> None:
+    """The pipeline has given a slot back."""
+    stager.held.remove(slot)
+    arena.ring.release(slot)
 
 
 def _unexpected(error: BaseException) -> AsyncDCPError:

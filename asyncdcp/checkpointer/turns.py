@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-
-import anyio
 
 
 class Turn:
-    """A place in a ``TurnQueue``, which it joins once."""
+    """A place in a ``TurnQueue``, which it joins once. May be made on any thread; lives on the engine's loop."""
 
     def __init__(self) -> None:
-        self._event = anyio.Event()
+        # asyncio's own event, since anyio's would be trio's where a trio program calls save().
+        self._event = asyncio.Event()
         self.came = False
         self._ended = False
         self._queue: TurnQueue | None = None

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 
+import anyio
 import torch
-from anyio import to_thread
 from torch import Tensor
 
 from asyncdcp.arena import Arena, SlotRing
+from asyncdcp.threads import on_thread
 
 _logger = logging.getLogger("asyncdcp")
 
 
 class StagingArena:
-    """An arena, its ring of slots, and how many saves use it. ``bytes`` is the arena as a tensor."""
+    """An arena, its ring of slots, and how many saves use it. ``bytes`` is the arena as a tensor.
+
+    ``abandoned`` arenas have slots that will never be given back: no save begins to use one, and whoever waits for a
+    slot goes elsewhere.
+    """
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.arena = Arena(slots, slot_bytes)
         self.ring = SlotRing(slots)
         self.bytes: Tensor = torch.frombuffer(self.arena.buffer, dtype=torch.uint8)
         self.users = 0
+        self.abandoned = False
         self._prefaulted = bytearray(slots)
 
     @property
@@ -73,8 +79,9 @@ class Arenas:
         """Takes the memory of the arena that a save of ``slabs`` slabs will use, all of it."""
         arena = self.acquire(slabs)
         try:
+            limiter = anyio.CapacityLimiter(1)
             for slot in range(arena.slots):
-                await to_thread.run_sync(arena.prefault, slot)
+                await on_thread(limiter, arena.prefault, slot)
         finally:
             self.release(arena)
 
@@ -88,6 +95,7 @@ class Arenas:
         """Never gives this arena's memory to another save: who holds its slots may still read them, and never says when
         it stops.
         """
+        arena.abandoned = True
         _logger.error("an arena of %d bytes is abandoned: its save never ended", arena.arena.nbytes)
         if arena is self._current:
             self._current = None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
-from anyio import to_thread
+from torch import Tensor
 
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab
 from asyncdcp.staging.arenas import StagingArena
 from asyncdcp.staging.copier import SlabCopier
+from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
 COPIES_IN_FLIGHT = 2
@@ -20,7 +21,7 @@ class CheckpointStager:
     """Stages one save into an arena and announces each slab as it is filled.
 
     ``held`` are the slots that were taken for this save; whoever learns that a slot is free again takes it out. On
-    cancellation no copy is under way any more, and the slots remain held.
+    cancellation, by a scope or of the task itself, no copy is under way any more, and the slots remain held.
     """
 
     def __init__(self, plan: SavePlan, arena: StagingArena, trace: Trace) -> None:
@@ -29,8 +30,13 @@ class CheckpointStager:
         self._trace = trace
         self.held: set[int] = set()
 
-    async def stage(self, copier: SlabCopier, announce: Callable[[SlabReady], Awaitable[None]]) -> None:
-        """Copies every slab, in the order of the plan as slots become free, and returns when the last is copied."""
+    async def stage(self, sources: Sequence[Tensor], announce: Callable[[SlabReady], Awaitable[None]]) -> None:
+        """Copies every slab, in the order of the plan as slots become free, and returns when the last is copied.
+
+        ``sources[n]`` holds the elements of the plan's structure's chunk ``n``.
+        """
+        limiter = anyio.CapacityLimiter(COPIES_IN_FLIGHT)
+        copier = await on_thread(limiter, SlabCopier, self._plan, sources)
         slabs = iter(self._plan.slabs)
 
         async def work() -> None:
@@ -38,7 +44,7 @@ class CheckpointStager:
                 _, slot = await self._arena.ring.acquire()
                 self.held.add(slot)
                 with self._trace.span("stage", slab.length):
-                    await to_thread.run_sync(self._fill, copier, slab, slot)
+                    await on_thread(limiter, self._fill, copier, slab, slot)
                 await announce(SlabReady(slab.file, slab.begin // self._arena.arena.slot_bytes, slot, slab.length))
 
         async with anyio.create_task_group() as workers:

@@ -1,0 +1,80 @@
+"""The saves of a checkpointer that are under way, or that failed and nobody has looked."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from asyncdcp.checkpointer.handle import SaveHandle
+from asyncdcp.config import OnError
+from asyncdcp.errors import UnseenFailure
+
+_FRAMES_TO_CALLER = 4  # surface, the verb's own helper, the verb: a warning is about the line that called the verb
+
+
+class PendingSaves:
+    """Keeps every save until it is settled and, if it failed, seen. From any thread."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self._on_error = on_error
+        self._lock = threading.Lock()
+        self._handles: list[SaveHandle] = []
+        self._entering = 0
+
+    @contextmanager
+    def entering(self) -> Iterator[bool]:
+        """Around a call of ``save``: whether another save was called before and is not settled."""
+        with self._lock:
+            busy = self._entering > 0 or any(not handle.done() for handle in self._handles)
+            self._entering += 1
+        try:
+            yield busy
+        finally:
+            with self._lock:
+                self._entering -= 1
+
+    def add(self, handle: SaveHandle) -> None:
+        """Another save is under way."""
+        with self._lock:
+            self._handles.append(handle)
+
+    def unsettled(self) -> list[SaveHandle]:
+        """Those under way, oldest first."""
+        with self._lock:
+            return [handle for handle in self._handles if not handle.done()]
+
+    def take_unseen(self, *, awaited: bool = False) -> list[tuple[str, BaseException]]:
+        """Path and error of each failure that nobody has looked at, which counts as looking. One that somebody is just
+        waiting for is passed over; with ``awaited`` it is theirs for good.
+        """
+        with self._lock:
+            taken = [handle for handle in self._handles if handle.done() and (awaited or not handle.awaited)]
+            gone = set(map(id, taken))
+            self._handles = [handle for handle in self._handles if id(handle) not in gone]
+        return [
+            (handle.path, error)
+            for handle in taken
+            if not handle.awaited and (error := handle.take_unseen_failure()) is not None
+        ]
+
+    def surface(self, *, awaited: bool = False) -> None:
+        """Raises, warns of, or hands on what failed unseen, as ``on_error`` says. Of several that are to be raised the
+        last is, and its notes name the others.
+        """
+        failures = self.take_unseen(awaited=awaited)
+        if callable(self._on_error):
+            for _, error in failures:
+                self._on_error(error)
+            return
+        messages = [f"an earlier save to {path} failed and nobody looked at it: {error}" for path, error in failures]
+        if self._on_error == "warn":
+            for message in messages:
+                warnings.warn(message, RuntimeWarning, stacklevel=_FRAMES_TO_CALLER)
+        elif failures:
+            path, error = failures[-1]
+            raised = UnseenFailure(messages[-1], path=path)
+            for message in messages[:-1]:
+                raised.add_note(message)
+            raise raised from error

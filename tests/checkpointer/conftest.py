@@ -1,0 +1,182 @@
+"""Storages that are stuck or fail on purpose, and checkpointers whose deadlines a test can wait for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anyio import to_thread
+
+from asyncdcp import AsyncCheckpointer, MemoryStorage, Options
+
+LONG = 30.0  # a deadline that only a failing test reaches
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Gate:
+    """Where an operation of a storage waits: ``begun`` says that it is there, ``release`` lets it go on."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.release = threading.Event()
+
+    def wait_begun(self) -> None:
+        assert self.begun.wait(LONG)
+
+
+class FaultyStorage(MemoryStorage):
+    """``errors[operation, n]`` is raised by its n-th call (from 1), ``gates[operation, n]`` holds it up on a thread,
+    as a disk would; n = 0 stands for every call. Operations: list, create, write, finish, put, barrier, claim, get.
+    """
+
+    def __init__(self, name: str = "faulty") -> None:
+        super().__init__(name)
+        self.errors: dict[tuple[str, int], Exception] = {}
+        self.gates: dict[tuple[str, int], Gate] = {}
+        self.calls: Counter[str] = Counter()
+
+    def gate(self, operation: str, number: int = 0) -> Gate:
+        return self.gates.setdefault((operation, number), Gate())
+
+    def open_all(self) -> None:
+        for gate in self.gates.values():
+            gate.release.set()
+
+    async def fault(self, operation: str) -> None:
+        self.calls[operation] += 1
+        for number in (self.calls[operation], 0):
+            if (gate := self.gates.get((operation, number))) is not None:
+                gate.begun.set()
+                await to_thread.run_sync(gate.release.wait, LONG)
+            if (error := self.errors.get((operation, number))) is not None:
+                raise error
+
+    async def create(self, name: str, length_hint: int) -> Any:
+        await self.fault("create")
+        return _FaultyWriter(self, await super().create(name, length_hint))
+
+    async def put(self, name: str, data: bytes) -> None:
+        await self.fault("put")
+        if not await super().claim(name, data):
+            raise FileExistsError(name)
+
+    async def claim(self, name: str, data: bytes) -> bool:
+        await self.fault("claim")
+        return await super().claim(name, data)
+
+    async def barrier(self) -> None:
+        await self.fault("barrier")
+
+    async def get(self, name: str, limit: int) -> bytes:
+        await self.fault("get")
+        return await super().get(name, limit)
+
+    async def list(self) -> dict[str, int]:
+        await self.fault("list")
+        return await super().list()
+
+    async def delete(self, names: Sequence[str]) -> None:
+        await self.fault("delete")
+        await super().delete(names)
+
+    @property
+    def names(self) -> dict[str, bytes]:
+        return self._objects
+
+    @property
+    def unfinished(self) -> set[str]:
+        return set(self._unfinished)
+
+
+class _FaultyWriter:
+    def __init__(self, storage: FaultyStorage, inner: Any) -> None:
+        self._storage = storage
+        self._inner = inner
+        self.alignment = 1
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        await self._storage.fault("write")
+        await self._inner.write(offset, buffer)
+
+    async def finish(self, length: int) -> None:
+        await self._storage.fault("finish")
+        await self._inner.finish(length)
+
+    async def abort(self) -> None:
+        await self._inner.abort()
+
+
+@pytest.fixture
+def faulty() -> Iterator[Callable[..., FaultyStorage]]:
+    """Makes faulty storages; whatever is stuck in one is let go at the end."""
+    made: list[FaultyStorage] = []
+
+    def make(name: str = "faulty") -> FaultyStorage:
+        made.append(FaultyStorage(name))
+        return made[-1]
+
+    yield make
+    for storage in made:
+        storage.open_all()
+
+
+@pytest.fixture
+def checkpointer() -> Iterator[AsyncCheckpointer]:
+    """An ordinary one. A failure that the test has not looked at fails the test at close."""
+    with AsyncCheckpointer() as made:
+        yield made
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., AsyncCheckpointer]]:
+    """Makes checkpointers by their options, and closes them."""
+    made: list[AsyncCheckpointer] = []
+
+    def make(**options: Any) -> AsyncCheckpointer:
+        made.append(AsyncCheckpointer(Options(**options)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def bits() -> Callable[[torch.Tensor], torch.Tensor]:
+    """A tensor's elements as integers of the same size, contiguous: for a comparison that forgives nothing."""
+
+    def make(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        if tensor.dtype is torch.complex128:
+            tensor = torch.view_as_real(tensor)
+        return tensor.view(_SAME_SIZE[tensor.element_size()]).contiguous()
+
+    return make
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in an interpreter of its own, whose current directory is the test's."""
+
+    def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *options, "-c", textwrap.dedent(code)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=LONG,
+            check=False,
+        )
+
+    return run
