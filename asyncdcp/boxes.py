@@ -6,9 +6,14 @@ a zero size holds none. Pure arithmetic, row-major where an order of elements ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
+from random import Random
+from secrets import randbits
 from typing import NamedTuple
+
+_PRIME = (1 << 61) - 1
 
 
 class Box(NamedTuple):
@@ -49,54 +54,24 @@ def contains(outer: Box, inner: Box) -> bool:
     )
 
 
-def covers(target: Box, boxes: Sequence[Box]) -> bool:
-    """Whether the union of ``boxes`` holds every point of ``target``. Boxes may overlap.
+def tiles(target: Box, boxes: Iterable[Box]) -> bool:
+    """Whether every point of ``target`` lies in exactly one of ``boxes``, and no other point in any.
 
-    What is left of the target is cut by one box after another, so n disjoint boxes cost O(n) cuts where each box
-    meets few of the pieces that are left, as the shards of a tensor do.
+    In O(boxes * dimensions), however the boxes lie. A box is a product over its dimensions: a step up at its start, a
+    step down at its end. With a variable for each coordinate of each dimension that is a polynomial, and the boxes tile
+    the target exactly if their polynomials add up to its own. The sums are compared at one random point modulo a prime
+    (Schwartz-Zippel), so no input can be made to be taken wrongly: the chance is below dimensions / 2 ** 61.
     """
-    rest = [] if target.volume == 0 else [target]
-    for box in boxes:
-        if not rest:
-            break
-        rest = [piece for old in rest for piece in subtract(old, box)]
-    return not rest
+    draw = Random(randbits(128))
+    points = [defaultdict[int, int](lambda: draw.randrange(_PRIME)) for _ in target.sizes]
 
+    def value(box: Box) -> int:
+        product = 1
+        for point, start, size in zip(points, box.offsets, box.sizes, strict=True):
+            product = product * (point[start] - point[start + size]) % _PRIME
+        return product
 
-def subtract(a: Box, b: Box) -> list[Box]:
-    """``a`` without the points of ``b``, as disjoint boxes (at most two per dimension)."""
-    common = intersect(a, b)
-    if common is None:
-        return [a]
-    pieces = []
-    offsets, sizes = list(a.offsets), list(a.sizes)
-    for dim, (start, size) in enumerate(zip(common.offsets, common.sizes, strict=True)):
-        before, after = start - offsets[dim], offsets[dim] + sizes[dim] - (start + size)
-        for piece_start, piece_size in ((offsets[dim], before), (start + size, after)):
-            if piece_size > 0:
-                pieces.append(
-                    Box(
-                        (*offsets[:dim], piece_start, *offsets[dim + 1 :]),
-                        (*sizes[:dim], piece_size, *sizes[dim + 1 :]),
-                    )
-                )
-        offsets[dim], sizes[dim] = start, size
-    return pieces
-
-
-def overlapping(boxes: Sequence[Box]) -> tuple[int, int] | None:
-    """The numbers of two boxes that share a point, or None. Sorts by the first dimension, so shards cost O(n log n)."""
-    order = sorted((n for n in range(len(boxes)) if boxes[n].volume), key=lambda n: boxes[n].offsets)
-    active: list[int] = []
-    for n in order:
-        box = boxes[n]
-        start = box.offsets[0] if box.offsets else 0
-        active = [m for m in active if not boxes[m].offsets or boxes[m].offsets[0] + boxes[m].sizes[0] > start]
-        for m in active:
-            if intersect(boxes[m], box) is not None:
-                return m, n
-        active.append(n)
-    return None
+    return (sum(map(value, boxes)) - value(target)) % _PRIME == 0
 
 
 def row_major_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, Box]]:

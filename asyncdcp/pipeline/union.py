@@ -13,22 +13,26 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, NoReturn
 
-from asyncdcp.boxes import Box, covers, overlapping, whole
+from asyncdcp.boxes import Box, contains, tiles, whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
 from asyncdcp.format.blocks import SLAB_BYTES, block_count, unpack_checksums
 from asyncdcp.metadata import (
     DTYPE_SIZES,
     BytesStorageMetadata,
+    ChunkColumns,
     ChunkLocation,
     ChunkStorageMetadata,
     Index,
+    IndexPlan,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
+    WrittenColumns,
 )
 from asyncdcp.names import data_name, index_name
 
 _LIMIT = 1 << 62
+_MAX_DIMENSIONS = 64
 _BLOCK_LIMITS = (4096, SLAB_BYTES)
 
 
@@ -50,6 +54,7 @@ class Union:
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = field(default_factory=dict)
     storage: dict[MetadataIndex, ChunkLocation] = field(default_factory=dict)
     files: dict[str, FileMap] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     tensor_bytes: int = 0
 
 
@@ -61,53 +66,82 @@ class _Chunk(NamedTuple):
     length: int
 
 
+def check_sizes(union: Union, sizes: dict[str, int]) -> None:
+    """Holds the data files of an union against a listing of the storage."""
+    for file in union.files.values():
+        size = sizes.get(file.name)
+        if size != file.size:
+            raise damaged(file, "is missing" if size is None else f"has {size} bytes")
+
+
+def damaged(file: FileMap, what: str) -> CorruptCheckpoint:
+    """The error of a data file that is not as long as its Index says."""
+    message = f"the data file {file.name} {what}, and had {file.size} bytes; it holds {enumerated(file.tensors)}"
+    return CorruptCheckpoint(message, path=file.name, tensors=file.tensors)
+
+
+def enumerated(tensors: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(name[:200] for name in tensors[:5]) + (" …" if len(tensors) > 5 else "") or "only a header"
+
+
+class _Tensor(NamedTuple):
+    """A tensor as the lowest rank that lists it says (in the Index of name ``source``), and all its chunks."""
+
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: dict[Box, ChunkLocation]
+
+
 def unite(indexes: Sequence[Index]) -> Union:
     """The union of all ranks' indexes, each checked, in the order of ranks. Of identical duplicates the lowest rank's
     counts.
     """
     union = Union()
-    boxes: dict[str, list[tuple[Box, ChunkLocation]]] = {}
-    declared: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tensors: dict[str, _Tensor] = {}
     for index in indexes:
-        name = index_name(index.save_id, index.rank)
-        chunks = check_index(index)
-        plan = index.plan
-        for tensor, dtype, shape in zip(plan.names, plan.dtypes, plan.shapes, strict=True):
-            if declared.setdefault(tensor, (dtype, shape)) != (dtype, shape):
-                _corrupt(name, f"{tensor} is {dtype}{list(shape)} here and {declared[tensor]} on a lower rank", tensor)
-        for file in _file_maps(index, chunks):
-            union.files[file.name] = file
-        for chunk in chunks:
-            location = ChunkLocation(index.files[chunk.file].name, chunk.begin, chunk.length)
-            boxes.setdefault(plan.names[chunk.tensor], []).append((chunk.box, location))
-        union.tensors.update({key: BytesStorageMetadata(len(value)) for key, value in index.values.items()})
-    for tensor, (dtype, shape) in declared.items():
-        _place(union, tensor, dtype, shape, boxes.get(tensor, []))
+        _gather(union, tensors, index)
+    for name, tensor in tensors.items():
+        _place(union, name, tensor)
+    for alias in union.aliases.keys() & union.tensors.keys():
+        _corrupt(index_name(indexes[0].save_id, 0), f"{alias} is stored, and is also tied to another", alias)
     return union
 
 
-def _place(
-    union: Union, tensor: str, dtype: str, shape: tuple[int, ...], found: list[tuple[Box, ChunkLocation]]
-) -> None:
+def _gather(union: Union, tensors: dict[str, _Tensor], index: Index) -> None:
+    """Adds one Index: files, aliases and values to the union, chunks (but for empty ones) to ``tensors``."""
+    name, plan = index_name(index.save_id, index.rank), index.plan
+    chunks = check_index(index)
+    for tensor, dtype, shape in zip(plan.names, plan.dtypes, plan.shapes, strict=True):
+        first = tensors.setdefault(tensor, _Tensor(name, dtype, shape, {}))
+        if (first.dtype, first.shape) != (dtype, shape):
+            _corrupt(name, f"{tensor} is {dtype}{list(shape)}, and another in {first.source}", tensor)
+    for chunk in chunks:
+        if chunk.length:
+            location = ChunkLocation(index.files[chunk.file].name, chunk.begin, chunk.length)
+            tensors[plan.names[chunk.tensor]].chunks.setdefault(chunk.box, location)
+    for alias, target in plan.aliases.items():
+        if union.aliases.setdefault(alias, target) != target:
+            _corrupt(name, f"{alias} is tied to {target}, and to {union.aliases[alias]} on a lower rank", alias)
+    union.files.update({file.name: file for file in _file_maps(index, chunks)})
+    union.tensors.update({key: BytesStorageMetadata(len(value)) for key, value in index.values.items()})
+
+
+def _place(union: Union, name: str, tensor: _Tensor) -> None:
     """Adds one tensor to the union, once its chunks are seen to cover it without overlapping."""
-    if tensor in union.tensors:
-        raise CorruptCheckpoint(f"{tensor} is stored both as a tensor and as a value", tensors=[tensor])
-    placed: dict[tuple[int, ...], tuple[Box, ChunkLocation]] = {}
-    for box, location in found:
-        known = placed.setdefault(box.offsets, (box, location))
-        if known[0] != box:
-            raise CorruptCheckpoint(f"{tensor}: overlapping chunks at {list(box.offsets)}", tensors=[tensor])
-    chunks = [box for box, _ in placed.values()]
-    if len(chunks) != 1 or chunks[0] != whole(shape):
-        if overlapping(chunks) is not None:
-            raise CorruptCheckpoint(f"{tensor}: overlapping chunks", tensors=[tensor])
-        if sum(box.volume for box in chunks) != prod(shape) or not covers(whole(shape), chunks):
-            raise CorruptCheckpoint(f"{tensor}: its chunks do not cover its shape {list(shape)}", tensors=[tensor])
-    for box, location in placed.values():
-        union.storage[MetadataIndex(tensor, box.offsets)] = location
-    stored = tuple(ChunkStorageMetadata(box.offsets, box.sizes) for box in chunks)
-    union.tensors[tensor] = TensorStorageMetadata(TensorProperties(dtype), shape, stored)
-    union.tensor_bytes += prod(shape) * DTYPE_SIZES[dtype]
+    if name in union.tensors:
+        _corrupt(tensor.source, f"{name} is stored both as a tensor and as a value", name)
+    target = whole(tensor.shape)
+    if list(tensor.chunks) != [target] and not tiles(target, tensor.chunks):
+        held = sum(box.volume for box in tensor.chunks)
+        fault = "leave a hole in it" if held < target.volume else "overlap"
+        _corrupt(tensor.source, f"{name}: its chunks {fault} (shape {list(tensor.shape)})", name)
+    for box, location in tensor.chunks.items():
+        union.storage[MetadataIndex(name, box.offsets)] = location
+    stored = tuple(ChunkStorageMetadata(box.offsets, box.sizes) for box in tensor.chunks)
+    union.tensors[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, stored)
+    union.tensor_bytes += target.volume * DTYPE_SIZES[tensor.dtype]
 
 
 def check_index(index: Index) -> list[_Chunk]:
@@ -125,22 +159,33 @@ def check_index(index: Index) -> list[_Chunk]:
             raise UnsupportedFormat(
                 f"{name}: {tensor} has the unknown dtype {dtype[:40]!r}", path=name, tensors=[tensor]
             )
-        if any(size < 0 for size in shape) or prod(shape) * DTYPE_SIZES[dtype] >= _LIMIT:
-            _corrupt(name, f"{tensor} has the impossible shape {list(shape)[:8]}", tensor)
-    known = set(plan.names)
-    for alias, target in plan.aliases.items():
-        if target not in known or alias in known:
-            _corrupt(name, f"the alias {alias} of {target} is not one", alias)
+        extent = prod(max(size, 1) for size in shape[:_MAX_DIMENSIONS])  # strides must not overflow in an empty one
+        if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0 or extent * DTYPE_SIZES[dtype] >= _LIMIT:
+            _corrupt(name, f"{tensor} has the impossible shape {_shown(shape)}", tensor)
+    _check_aliases(index, name)
     _check_tables(index, name)
+    if plan.held is not None:
+        for _ in _boxes(plan, plan.held, name):  # what is written covers all of every tensor, so what is held, too
+            pass
     chunks = list(_chunks(index, name))
     _check_tiling(index, chunks, name)
     return chunks
 
 
-def _chunks(index: Index, name: str) -> Iterator[_Chunk]:
-    plan, columns = index.plan, index.plan.written
-    if not len(columns.tensor) == len(columns.file) == len(columns.begin):
-        _corrupt(name, "the columns of chunks differ in length")
+def _shown(shape: tuple[int, ...]) -> str:
+    return ", ".join(str(size)[:24] for size in shape[:8]) + (" …" if len(shape) > 8 else "")
+
+
+def _check_aliases(index: Index, name: str) -> None:
+    """An alias is of a stored tensor, so there are no chains of them, and no circles."""
+    known = set(index.plan.names)
+    for alias, target in index.plan.aliases.items():
+        if target not in known or alias in known or alias in index.values:
+            _corrupt(name, f"the alias {alias} of {target} is not one", alias)
+
+
+def _boxes(plan: IndexPlan, columns: ChunkColumns | WrittenColumns, name: str) -> Iterator[tuple[int, Box]]:
+    """The tensor's number and the box of each row, which lies in the tensor's shape."""
     ndims = [len(shape) for shape in plan.shapes]
     if any(not 0 <= tensor < len(ndims) for tensor in columns.tensor):
         _corrupt(name, "a chunk is of a tensor that is not listed")
@@ -148,22 +193,26 @@ def _chunks(index: Index, name: str) -> Iterator[_Chunk]:
     if not len(columns.offsets) == len(columns.sizes) == total:
         _corrupt(name, "the chunks' offsets and sizes do not fit their tensors' dimensions")
     position = 0
-    for tensor, file, begin in zip(columns.tensor, columns.file, columns.begin, strict=True):
+    for tensor in columns.tensor:
         end = position + ndims[tensor]
         box = Box(tuple(columns.offsets[position:end]), tuple(columns.sizes[position:end]))
         position = end
-        shape, itemsize = plan.shapes[tensor], DTYPE_SIZES[plan.dtypes[tensor]]
-        if box.sizes != shape or any(box.offsets):
-            for offset, size, bound in zip(box.offsets, box.sizes, shape, strict=True):
-                if offset < 0 or size < 0 or offset + size > bound:
-                    _corrupt(
-                        name, f"a chunk of {plan.names[tensor]} leaves its shape {list(shape)}", plan.names[tensor]
-                    )
+        if min(box.sizes, default=0) < 0 or not contains(whole(plan.shapes[tensor]), box):
+            _corrupt(name, f"a chunk of {plan.names[tensor]} leaves its shape", plan.names[tensor])
+        yield tensor, box
+
+
+def _chunks(index: Index, name: str) -> Iterator[_Chunk]:
+    plan, columns = index.plan, index.plan.written
+    if not len(columns.tensor) == len(columns.file) == len(columns.begin):
+        _corrupt(name, "the columns of chunks differ in length")
+    for (tensor, box), file, begin in zip(_boxes(plan, columns, name), columns.file, columns.begin, strict=True):
+        itemsize = DTYPE_SIZES[plan.dtypes[tensor]]
         if not 0 <= file < len(index.files):
             _corrupt(name, f"a chunk of {plan.names[tensor]} is in a file that is not listed", plan.names[tensor])
         if begin % itemsize:
             _corrupt(name, f"a chunk of {plan.names[tensor]} begins within an element", plan.names[tensor])
-        yield _Chunk(tensor, box, file, begin, prod(box.sizes) * itemsize)
+        yield _Chunk(tensor, box, file, begin, box.volume * itemsize)
 
 
 def _check_tables(index: Index, name: str) -> None:
