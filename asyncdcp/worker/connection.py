@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import os
 import socket
@@ -13,7 +14,7 @@ from asyncdcp.worker.protocol import Framer, ProtocolError, ToTrainer, ToWorker,
 
 _CHUNK: Final = 256 << 10
 _ROUNDS: Final = 16
-_MAX_FDS: Final = 16
+_ANCILLARY: Final = socket.CMSG_SPACE(16 * array.array("i").itemsize)
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Connection(Generic[T]):
         on_message: Callable[[T], object],
         on_end: Callable[[Exception | None], object],
     ) -> None:
-        sock.setblocking(False)
+        sock.settimeout(0)
         self._sock = sock
         self._framer: Framer[T] = Framer(incoming)
         self._on_message = on_message
@@ -84,7 +85,8 @@ class Connection(Generic[T]):
     def _send(self, view: memoryview, fd: int | None) -> int:
         if fd is None:
             return self._sock.send(view, socket.MSG_NOSIGNAL)
-        return socket.send_fds(self._sock, [view], [fd], socket.MSG_NOSIGNAL)
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", (fd,)))
+        return self._sock.sendmsg([view], [rights], socket.MSG_NOSIGNAL)  # socket.send_fds drops the flags
 
     def _all_sent(self) -> None:
         if not self._flushed.is_set():
@@ -120,12 +122,13 @@ class Connection(Generic[T]):
     def _read(self) -> bool:
         """Handles some messages; False if nothing (more) is there."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, _CHUNK, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            data, rights, _, _ = self._sock.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
-            data, fds = b"", []
-        self._fds.extend(fds)
+            data, rights = b"", []
+        for _, _, fds in rights:
+            self._fds.extend(array.array("i", fds))
         if not data:
             self._end(None)
             return False
@@ -141,14 +144,16 @@ class Connection(Generic[T]):
         if not self._ended:
             self._ended = True
             self._loop.remove_reader(self._sock.fileno())
-            self._break()
+            if error is None:
+                self._break()
             self._on_end(error)
 
     # ── the end ──
 
-    def fileno(self) -> int:
-        """The socket's descriptor; -1 once closed."""
-        return self._sock.fileno()
+    def close_inherited(self) -> None:
+        """In a forked child: closes the descriptor alone. The loop's epoll is the parent's, too."""
+        self._ended = self._broken = True
+        self._sock.close()
 
     def close(self) -> None:
         """Closes the socket; safe to call twice."""

@@ -54,7 +54,8 @@ def _kind(error: BaseException) -> str:
 
 def _nearest(error: AsyncDCPError) -> str:
     """The closest class of asyncdcp's own tree, for one that was derived from it elsewhere."""
-    return next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    mro = (kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    return str(next(mro).__name__)
 
 
 def _fields(error: BaseException) -> dict[str, Any]:

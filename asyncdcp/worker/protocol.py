@@ -9,6 +9,7 @@ JSON already and are not encoded again. A ``ShareArena`` comes with one file des
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Iterator, Mapping
 from enum import Enum, auto
@@ -22,6 +23,9 @@ from asyncdcp.storage.spec import StorageSpec
 
 VERSION: Final = 1
 FRAME_LIMIT: Final = 4 << 30
+IGNORED: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What a terminal, a scheduler or a launcher sends to everything at once, when training is to end. The worker drains
+what was staged, and ends when its trainer has."""
 _LENGTH: Final = struct.Struct("<Q")
 
 

@@ -1,0 +1,83 @@
+"""Which pipeline a save runs in: the background process where everything of it can travel there, else a thread."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import anyio
+
+from asyncdcp.config import Options
+from asyncdcp.errors import Closed, ThreadPipelineWarning
+from asyncdcp.pipeline.session import LocalSession, SaveSession, SessionRequest
+from asyncdcp.storage import Storage, spec_of
+from asyncdcp.worker.process import CheckpointProcess
+from asyncdcp.worker.session import RemoteSession
+
+_logger = logging.getLogger("asyncdcp")
+
+
+class ProcessPipeline:
+    """A checkpointer's background process: started with the first save, and again after it has died."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._starting = anyio.Lock()
+        self._processes: list[CheckpointProcess] = []
+        """The one in use is the last; those before it were killed and have not died yet."""
+        self._told: set[str] = set()
+        self._closed = False
+
+    @property
+    def process(self) -> CheckpointProcess | None:
+        """The process in use, None if there is none now."""
+        last = self._processes[-1] if self._processes else None
+        return last if last is not None and last.usable else None
+
+    def open(self, request: SessionRequest) -> SaveSession:
+        """The session of a save. What cannot travel runs here, on a thread of this process."""
+        spec = spec_of(request.storage)
+        if spec is None:
+            return LocalSession(request.job, request.storage, request.arena, request.on_free, request.trace)
+        return RemoteSession(self, request, spec, self._options.settle_seconds)
+
+    def warn_unless_travels(self, storage: Storage) -> None:
+        """Says so, once for a kind of storage, where saves to it do not run in the background process."""
+        kind = type(storage).__qualname__
+        if kind in self._told or spec_of(storage) is not None:
+            return
+        self._told.add(kind)
+        message = f"a {kind} cannot be opened by the background process: saves to it run on a thread of this one"
+        _logger.warning(message)
+        warnings.warn(message, ThreadPipelineWarning, stacklevel=4)
+
+    async def acquire(self) -> CheckpointProcess:
+        """The process, started if there is none that lives. ``WorkerCrashed`` if that fails."""
+        async with self._starting:
+            if self._closed:
+                raise Closed("the checkpointer is closed")
+            process = self.process
+            if process is None:
+                process = await CheckpointProcess.start(self._options)
+                self._processes = [old for old in self._processes if not old.died.is_set()]
+                self._processes.append(process)
+            return process
+
+    async def start(self) -> None:
+        """Starts the process ahead of the first save."""
+        await self.acquire()
+
+    def tidy(self) -> None:
+        """After a save: memory that the trainer has given back is given back there, too."""
+        if self._processes and not self._processes[-1].died.is_set():
+            self._processes[-1].drop_closed_arenas()
+
+    async def aclose(self) -> None:
+        """Ends the process: at once if it has nothing to do, within about half of ``settle_seconds`` in any case."""
+        self._closed = True
+        try:
+            for process in self._processes:
+                await process.aclose(self._options.settle_seconds / 2)
+        finally:
+            for process in self._processes:
+                process.leave_behind()

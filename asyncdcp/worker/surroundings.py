@@ -1,0 +1,89 @@
+"""What the child does to its own process: signals, priorities, CPUs, stray descriptors, standard streams."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import signal
+from contextlib import suppress
+from typing import Final
+
+from asyncdcp.worker.protocol import IGNORED, Configure, Inspection
+
+_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "s390x": 282, "riscv64": 30}
+_IOPRIO_WHO_PROCESS: Final = 1
+_IOPRIO_BEST_EFFORT: Final = 2 << 13
+_IOPRIO_IDLE: Final = 3 << 13
+_PR_SET_NAME: Final = 15
+
+_logger = logging.getLogger("asyncdcp")
+
+
+def ignore_signals() -> None:
+    """Ignores what the worker outlives, and unblocks it: the trainer started the worker with these blocked, so that
+    none could end it before.
+    """
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def close_strays(first: int) -> None:
+    """Closes every descriptor from ``first`` on: what other libraries of the trainer left inheritable."""
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
+def detach_stderr() -> None:
+    """From here on nothing that the trainer's terminal or pipes are attached to is held open."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
+
+
+def name_process(name: bytes) -> None:
+    """The name that ``ps -o comm`` and ``top`` show."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name), 0, 0, 0)
+
+
+def set_priorities(configure: Configure) -> None:
+    """Niceness, I/O priority and CPUs. What the system refuses is logged: a save matters more."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, min(os.getpriority(os.PRIO_PROCESS, 0) + configure.nice, 19))
+        if configure.affinity is not None:
+            os.sched_setaffinity(0, configure.affinity)
+        if configure.io_priority is not None:
+            _set_io_priority(configure.io_priority)
+    except OSError as error:
+        _logger.warning("the background process could not set its priorities: %s", error)
+
+
+def _set_io_priority(priority: str | int) -> None:
+    number = _IOPRIO_SET.get(platform.machine())
+    if number is None:
+        raise OSError(f"no ioprio_set is known for {platform.machine()}")
+    value = _IOPRIO_IDLE if isinstance(priority, str) else _IOPRIO_BEST_EFFORT | priority
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ctypes.c_long(number), _IOPRIO_WHO_PROCESS, 0, value) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def inspection(modules: list[str], arenas: int, saves: int) -> Inspection:
+    """What /proc says of this process."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        fields = dict(line.split(":", 1) for line in status if ":" in line)
+    kibibytes = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
+    descriptors = 0
+    with suppress(OSError):
+        descriptors = len(os.listdir("/proc/self/fd")) - 1
+    return Inspection(
+        pid=os.getpid(),
+        modules=modules,
+        rss_bytes=kibibytes << 10,
+        descriptors=descriptors,
+        threads=int(fields["Threads"]),
+        arenas=arenas,
+        saves=saves,
+        nice=os.getpriority(os.PRIO_PROCESS, 0),
+    )
