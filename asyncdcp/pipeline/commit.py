@@ -32,7 +32,7 @@ class State(Enum):
     RETRACTING = auto()
     """A rank claims an abort while a commit may be out already."""
     READING = auto()
-    """The name was lost; the Record that won is being read."""
+    """The name was lost, or could not be won; the Record that is there, if any, is being read."""
     PUBLISHING = auto()
     """A commit was found; this rank makes it durable from its side."""
     COMMITTED = auto()
@@ -68,13 +68,13 @@ class Event(Enum):
     """Whether the claim was won cannot be told."""
     PUBLISHED = auto()
     STORAGE_FAILED = auto()
-    """Reading the Record, or making it durable, failed."""
+    """The Record is not there or cannot be read, or could not be made durable."""
 
 
 class Action(Enum):
     """What to do next; each ends in one of the events in the comment."""
 
-    LIST = auto()  # INDEXES_MISSING, INDEXES_COMPLETE, FOUND_ABORT, GIVE_UP
+    LIST = auto()  # INDEXES_MISSING, INDEXES_COMPLETE, FOUND_COMMIT, FOUND_ABORT, GIVE_UP
     CHECK = auto()  # COVERED, GIVE_UP
     CLAIM_COMMIT = auto()  # WON, LOST, CLAIM_FAILED, CLAIM_UNKNOWN
     CLAIM_ABORT = auto()  # WON, LOST, CLAIM_FAILED, CLAIM_UNKNOWN
@@ -90,8 +90,8 @@ _Row = tuple[State, Action]
 _COMMON: dict[tuple[State, Event], _Row] = {
     (_S.RETRACTING, _E.WON): (_S.ABORTED, _A.FINISH),
     (_S.RETRACTING, _E.LOST): (_S.READING, _A.READ_RECORD),
-    (_S.RETRACTING, _E.CLAIM_FAILED): (_S.UNKNOWN, _A.FINISH),
-    (_S.RETRACTING, _E.CLAIM_UNKNOWN): (_S.UNKNOWN, _A.FINISH),
+    (_S.RETRACTING, _E.CLAIM_FAILED): (_S.READING, _A.READ_RECORD),
+    (_S.RETRACTING, _E.CLAIM_UNKNOWN): (_S.READING, _A.READ_RECORD),
     (_S.READING, _E.FOUND_COMMIT): (_S.PUBLISHING, _A.PUBLISH),
     (_S.READING, _E.FOUND_ABORT): (_S.ABORTED, _A.FINISH),
     (_S.READING, _E.STORAGE_FAILED): (_S.UNKNOWN, _A.FINISH),
@@ -109,6 +109,7 @@ TRANSITIONS: Mapping[str, Mapping[tuple[State, Event], _Row]] = MappingProxyType
                 (_S.COLLECTING, _E.INDEXES_MISSING): (_S.COLLECTING, _A.LIST),
                 (_S.COLLECTING, _E.INDEXES_COMPLETE): (_S.CHECKING, _A.CHECK),
                 (_S.COLLECTING, _E.FOUND_ABORT): (_S.ABORTED, _A.FINISH),
+                (_S.COLLECTING, _E.FOUND_COMMIT): (_S.PUBLISHING, _A.PUBLISH),
                 (_S.COLLECTING, _E.GIVE_UP): (_S.ABORTING, _A.CLAIM_ABORT),
                 (_S.CHECKING, _E.COVERED): (_S.CLAIMING, _A.CLAIM_COMMIT),
                 (_S.CHECKING, _E.GIVE_UP): (_S.ABORTING, _A.CLAIM_ABORT),

@@ -10,7 +10,10 @@ from __future__ import annotations
 import bisect
 import ctypes
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from operator import itemgetter
 from types import TracebackType
 from typing import NamedTuple
 
@@ -18,13 +21,14 @@ import anyio
 import xxhash
 from anyio import to_thread
 
-from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, ungrouped
+from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError, ungrouped
 from asyncdcp.format.blocks import SLAB_BYTES
-from asyncdcp.metadata import Index, IndexRef, Metadata, Record, StorageMeta, decode_index, digest
-from asyncdcp.names import index_name
-from asyncdcp.pipeline.records import choose_commit, read_records
-from asyncdcp.pipeline.union import FileMap, unite
+from asyncdcp.metadata import Index, Metadata, Record, StorageMeta
+from asyncdcp.names import record_name
+from asyncdcp.pipeline.records import choose_commit, read_index, read_records
+from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, enumerated, unite
 from asyncdcp.storage.port import ObjectReader, Storage
+from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
 READS_IN_FLIGHT = 4
@@ -74,6 +78,7 @@ class CheckpointReader:
         self._storage = storage
         self._files = files
         self._objects: dict[str, ObjectReader] = {}
+        self._limiter = anyio.CapacityLimiter(READS_IN_FLIGHT)
         self.record = record
         self.metadata = metadata
 
@@ -84,21 +89,29 @@ class CheckpointReader:
         ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat`` or ``CorruptCheckpoint`` otherwise,
         naming file and tensor. No data file is read yet.
         """
-        location = storage.info.location
-        sizes = await storage.list()
-        record = choose_commit(await read_records(storage, sizes), location)
-        if len(record.indexes) != record.world_size:
+        record = await _resolve(storage)
+        while True:
+            try:
+                return await cls._open(storage, record)
+            except CorruptCheckpoint:
+                before, record = record, await _resolve(storage)
+                if record.save_id == before.save_id:  # else a new save has just replaced what was being opened
+                    raise
+
+    @classmethod
+    async def _open(cls, storage: Storage, record: Record) -> CheckpointReader:
+        location, world = storage.info.location, range(record.world_size)
+        if not 0 < record.world_size == len(record.indexes):
+            name = record_name(record.save_id)
             raise CorruptCheckpoint(
-                f"{location}: the Record lists {len(record.indexes)} indexes of {record.world_size} ranks",
-                path=location,
+                f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name
             )
-        indexes = [await _read_index(storage, record, rank, ref) for rank, ref in enumerate(record.indexes)]
+        indexes = [await _read_listed(storage, record, rank) for rank in world]
         union = await to_thread.run_sync(unite, indexes)
-        for file in union.files.values():
-            _check_size(file, sizes)
+        check_sizes(union, await storage.list())
         meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
-        first = indexes[0]
-        metadata = Metadata(union.tensors, union.storage, meta, first.plan.aliases, first.plan.tree, first.values)
+        plan = indexes[0].plan
+        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, plan.tree, indexes[0].values)
         return cls(storage, record, metadata, union.files)
 
     async def __aenter__(self) -> CheckpointReader:
@@ -114,75 +127,107 @@ class CheckpointReader:
         with anyio.CancelScope(shield=True):
             while self._objects:
                 _, opened = self._objects.popitem()
-                await opened.aclose()
+                with suppress(StorageError):  # of a file that was only read nothing can be lost
+                    await opened.aclose()
 
     async def read(self, ranges: Sequence[ReadRange], trace: Trace) -> None:
         """Reads all ranges. Every byte belongs to a verified block before a range's ``deliver`` sees it.
 
-        ``into`` buffers may hold unverified bytes when this raises ``ChecksumMismatch``. On return and on raise no
-        buffer is in use any more.
+        Ranges may overlap. ``into`` buffers may hold unverified bytes when this raises ``ChecksumMismatch``. On return
+        and on raise no buffer is in use any more. Files are open only while they are read.
         """
-        for name in {part.file for part in ranges}:
-            if name not in self._objects:
-                self._objects[name] = await self._open_data(name)
-        windows = iter(list(self._windows(ranges)))
+        windows = _windows(ranges, self._files)
+        left = Counter(window.file.name for window in windows)
+        waiting, opening = iter(windows), anyio.Lock()
 
         async def work() -> None:
             bounce = memoryview(mmap.mmap(-1, SLAB_BYTES))  # page-aligned; unmapped with the last view of it
-            for window in windows:
-                await self._read_window(window, bounce, trace)
+            for window in waiting:
+                async with opening:
+                    source = await self._source(window.file)
+                await self._read_window(window, source, bounce, trace)
+                left[window.file.name] -= 1
+                if not left[window.file.name]:
+                    await self._objects.pop(window.file.name).aclose()
 
-        with ungrouped():
-            async with anyio.create_task_group() as workers:
-                for _ in range(READS_IN_FLIGHT):
-                    workers.start_soon(work)
-
-    async def _open_data(self, name: str) -> ObjectReader:
         try:
-            return await self._storage.open(name)
-        except FileNotFoundError as error:
-            raise CorruptCheckpoint(f"the data file {name} is missing", path=name) from error
+            with ungrouped():
+                async with anyio.create_task_group() as workers:
+                    for _ in range(min(READS_IN_FLIGHT, len(windows))):
+                        workers.start_soon(work)
+        finally:
+            await self.aclose()
 
-    def _windows(self, ranges: Sequence[ReadRange]) -> Iterator[_Window]:
-        """Cuts the ranges, sorted by file and begin, into windows. Blocks that nothing wants are not read."""
-        current: _Window | None = None
-        for wanted in sorted(ranges, key=lambda part: (part.file, part.begin)):
-            file = self._files[wanted.file]
-            block = file.block_bytes
-            position = wanted.begin
-            while position < wanted.end:
-                first = position // block * block
-                if current is None or current.file is not file or first > current.end:
-                    fresh = True
-                elif first == current.end:
-                    fresh = current.end - current.begin + block > SLAB_BYTES
-                else:
-                    fresh = False
-                if fresh:
-                    if current is not None:
-                        yield current
-                    current = _Window(file, first, first, [])
-                assert current is not None
-                limit = min(current.begin + max(SLAB_BYTES // block, 1) * block, file.size)
-                end = min(wanted.end, limit)
-                covered = min(max(current.end, -(-end // block) * block), file.size)
-                current.parts.append(_Part(position, end, position - wanted.begin, wanted))
-                current = current._replace(end=covered)
-                position = end
-        if current is not None:
-            yield current
+    async def _source(self, file: FileMap) -> ObjectReader:
+        if file.name not in self._objects:
+            try:
+                self._objects[file.name] = await self._storage.open(file.name)
+            except FileNotFoundError as error:
+                raise damaged(file, "is missing") from error
+        return self._objects[file.name]
 
-    async def _read_window(self, window: _Window, bounce: memoryview, trace: Trace) -> None:
-        source = self._objects[window.file.name]
+    async def _read_window(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> None:
         length = window.end - window.begin
         with trace.span("read", length):
             straight = _straight_parts(window)
             layout = _layout(window, straight, bounce)
-            if not await source.read_cached(window.begin, layout):
-                straight, layout = [], [bounce[: -(-length // 4096) * 4096]]
-                await source.read(window.begin, layout)
+            try:
+                if source.size != window.file.size:
+                    raise damaged(window.file, f"has {source.size} bytes")
+                if not await source.read_cached(window.begin, layout):
+                    padded = -(-length // source.alignment) * source.alignment
+                    straight, layout = [], [bounce[:padded]]
+                    await source.read(window.begin, layout)
+            except EOFError as error:
+                raise damaged(window.file, "has become shorter") from error
         with trace.span("verify", length):
-            await to_thread.run_sync(_verify_and_place, window, straight, layout, bounce)
+            await on_thread(self._limiter, _verify_and_place, window, straight, layout, bounce)
+
+
+async def _resolve(storage: Storage) -> Record:
+    return choose_commit(await read_records(storage, await storage.list()), storage.info.location)
+
+
+async def _read_listed(storage: Storage, record: Record, rank: int) -> Index:
+    """The Index of a rank, if it is the one that the Record lists."""
+    ref = record.indexes[rank]
+    found = await read_index(storage, record.save_id, rank, ref.size)
+    if found.ref != ref:
+        name = found.ref.name
+        raise CorruptCheckpoint(
+            f"{name} is not the file that the Record lists (its name, size or digest differ)", path=name
+        )
+    return found.content
+
+
+def _windows(ranges: Sequence[ReadRange], files: dict[str, FileMap]) -> list[_Window]:
+    """Cuts the ranges along a grid of slabs. In each slab, every run of blocks that something wants is a window."""
+    slabs: dict[tuple[str, int], list[_Part]] = {}
+    for wanted in sorted(ranges, key=lambda part: (part.file, part.begin)):
+        block = files[wanted.file].block_bytes
+        step = SLAB_BYTES // block * block
+        for begin in range(wanted.begin // step * step, wanted.end, step):
+            part = _Part(max(begin, wanted.begin), min(begin + step, wanted.end), max(begin - wanted.begin, 0), wanted)
+            slabs.setdefault((wanted.file, begin), []).append(part)
+    return [
+        window for (name, _), parts in sorted(slabs.items(), key=itemgetter(0)) for window in _runs(files[name], parts)
+    ]
+
+
+def _runs(file: FileMap, parts: list[_Part]) -> Iterator[_Window]:
+    """The windows of one slab, whose parts are given in order of where they begin."""
+    block, run = file.block_bytes, list[_Part]()
+    begin = end = 0
+    for part in parts:
+        first = part.begin // block * block
+        if not run or first > end:
+            if run:
+                yield _Window(file, begin, end, run)
+            run, begin, end = [], first, first
+        run.append(part)
+        end = max(end, min(-(-part.end // block) * block, file.size))
+    if run:
+        yield _Window(file, begin, end, run)
 
 
 def _straight_parts(window: _Window) -> list[_Part]:
@@ -252,11 +297,9 @@ def _mismatch(file: FileMap, block: int) -> ChecksumMismatch:
     first = max(bisect.bisect_right(file.begins, begin) - 1, 0)
     last = bisect.bisect_left(file.begins, begin + file.block_bytes)
     tensors = file.tensors[first:last]
-    shown = ", ".join(tensors[:5]) + (" …" if len(tensors) > 5 else "") or "only the header"
     return ChecksumMismatch(
         f"{file.name}: block {block} (bytes {begin} to {min(begin + file.block_bytes, file.size)}) does not match its "
-        "checksum; "
-        f"it holds {shown}. Tensors loaded in place may be partly written",
+        f"checksum; it holds {enumerated(tensors)}. Tensors loaded in place may be partly written",
         path=file.name,
         block=block,
         tensors=tensors,
@@ -275,30 +318,3 @@ def _copy(target: memoryview, source: memoryview) -> None:
 
 def _address(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-async def _read_index(storage: Storage, record: Record, rank: int, ref: IndexRef) -> Index:
-    name = index_name(record.save_id, rank)
-    if ref.name != name:
-        raise CorruptCheckpoint(f"the index of rank {rank} cannot be named {ref.name[:80]!r}", path=name)
-    try:
-        data = await storage.get(name, ref.size)
-    except FileNotFoundError as error:
-        raise CorruptCheckpoint(f"the index {name} is missing", path=name) from error
-    if len(data) != ref.size or digest(data) != ref.digest:
-        raise CorruptCheckpoint(f"{name} is not the file that the Record lists (size or digest differ)", path=name)
-    index = await to_thread.run_sync(decode_index, data, name)
-    if (index.save_id, index.rank) != (record.save_id, rank):
-        raise CorruptCheckpoint(f"{name} says it is the index of another save or rank", path=name)
-    return index
-
-
-def _check_size(file: FileMap, sizes: dict[str, int]) -> None:
-    if file.name not in sizes:
-        raise CorruptCheckpoint(f"the data file {file.name} is missing", path=file.name, tensors=file.tensors)
-    if sizes[file.name] != file.size:
-        raise CorruptCheckpoint(
-            f"the data file {file.name} has {sizes[file.name]} bytes, and its index says {file.size}",
-            path=file.name,
-            tensors=file.tensors,
-        )

@@ -1,12 +1,15 @@
-"""The Records of a directory, and which of them is the checkpoint."""
+"""The Records and indexes of a directory, and which Record is the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from anyio import to_thread
 
 from asyncdcp.errors import AmbiguousCheckpoint, CheckpointNotFound, CorruptCheckpoint
-from asyncdcp.metadata import RECORD_LIMIT, Record, decode_record
-from asyncdcp.names import record_name, record_save_id
+from asyncdcp.metadata import INDEX_LIMIT, RECORD_LIMIT, Index, IndexRef, Record, decode_index, decode_record, digest
+from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.storage.port import Storage
 
 
@@ -30,21 +33,48 @@ async def read_record(storage: Storage, save_id: str) -> Record:
     record = decode_record(await storage.get(name, RECORD_LIMIT), name)
     if record.save_id != save_id:
         raise CorruptCheckpoint(f"{name}: says it is the Record of save {record.save_id[:40]!r}", path=name)
+    if save_id in record.replaces:
+        raise CorruptCheckpoint(f"{name}: says that it replaces itself", path=name)
     return record
+
+
+class StoredIndex(NamedTuple):
+    """An Index, and what a Record says of it."""
+
+    content: Index
+    ref: IndexRef
+
+
+async def read_index(storage: Storage, save_id: str, rank: int, limit: int = INDEX_LIMIT) -> StoredIndex:
+    """The Index of a rank, of at most ``limit`` bytes; ``CorruptCheckpoint`` if it is missing or another's."""
+    name = index_name(save_id, rank)
+    try:
+        data = await storage.get(name, min(limit, INDEX_LIMIT))
+    except FileNotFoundError as error:
+        raise CorruptCheckpoint(f"the index {name} is missing", path=name) from error
+    index = await to_thread.run_sync(decode_index, data, name)
+    if (index.save_id, index.rank) != (save_id, rank):
+        raise CorruptCheckpoint(f"{name} says it is the index of another save or rank", path=name)
+    return StoredIndex(index, IndexRef(name, len(data), digest(data)))
 
 
 def live_commits(records: Sequence[Record]) -> list[Record]:
     """The commits that no other commit replaces."""
     commits = [record for record in records if record.outcome == "commit"]
-    replaced = {save_id for record in commits for save_id in record.replaces if save_id != record.save_id}
+    replaced = {save_id for record in commits for save_id in record.replaces}
     return [record for record in commits if record.save_id not in replaced]
 
 
 def choose_commit(records: Sequence[Record], location: str) -> Record:
     """The checkpoint of a directory. ``CheckpointNotFound`` where there is none, ``AmbiguousCheckpoint`` where there
-    are two.
+    are two, ``CorruptCheckpoint`` where commits replace each other in a circle.
     """
     commits = live_commits(records)
+    circle = [record_name(record.save_id) for record in records if record.outcome == "commit"]
+    if not commits and circle:
+        raise CorruptCheckpoint(
+            f"the Records at {location} replace each other in a circle: {circle[:8]}", path=circle[0]
+        )
     if not commits:
         aborts = [f"rank {record.rank}: {record.cause}" for record in records if record.outcome == "abort"]
         hint = f" (a save was given up: {aborts[-1]})" if aborts else ""

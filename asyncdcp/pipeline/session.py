@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from asyncdcp.arena import Arena
@@ -15,15 +16,40 @@ from asyncdcp.storage.port import Storage
 from asyncdcp.trace import Trace
 
 
+@dataclass(frozen=True)
+class SessionRequest:
+    """What a session needs to know of a save. ``on_free`` hears of each slot that is free again, on the loop."""
+
+    job: SaveJob
+    storage: Storage
+    arena: Arena
+    on_free: Callable[[int], None]
+    trace: Trace
+
+
 class SaveSession(Protocol):
     """One save: slabs go in, freed slots and one outcome come back."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether the pipeline knows of the save; then only ``run`` tells what becomes of it, and it cannot be begun
+        a second time.
+        """
+        ...
+
+    @property
+    def quiet(self) -> bool:
+        """After ``run``: whether the pipeline uses none of the save's slots any more. If not, it never says when, and
+        the arena is lost.
+        """
+        ...
 
     async def announce(self, slab: SlabReady) -> None:
         """Hands a filled slot to the pipeline, which owns it until it gives it back."""
         ...
 
-    def staging_done(self) -> None:
-        """All slabs were announced."""
+    async def staging_done(self) -> None:
+        """All slabs were announced. On return the pipeline has heard so."""
         ...
 
     def give_up(self, kind: str, error: AsyncDCPError) -> None:
@@ -35,8 +61,54 @@ class SaveSession(Protocol):
         ...
 
 
+class Pipeline(Protocol):
+    """Where the saves of a checkpointer run. On one loop, but for ``warn_unless_travels``."""
+
+    def open(self, request: SessionRequest) -> SaveSession:
+        """A session for a save."""
+        ...
+
+    def warn_unless_travels(self, storage: Storage) -> None:
+        """Says so, once, where saves to ``storage`` do not run where the user would expect; on the caller's thread."""
+        ...
+
+    async def start(self) -> None:
+        """Does ahead what the first save would wait for."""
+        ...
+
+    def tidy(self) -> None:
+        """Called after each save, when its arena was released."""
+        ...
+
+    async def aclose(self) -> None:
+        """Ends it. No session is under way, or whoever runs it has given it up."""
+        ...
+
+
+class ThreadPipeline:
+    """Saves run on the loop of the checkpointer's own engine."""
+
+    def open(self, request: SessionRequest) -> SaveSession:
+        return LocalSession(request.job, request.storage, request.arena, request.on_free, request.trace)
+
+    def warn_unless_travels(self, storage: Storage) -> None:
+        pass
+
+    async def start(self) -> None:
+        pass
+
+    def tidy(self) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        pass
+
+
 class LocalSession:
     """The save runs in this process, on the loop that calls ``run``. ``on_free`` hears of each free slot."""
+
+    begun = False
+    quiet = True
 
     def __init__(
         self, job: SaveJob, storage: Storage, arena: Arena, on_free: Callable[[int], None], trace: Trace
@@ -49,7 +121,7 @@ class LocalSession:
     async def announce(self, slab: SlabReady) -> None:
         await self._slabs.send(slab, slab.length)
 
-    def staging_done(self) -> None:
+    async def staging_done(self) -> None:
         self._slabs.close()
 
     def give_up(self, kind: str, error: AsyncDCPError) -> None:

@@ -8,19 +8,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 import anyio
+from anyio import to_thread
 
 from asyncdcp.errors import AsyncDCPError, CheckpointExists, CommitUnknown, CorruptCheckpoint, StorageError
-from asyncdcp.metadata import IndexRef, Record, Summary, decode_index, digest, encode_record
+from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
 from asyncdcp.pipeline.messages import SaveJob
-from asyncdcp.pipeline.records import live_commits, read_record, read_records
-from asyncdcp.pipeline.union import unite
+from asyncdcp.pipeline.records import live_commits, read_index, read_record, read_records
+from asyncdcp.pipeline.union import check_sizes, unite
 from asyncdcp.storage.port import Storage
 
 _POLL_SECONDS = 0.02
 _POLL_LIMIT_SECONDS = 2.0
-_INDEX_LIMIT = 4 << 30
+
+_FAILED = {
+    Action.LIST: Event.GIVE_UP,
+    Action.CHECK: Event.GIVE_UP,
+    Action.AWAIT_RECORD: Event.GIVE_UP,
+    Action.CLAIM_COMMIT: Event.CLAIM_UNKNOWN,
+    Action.CLAIM_ABORT: Event.CLAIM_UNKNOWN,
+    Action.READ_RECORD: Event.STORAGE_FAILED,
+    Action.PUBLISH: Event.STORAGE_FAILED,
+}
+"""What it means that an action raised, whatever it raised."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,22 @@ class GiveUpSignal:
         return self.reason is not None
 
 
-class Settlement:
-    """Takes one rank's save from "prepared" or "given up" to a final state, without ever raising for a storage that
-    fails.
+def known_error(error: Exception, location: str) -> AsyncDCPError:
+    """The error itself, or one of ours that carries it as its cause."""
+    if isinstance(error, AsyncDCPError):
+        return error
+    kind = StorageError if isinstance(error, OSError) else AsyncDCPError
+    known = kind(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
+    known.__cause__ = error
+    return known
 
-    ``own`` refers to this rank's durable index, None where it never came to that. After ``run``, ``record`` is the
-    Record that counts, where it was written or read.
+
+class Settlement:
+    """Takes one rank's save from "prepared" or "given up" to a final state. Whatever fails meanwhile does not raise: it
+    becomes the reason to give up.
+
+    ``own`` refers to this rank's Index, None where it never came to writing one; unless ``give_up`` is set, it is
+    durable. After ``run``, ``record`` is the Record that counts, where it was written or read.
     """
 
     def __init__(self, job: SaveJob, storage: Storage, give_up: GiveUpSignal, own: IndexRef | None) -> None:
@@ -88,17 +109,17 @@ class Settlement:
             Action.CLAIM_COMMIT: self._claim_commit,
             Action.CLAIM_ABORT: self._claim_abort,
             Action.AWAIT_RECORD: self._await_record,
-            Action.READ_RECORD: self._read_record,
+            Action.READ_RECORD: self._found,
             Action.PUBLISH: self._publish,
         }
         event = Event.GIVE_UP if self._own is None or self._give_up.reason else Event.PREPARED
         while (action := self.machine.on(event)) is not Action.FINISH:
-            event = await perform[action]()
+            try:
+                event = await perform[action]()
+            except Exception as error:  # noqa: BLE001  # every rank must come to a final state
+                self._give_up.set(Reason("failed", known_error(error, self._storage.info.location)))
+                event = _FAILED[action]
         return self.machine.state
-
-    def _fail(self, error: AsyncDCPError) -> Event:
-        self._give_up.set(Reason("failed", error))
-        return Event.GIVE_UP
 
     async def _pause(self) -> bool:
         """Waits before the next look at the storage, longer each time; True if the save was given up meanwhile."""
@@ -110,43 +131,35 @@ class Settlement:
         job = self._job
         if job.world_size == 1:
             return Event.INDEXES_COMPLETE
-        try:
-            names = await self._storage.list()
-            if record_name(job.save_id) in names:
-                self.record = await read_record(self._storage, job.save_id)
-                return Event.FOUND_ABORT
-        except (StorageError, CorruptCheckpoint) as error:
-            return self._fail(error)
+        names = await self._storage.list()
+        if record_name(job.save_id) in names:
+            return await self._found()
         if all(index_name(job.save_id, rank) in names for rank in range(job.world_size)):
             return Event.INDEXES_COMPLETE
         return Event.GIVE_UP if await self._pause() else Event.INDEXES_MISSING
 
     async def _check(self) -> Event:
         """Checks that the indexes cover the state, and what the commit will replace."""
-        try:
-            await self._check_indexes()
-            commits = await existing_commits(self._storage, overwrite=self._job.overwrite)
-        except AsyncDCPError as error:
-            return self._fail(error)
+        await self._check_indexes()
+        commits = await existing_commits(self._storage, overwrite=self._job.overwrite)
         self._replaces = [record.save_id for record in commits]
         return Event.GIVE_UP if self._give_up.reason else Event.COVERED
 
     async def _check_indexes(self) -> None:
+        """Nothing is committed that a reader would refuse."""
         job = self._job
         assert self._own is not None
         if job.world_size == 1:  # one rank's own plan covers what it holds by construction
             self._indexes = [self._own]
             self._summary = Summary(job.tensors, job.tensor_bytes, sum(file.size for file in job.files), [])
             return
-        indexes = []
-        for rank in range(job.world_size):
-            name = index_name(job.save_id, rank)
-            data = await self._storage.get(name, _INDEX_LIMIT)
-            indexes.append(decode_index(data, name))
-            self._indexes.append(IndexRef(name, len(data), digest(data)))
-        union = unite(indexes)
-        stored = sum(file.size for file in union.files.values())
-        self._summary = Summary(len(union.tensors), union.tensor_bytes, stored, [])
+        stored = [await read_index(self._storage, job.save_id, rank) for rank in range(job.world_size)]
+        union = await to_thread.run_sync(unite, [found.content for found in stored])
+        check_sizes(union, await self._storage.list())
+        self._indexes = [found.ref for found in stored]
+        self._summary = Summary(
+            len(union.tensors), union.tensor_bytes, sum(file.size for file in union.files.values()), []
+        )
 
     async def _claim_commit(self) -> Event:
         return await self._claim(
@@ -186,11 +199,10 @@ class Settlement:
     async def _claim(self, record: Record) -> Event:
         try:
             won = await self._storage.claim(record_name(record.save_id), encode_record(record))
-        except CommitUnknown as error:
-            self._fail(error)
-            return Event.CLAIM_UNKNOWN
         except StorageError as error:
-            self._fail(error)
+            if isinstance(error, CommitUnknown):
+                raise
+            self._give_up.set(Reason("failed", error))
             return Event.CLAIM_FAILED
         if won:
             self.record = record
@@ -201,28 +213,19 @@ class Settlement:
             return await self._found()
         except FileNotFoundError:
             return Event.GIVE_UP if await self._pause() else Event.RECORD_MISSING
-        except (StorageError, CorruptCheckpoint) as error:
-            return self._fail(error)
-
-    async def _read_record(self) -> Event:
-        try:
-            return await self._found()
-        except (StorageError, CorruptCheckpoint, FileNotFoundError) as error:
-            known = error if isinstance(error, AsyncDCPError) else StorageError(str(error))
-            self._fail(known)
-            return Event.STORAGE_FAILED
 
     async def _found(self) -> Event:
         self.record = await read_record(self._storage, self._job.save_id)
-        return Event.FOUND_COMMIT if self.record.outcome == "commit" else Event.FOUND_ABORT
+        if self.record.outcome == "abort":
+            return Event.FOUND_ABORT
+        if self._own not in self.record.indexes:
+            name = record_name(self._job.save_id)
+            raise CorruptCheckpoint(f"{name} commits something else than what this rank wrote", path=name)
+        return Event.FOUND_COMMIT
 
     async def _publish(self) -> Event:
         """A commit that another process claimed is durable for this rank once its directory is, from here."""
-        try:
-            await self._storage.barrier()
-        except StorageError as error:
-            self._fail(error)
-            return Event.STORAGE_FAILED
+        await self._storage.barrier()
         return Event.PUBLISHED
 
 

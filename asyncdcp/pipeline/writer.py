@@ -8,29 +8,24 @@ It runs on the engine's thread or in the background process, unchanged; what it 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import anyio
-from anyio import to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
 
-from asyncdcp.errors import (
-    AsyncDCPError,
-    CommitUnknown,
-    DeadlineExceeded,
-    PeerFailed,
-    SaveAborted,
-    StorageError,
-    ungrouped,
-)
+from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, PeerFailed, SaveAborted, ungrouped
 from asyncdcp.format.blocks import block_count, checksum, pack_checksums, slice_blocks
 from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
 from asyncdcp.names import belongs_to, index_name, record_name
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import FileJob, Saved, SaveJob, SlabReady
-from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits
+from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits, known_error
 from asyncdcp.storage.port import ObjectWriter, Storage
+from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
 _logger = logging.getLogger("asyncdcp")
@@ -64,10 +59,13 @@ class EncodedSlab(NamedTuple):
 
 @dataclass
 class _DataFile:
+    """``awaited`` are the slabs that have not come, ``missing`` counts those that are not written."""
+
     job: FileJob
     writer: ObjectWriter
+    awaited: set[int]
     missing: int
-    checksums: list[int] = field(default_factory=list)
+    checksums: list[int]
     finished: bool = False
 
 
@@ -80,6 +78,8 @@ class CheckpointWriter:
         self._slabs = slabs
         self._trace = trace
         self._files: list[_DataFile] = []
+        self._own: IndexRef | None = None
+        self._limiter = anyio.CapacityLimiter(TRANSFORMS_IN_FLIGHT)
         self.give_up = GiveUpSignal()
 
     async def run(self) -> Saved:
@@ -87,20 +87,27 @@ class CheckpointWriter:
 
         ``CommitUnknown`` if neither can be told. On return and on raise no slot is in use, and nothing is open.
         """
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch_deadline)
-            own = await self._prepare()
-            settlement = Settlement(self._job, self._storage, self.give_up, own)
-            if own is None and not self._files and self._job.world_size == 1:
-                state = State.FAILED  # nothing was written and nobody else waits for word: no trace is left
-            else:
-                with self._trace.span("commit"):
-                    state = await settlement.run()
-            tasks.cancel_scope.cancel()
+        try:
+            with ungrouped():
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._watch_deadline)
+                    await self._prepare()
+                    settlement = Settlement(self._job, self._storage, self.give_up, self._own)
+                    state = await self._settle(settlement)
+                    tasks.cancel_scope.cancel()
+        except BaseException:
+            await self._discard(keep_finished=True)
+            raise
         if state is State.COMMITTED:
             return await self._saved(settlement)
         await self._discard(keep_finished=state is State.UNKNOWN)
         raise self._failure(state, settlement)
+
+    async def _settle(self, settlement: Settlement) -> State:
+        if not self._files and self._own is None and self._job.world_size == 1:
+            return State.FAILED  # nothing was written and nobody else waits for word: no trace is left
+        with self._trace.span("commit"):
+            return await settlement.run()
 
     async def _watch_deadline(self) -> None:
         seconds = self._job.deadline
@@ -110,27 +117,18 @@ class CheckpointWriter:
         )
         self.give_up.set(Reason("deadline", error))
 
-    async def _prepare(self) -> IndexRef | None:
-        """Writes data and Index, durably. None where that failed or was given up; the signal then knows why."""
+    async def _prepare(self) -> None:
+        """Writes data and Index, durably. Where that fails or is given up, the signal is set and knows why."""
         with anyio.CancelScope() as scope:
             self.give_up.attach(scope.cancel)
             try:
                 with ungrouped():
-                    return await self._write()
+                    await self._write()
             except Exception as error:  # noqa: BLE001  # whatever failed, the save is settled and its files are closed
-                self.give_up.set(Reason("failed", self._translated(error)))
-        return None
+                self.give_up.set(Reason("failed", known_error(error, self._storage.info.location)))
 
-    def _translated(self, error: Exception) -> AsyncDCPError:
-        if isinstance(error, AsyncDCPError):
-            return error
-        location = self._storage.info.location
-        kind = StorageError if isinstance(error, OSError) else AsyncDCPError
-        known = kind(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
-        known.__cause__ = error
-        return known
-
-    async def _write(self) -> IndexRef:
+    async def _write(self) -> None:
+        await checkpoint_if_cancelled()
         await existing_commits(self._storage, overwrite=self._job.overwrite)
         await self._create_files()
         with self._trace.span("pipeline"):
@@ -140,16 +138,28 @@ class CheckpointWriter:
                 stages.start_soon(self._store, encoded)
         with self._trace.span("sync"):
             await self._storage.barrier()
-            own = await self._put_index()
+            await self._put_index()
             await self._storage.barrier()
-        return own
 
     async def _create_files(self) -> None:
         job = self._job
         for file in job.files:
+            await checkpoint_if_cancelled()  # a storage that shields its work may pass over a cancellation
             writer = await self._storage.create(file.name, file.size)
+            slabs = -(-file.size // job.slab_bytes)
             checksums = [0] * block_count(file.size, job.block_bytes)
-            self._files.append(_DataFile(file, writer, -(-file.size // job.slab_bytes), checksums))
+            self._files.append(_DataFile(file, writer, set(range(slabs)), slabs, checksums))
+
+    def _accept(self, slab: SlabReady) -> None:
+        """Every slab must come once, and whole; anything else would make a checkpoint that cannot be loaded."""
+        size = self._job.slab_bytes
+        if 0 <= slab.file < len(self._files):
+            file = self._files[slab.file]
+            whole = min(size, file.job.size - slab.number * size)
+            if slab.number in file.awaited and slab.length == whole:
+                file.awaited.remove(slab.number)
+                return
+        raise AsyncDCPError(f"{slab} is not a slab of this save, or came before")
 
     async def _transform(self, out: Channel[EncodedSlab]) -> None:
         """Encodes and checksums slabs, several at once."""
@@ -160,9 +170,10 @@ class CheckpointWriter:
                     slab = await self._slabs.receive()
                 except anyio.EndOfStream:
                     return
+                self._accept(slab)
                 with self._trace.span("transform", slab.length):
                     data = self._slabs.view(slab.slot)[: slab.length]
-                    checksums = await to_thread.run_sync(checksum_blocks, data, self._job.block_bytes)
+                    checksums = await on_thread(self._limiter, checksum_blocks, data, self._job.block_bytes)
                 await out.send(EncodedSlab(slab, checksums), slab.length)
 
         with out:
@@ -204,14 +215,18 @@ class CheckpointWriter:
         await file.writer.write(slab.number * self._job.slab_bytes, view[:padded])
         self._slabs.done(slab.slot)
 
-    async def _put_index(self) -> IndexRef:
+    async def _put_index(self) -> None:
         job = self._job
         tables = [FileTable(file.job.name, file.job.size, pack_checksums(file.checksums)) for file in self._files]
         head = IndexHead(job.save_id, job.rank, job.block_bytes, [])
         data = encode_index(head, bytes(job.plan), bytes(job.values), tables)
-        name = index_name(job.save_id, job.rank)
-        await self._storage.put(name, data)
-        return IndexRef(name, len(data), digest(data))
+        own = IndexRef(index_name(job.save_id, job.rank), len(data), digest(data))
+        try:
+            self._own = own  # before it is there: a put that fails may have been carried out
+            await self._storage.put(own.name, data)
+        except FileExistsError:
+            self._own = None
+            raise
 
     async def _saved(self, settlement: Settlement) -> Saved:
         record = settlement.record
@@ -233,42 +248,52 @@ class CheckpointWriter:
         """Removes what the commit took the place of: data first, Records last, so that what remains is always
         explained.
         """
-        try:
+        with _logged("replaced checkpoints could not be deleted"):
             names = await self._storage.list()
             files = [name for name in names for save_id in replaced if belongs_to(name, save_id)]
             records = {record_name(save_id) for save_id in replaced}
             await self._storage.delete([name for name in files if name not in records])
             await self._storage.delete([name for name in files if name in records])
-        except StorageError as error:
-            _logger.warning("replaced checkpoints could not be deleted: %s", error)
 
     async def _discard(self, *, keep_finished: bool) -> None:
-        """Removes what this rank wrote of a save that is settled as not committed; only closes what is open if that is
-        not sure.
+        """Closes what is open, and removes what this rank wrote, of a save that is settled as not committed; what is
+        finished is kept if that is not sure.
         """
-        try:
+        with anyio.CancelScope(shield=True):
             for file in self._files:
                 if not file.finished:
-                    await file.writer.abort()
-            if not keep_finished and self._files:
-                names = [file.job.name for file in self._files if file.finished]
-                await self._storage.delete([*names, index_name(self._job.save_id, self._job.rank)])
-        except StorageError as error:
-            _logger.warning("the rest of a given-up save could not be deleted: %s", error)
+                    with _logged("an unfinished file could not be removed"):
+                        await file.writer.abort()
+            names = [file.job.name for file in self._files if file.finished]
+            names += [self._own.name] if self._own else []
+            if names and not keep_finished:
+                with _logged("the rest of a given-up save could not be deleted"):
+                    await self._storage.delete(names)
 
     def _failure(self, state: State, settlement: Settlement) -> AsyncDCPError:
         location, reason, record = self._storage.info.location, self.give_up.reason, settlement.record
         if state is State.UNKNOWN:
-            error = CommitUnknown(f"whether the save to {location} was committed cannot be told", path=location)
-            error.__cause__ = reason.error if reason else None
-            return error
-        if reason is not None:
+            error: AsyncDCPError = CommitUnknown(
+                f"whether the save to {location} was committed cannot be told", path=location
+            )
+        elif reason is not None and not isinstance(reason.error, CommitUnknown):
             return reason.error
-        if record is not None and record.rank is not None and record.rank != self._job.rank:
-            return PeerFailed(f"rank {record.rank} gave the save up: {record.cause}", path=location, rank=record.rank)
-        return SaveAborted(
-            f"the save to {location} was given up: {record.cause if record else 'unknown'}", path=location
-        )
+        elif reason is None and record is not None and record.rank not in (None, self._job.rank):
+            error = PeerFailed(f"rank {record.rank} gave the save up: {record.cause}", path=location, rank=record.rank)
+        else:  # the claim of the commit was not heard of, and then an abort won
+            cause = record.cause if record else "unknown"
+            error = SaveAborted(f"the save to {location} was given up: {cause}", path=location)
+        error.__cause__ = reason.error if reason else None
+        return error
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Cleaning up goes on, whatever fails."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # what the save came to is what the caller is told
+        _logger.warning("%s: %r", what, error)
 
 
 def checksum_blocks(data: memoryview, block_bytes: int) -> list[int]:
