@@ -35,6 +35,7 @@ from asyncdcp.errors import (
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.names import make_save_id
+from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.staging import Arenas
@@ -44,6 +45,9 @@ from asyncdcp.state_dict.structure import StructureCache
 from asyncdcp.storage import MemoryStorage, Storage, open_storage
 from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
+from asyncdcp.worker.pipeline import ProcessPipeline
+
+PROCESS_BY_DEFAULT = False
 
 StateT = TypeVar("StateT")
 Place: TypeAlias = str | os.PathLike[str] | Storage
@@ -64,15 +68,18 @@ class AsyncCheckpointer:
     One that is dropped unclosed warns (``ResourceWarning``); at the interpreter's exit it is closed, so that pending
     saves are committed. In a process made by ``os.fork()`` every verb raises ``Closed``.
 
-    ``process=False`` runs the pipeline on a thread of this process.
+    ``process=True``, the default on Linux, runs the pipeline in a background process that outlives this one: what was
+    ``staged`` is committed even if this process is killed. ``process=False`` runs it on a thread. Saves to a storage
+    that the background process cannot open run on the thread, and ``ThreadPipelineWarning`` says so once.
     """
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Options | None = None, *, process: bool = PROCESS_BY_DEFAULT) -> None:
         self._options = options or Options()
         self._lock = threading.Lock()
         self._structures = StructureCache()
         self._plans = PlanCache()
-        self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes))
+        pipeline = ProcessPipeline(self._options) if process else ThreadPipeline()
+        self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes), pipeline)
         self._run_id = uuid.uuid4().hex
         self._attempts: dict[str, int] = {}
         self._pending = PendingSaves(self._options.on_error)
@@ -119,6 +126,7 @@ class AsyncCheckpointer:
             if busy and self._options.when_busy != "queue":
                 return self._refuse(storage.info.location)
             self._warn_volatile(storage)
+            self._lanes.pipeline.warn_unless_travels(storage)
             flat = flatten(state_dict)
             described = self._structures.describe(flat)
             plan = self._plan(described.structure)
@@ -145,15 +153,15 @@ class AsyncCheckpointer:
             return self._attempts[location]
 
     def prepare(self, state_dict: Mapping[Any, Any]) -> CheckpointFuture[None]:
-        """Plans saves of this structure and takes the arena's memory ahead, so that the first save is as fast as the
-        next.
+        """Plans saves of this structure, takes the arena's memory and starts the background process ahead, so that the
+        first save is as fast as the next.
 
         Nothing is copied or written. Raises as ``save`` does for what cannot be stored; the future raises
         ``MemoryLimit``.
         """
         self._enter()
         plan = self._plan(self._structures.describe(flatten(state_dict)).structure)
-        return self._engine.submit(self._lanes.arenas.prepare, len(plan.slabs), name="prepare")
+        return self._engine.submit(self._lanes.prepare, len(plan.slabs), name="prepare")
 
     def _plan(self, structure: Structure) -> SavePlan:
         with self._lock:
@@ -326,6 +334,7 @@ class AsyncCheckpointer:
         if self._engine.started:
             with suppress(Closed):  # its thread could not be started
                 self._engine.call(self._lanes.arenas.close)
+                self._engine.call(self._engine.submit, self._lanes.pipeline.aclose)
         try:
             self._engine.close(self._options.settle_seconds)
         except DeadlineExceeded as error:

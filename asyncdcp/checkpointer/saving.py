@@ -37,8 +37,8 @@ class SaveRequest:
 
 
 class Lanes:
-    """What the saves of a checkpointer share: the order in which they stage and write, the arenas, and the pipeline that
-    writes. Used on one loop only.
+    """What the saves of a checkpointer share: the order in which they stage and write, the arenas, and the pipeline
+    that writes. Used on one loop only.
     """
 
     def __init__(self, arenas: Arenas, pipeline: Pipeline | None = None) -> None:
@@ -46,6 +46,13 @@ class Lanes:
         self.pipeline = pipeline or ThreadPipeline()
         self.staging = TurnQueue()
         self.writing = TurnQueue()
+
+    async def prepare(self, slabs: int) -> None:
+        """Takes the memory for saves of ``slabs`` slabs, while the pipeline starts."""
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.pipeline.start)
+                await self.arenas.prepare(slabs)
 
 
 @dataclass
@@ -139,7 +146,9 @@ class SaveTask:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._stage, attempt)
                 try:
-                    await self._turn(self._writing)
+                    await self._writing.wait()
+                    if self._error is not None and not attempt.session.begun:
+                        raise self._error
                     if attempt.staged or attempt.session.begun or not attempt.arena.abandoned:
                         self._limit(self._options.save_deadline + self._options.settle_seconds)
                         attempt.writing = True

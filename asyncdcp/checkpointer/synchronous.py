@@ -7,7 +7,7 @@ from functools import update_wrapper
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Protocol, Self, TypeVar
 
-from asyncdcp.checkpointer.asynchronous import AsyncCheckpointer
+from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, AsyncCheckpointer
 from asyncdcp.config import Options
 
 P = ParamSpec("P")
@@ -38,8 +38,8 @@ class SyncCheckpointer:
     ``save`` returns the ``SaveResult`` when the checkpoint is durable, ``load`` the state, ``prepare`` nothing.
     """
 
-    def __init__(self, options: Options | None = None) -> None:
-        self._inner = AsyncCheckpointer(options)
+    def __init__(self, options: Options | None = None, *, process: bool = PROCESS_BY_DEFAULT) -> None:
+        self._inner = AsyncCheckpointer(options, process=process)
 
     save = _blocking(AsyncCheckpointer.save)
     prepare = _blocking(AsyncCheckpointer.prepare)
