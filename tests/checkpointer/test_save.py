@@ -1,4 +1,4 @@
-"""What save() promises: at once, in order, off the trainer's loop; when tensors are free; what a busy checkpointer does."""
+"""What save() promises: at once, in order, off the trainer's loop; when tensors are free; what a busy one does."""
 
 from __future__ import annotations
 
