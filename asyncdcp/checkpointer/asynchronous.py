@@ -38,7 +38,7 @@ from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
-from asyncdcp.staging import Arenas
+from asyncdcp.staging import Arenas, DeviceFence
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.structure import StructureCache
@@ -133,7 +133,8 @@ class AsyncCheckpointer:
             save_id = make_save_id(self._run_id, storage.info.location, attempt)
             job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
             trace = self._trace(sum(image.size for image in plan.images), on_progress)
-            return self._begin(SaveRequest(job, storage, plan, described.sources, trace, begun))
+            fence = DeviceFence(described.sources)
+            return self._begin(SaveRequest(job, storage, plan, described.sources, fence, trace, begun))
 
     def _begin(self, request: SaveRequest) -> SaveHandle:
         task = SaveTask(request, self._engine, self._lanes, self._options)
@@ -371,8 +372,9 @@ class AsyncCheckpointer:
         if engine is None or self._closed or not engine.started or engine.inherited:
             return
         warnings.warn(f"unclosed {self!r}: its thread lives on", ResourceWarning, source=self, stacklevel=2)
-        for path, error in self._pending.take_unseen(awaited=True):
-            _logger.error("a save to %s failed and nobody looked at it", path, exc_info=error)
+        self._pending.log_unseen()
+        with suppress(Closed):
+            engine.call(self._lanes.arenas.close)
 
     def __enter__(self) -> Self:
         return self

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.config import OnError
 from asyncdcp.errors import UnseenFailure
+
+_logger = logging.getLogger("asyncdcp")
 
 _FRAMES_TO_CALLER = 4  # surface, the verb's own helper, the verb: a warning is about the line that called the verb
 
@@ -78,3 +82,15 @@ class PendingSaves:
             for message in messages[:-1]:
                 raised.add_note(message)
             raise raised from error
+
+    def log_unseen(self) -> None:
+        """For an owner that goes away: what failed unseen is logged, and of saves under way once they have failed."""
+        with self._lock:
+            handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.add_done_callback(partial(_log_unseen, handle))
+
+
+def _log_unseen(handle: SaveHandle, _: object) -> None:
+    if not handle.awaited and (error := handle.take_unseen_failure()) is not None:
+        _logger.error("a save to %s failed and nobody looked at it", handle.path, exc_info=error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
 from asyncdcp.planning import SavePlan
 from asyncdcp.results import SaveResult, frozen
-from asyncdcp.staging import Arenas, CheckpointStager, StagingArena
+from asyncdcp.staging import Arenas, CheckpointStager, DeviceFence, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
 
@@ -32,6 +33,7 @@ class SaveRequest:
     storage: Storage
     plan: SavePlan
     sources: list[Tensor]
+    fence: DeviceFence
     trace: Trace
     begun: float
 
@@ -161,7 +163,7 @@ class SaveTask:
         request = self._request
         try:
             with ungrouped():
-                await attempt.stager.stage(request.sources, attempt.session.announce)
+                await attempt.stager.stage(request.sources, request.fence, attempt.session.announce)
         except Exception as error:  # noqa: BLE001  # whatever it is, the save is settled and the caller told
             self._give_up(_unexpected(error), "failed")
             return
@@ -231,6 +233,7 @@ class SaveTask:
         self._staging.end()
         self._writing.end()
         if isinstance(outcome, AsyncDCPError):
+            _drop_frames(outcome)
             self.handle.staged.fail(outcome)
             self.handle.committed.fail(outcome)
         else:
@@ -256,6 +259,15 @@ def _free(arena: StagingArena, stager: CheckpointStager, slot: int) -> None:
     """The pipeline has given a slot back."""
     stager.held.remove(slot)
     arena.ring.release(slot)
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Empties the frames that an error's traceback keeps, those of its causes too: they hold tensors and views of the
+    arena, for as long as somebody holds the error.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _unexpected(error: BaseException) -> AsyncDCPError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import anyio
 import torch
 from torch import Tensor
 
 from asyncdcp.arena import Arena, SlotRing
+from asyncdcp.staging.accelerator import register_host_memory
 from asyncdcp.threads import on_thread
 
 _logger = logging.getLogger("asyncdcp")
@@ -28,6 +30,8 @@ class StagingArena:
         self.users = 0
         self.abandoned = False
         self._prefaulted = bytearray(slots)
+        self._unpin: Callable[[], None] | None = None
+        self._pinned = False
 
     @property
     def slots(self) -> int:
@@ -45,8 +49,17 @@ class StagingArena:
             self.arena.prefault_slot(number)
             self._prefaulted[number] = 1
 
+    def pin(self) -> None:
+        """Pins the memory for copies from accelerators, all of it, once. Takes the memory; a thread's work."""
+        if not self._pinned:
+            self._pinned = True
+            self._unpin = register_host_memory(self.arena.address, self.arena.nbytes)
+
     def close(self) -> None:
         """Gives the memory back once nothing holds a view of it."""
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
         self.bytes = torch.empty(0, dtype=torch.uint8)
         self.arena.close()
 
@@ -63,6 +76,7 @@ class Arenas:
         self._slab_bytes = slab_bytes
         self._limit = None if staging_bytes is None else max(staging_bytes // slab_bytes, 1)
         self._current: StagingArena | None = None
+        self._closed = False
 
     def acquire(self, slabs: int) -> StagingArena:
         """The arena for a save of ``slabs`` slabs; to be released. ``MemoryLimit`` before anything is allocated."""
@@ -88,7 +102,7 @@ class Arenas:
     def release(self, arena: StagingArena) -> None:
         """Ends a save's use. An arena that was replaced goes with its last user."""
         arena.users -= 1
-        if not arena.users and arena is not self._current:
+        if not arena.users and (self._closed or arena is not self._current):
             arena.close()
 
     def abandon(self, arena: StagingArena) -> None:
@@ -101,7 +115,8 @@ class Arenas:
             self._current = None
 
     def close(self) -> None:
-        """Gives back the arena if no save uses it."""
+        """Gives back the arena, at once if nobody uses it, else with its last user. No other is kept from now on."""
+        self._closed = True
         if self._current is not None and not self._current.users:
             self._current.close()
         self._current = None

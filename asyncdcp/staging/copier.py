@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asyncdcp.boxes import Box, row_major_boxes
 from asyncdcp.planning import Piece, SavePlan, Slab
+from asyncdcp.staging.accelerator import DeviceCopies, DeviceFence
 
 SMALL_BYTES = 64 << 10
 """Whole chunks shorter than this are gathered by ``torch.cat``: one release of the GIL for many, where a busy trainer
@@ -38,8 +39,9 @@ class SlabCopier:
     """Fills slabs for one save. ``sources[n]`` holds the elements of the plan's structure's chunk ``n``; they are kept
     alive until the copier is dropped. ``copy`` may run on several threads for different slabs."""
 
-    def __init__(self, plan: SavePlan, sources: Sequence[Tensor]) -> None:
+    def __init__(self, plan: SavePlan, sources: Sequence[Tensor], fence: DeviceFence) -> None:
         self._plan = plan
+        self._fence = fence
         self._sources = [_source(plan, number, sources) for number in range(len(plan.chunks))]
 
     def copy(self, slab: Slab, into: Tensor) -> None:
@@ -49,28 +51,32 @@ class SlabCopier:
         header = self._plan.images[slab.file].header[slab.begin : slab.begin + slab.length]
         if header:
             ctypes.memmove(into.data_ptr(), header, len(header))
+        copies = DeviceCopies(self._fence)
         with torch.no_grad():
-            for kind, pieces in groupby(slab.pieces, self._kind):
-                if isinstance(kind, torch.dtype):
-                    self._gather(list(pieces), kind, into)
-                else:
-                    for piece in pieces:
-                        self._copy_piece(piece, into)
+            for (device, dtype), pieces in groupby(slab.pieces, self._kind):
+                with copies.on(device):
+                    if dtype is not None:
+                        self._gather(list(pieces), dtype, into)
+                    else:
+                        for piece in pieces:
+                            self._copy_piece(piece, into)
+        copies.finish()
 
-    def _kind(self, piece: Piece) -> torch.dtype | None:
-        """The dtype to gather a piece by, None if it is copied alone."""
+    def _kind(self, piece: Piece) -> tuple[torch.device, torch.dtype | None]:
+        """A piece's device, and the dtype to gather it by, None if it is copied alone."""
         source = self._sources[piece.chunk].tensor
         small = piece.length < SMALL_BYTES and piece.length == source.numel() * source.element_size()
-        return source.dtype if small and source.dtype in _GATHERED else None
+        return source.device, source.dtype if small and source.dtype in _GATHERED else None
 
     def _gather(self, pieces: list[Piece], dtype: torch.dtype, into: Tensor) -> None:
+        """Small chunks of one dtype and device, which follow each other in the slab, by one kernel."""
         first, last = pieces[0], pieces[-1]
         out = into[first.offset : last.offset + last.length].view(dtype)
         sources = [self._sources[piece.chunk].tensor.reshape(-1) for piece in pieces]
-        if all(source.device.type == "cpu" for source in sources):
+        if sources[0].device == out.device:
             torch.cat(sources, out=out)
         else:
-            out.copy_(torch.cat(sources))
+            out.copy_(torch.cat(sources), non_blocking=True)
 
     def _copy_piece(self, piece: Piece, into: Tensor) -> None:
         source = self._sources[piece.chunk]
@@ -83,7 +89,7 @@ class SlabCopier:
         out = into[piece.offset : piece.offset + piece.length].view(tensor.dtype)
         for first, box in row_major_boxes(tensor.shape, begin, begin + piece.length // size):
             part = out[first - begin : first - begin + box.volume].view(box.sizes)
-            part.copy_(tensor[_slices(box)])
+            part.copy_(tensor[_slices(box)], non_blocking=True)
 
 
 def _slices(box: Box) -> tuple[slice, ...]:
@@ -102,8 +108,7 @@ def _source(plan: SavePlan, number: int, sources: Sequence[Tensor]) -> _Source:
     assert tensor.numel() == prod(chunk.box.sizes)
     plain = not tensor.is_conj() and not tensor.is_neg()
     if plain and tensor.dtype not in _GATHERED and tensor.element_size() in _SAME_SIZE:
-        tensor = tensor.view(
-            _SAME_SIZE[tensor.element_size()]
-        )  # torch has no copy for some, and all that matters are bits
+        # torch has no copy for some of these, and all that matters are bits.
+        tensor = tensor.view(_SAME_SIZE[tensor.element_size()])
     packed = plain and tensor.device.type == "cpu" and tensor.is_contiguous()
     return _Source(tensor, tensor.data_ptr() if packed else 0)

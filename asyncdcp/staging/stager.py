@@ -9,6 +9,7 @@ from torch import Tensor
 
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab
+from asyncdcp.staging.accelerator import DeviceFence
 from asyncdcp.staging.arenas import StagingArena
 from asyncdcp.staging.copier import SlabCopier
 from asyncdcp.threads import on_thread
@@ -30,13 +31,17 @@ class CheckpointStager:
         self._trace = trace
         self.held: set[int] = set()
 
-    async def stage(self, sources: Sequence[Tensor], announce: Callable[[SlabReady], Awaitable[None]]) -> None:
+    async def stage(
+        self, sources: Sequence[Tensor], fence: DeviceFence, announce: Callable[[SlabReady], Awaitable[None]]
+    ) -> None:
         """Copies every slab, in the order of the plan as slots become free, and returns when the last is copied.
 
-        ``sources[n]`` holds the elements of the plan's structure's chunk ``n``.
+        ``sources[n]`` holds the elements of the plan's structure's chunk ``n``, as they are at ``fence``.
         """
         limiter = anyio.CapacityLimiter(COPIES_IN_FLIGHT)
-        copier = await on_thread(limiter, SlabCopier, self._plan, sources)
+        if fence.devices:
+            await on_thread(limiter, self._arena.pin)
+        copier = await on_thread(limiter, SlabCopier, self._plan, sources, fence)
         slabs = iter(self._plan.slabs)
 
         async def work() -> None:
