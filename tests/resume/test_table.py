@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,8 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.fixture
 def checkpointer():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with SyncCheckpointer() as made:
-            yield made
+    with SyncCheckpointer() as made:
+        yield made
 
 
 @pytest.mark.parametrize("target", ["fresh", "stepped"])
