@@ -133,7 +133,7 @@ def faulty() -> Iterator[Callable[..., FaultyStorage]]:
 @pytest.fixture
 def checkpointer() -> Iterator[AsyncCheckpointer]:
     """An ordinary one. A failure that the test has not looked at fails the test at close."""
-    with AsyncCheckpointer() as made:
+    with AsyncCheckpointer(process=False) as made:
         yield made
 
 
@@ -143,7 +143,7 @@ def opened() -> Iterator[Callable[..., AsyncCheckpointer]]:
     made: list[AsyncCheckpointer] = []
 
     def make(**options: Any) -> AsyncCheckpointer:
-        made.append(AsyncCheckpointer(Options(**options)))
+        made.append(AsyncCheckpointer(Options(**options), process=False))
         return made[-1]
 
     yield make

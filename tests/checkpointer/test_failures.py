@@ -316,7 +316,7 @@ def test_a_state_larger_than_memory(opened: Opened, monkeypatch: pytest.MonkeyPa
 def test_close_gives_up_what_is_stuck_within_its_deadlines(faulty: Any, operation: str) -> None:
     storage = faulty("the stuck place")
     storage.gate(operation)
-    checkpointer = AsyncCheckpointer(Options(close_deadline=0.1, settle_seconds=0.1))
+    checkpointer = AsyncCheckpointer(Options(close_deadline=0.1, settle_seconds=0.1), process=False)
     handle = checkpointer.save(storage, SMALL)
     waiting = checkpointer.save(MemoryStorage("another place"), SMALL)
     begun = time.monotonic()
@@ -336,7 +336,7 @@ def test_close_says_what_was_left_behind_earlier(faulty: Any) -> None:
     """A save that was given up by its own deadline, and whose failure somebody saw."""
     storage = faulty("the stuck place")
     storage.gate("claim")
-    checkpointer = AsyncCheckpointer(Options(save_deadline=0.05, settle_seconds=0.05))
+    checkpointer = AsyncCheckpointer(Options(save_deadline=0.05, settle_seconds=0.05), process=False)
     with pytest.raises(CommitUnknown):
         checkpointer.save(storage, SMALL).result(20)
     with pytest.raises(DeadlineExceeded, match="the stuck place"):
@@ -346,7 +346,7 @@ def test_close_says_what_was_left_behind_earlier(faulty: Any) -> None:
 def test_close_waits_for_what_is_pending(faulty: Any) -> None:
     storage = faulty()
     gate = storage.gate("write")
-    checkpointer = AsyncCheckpointer()
+    checkpointer = AsyncCheckpointer(process=False)
     handles = [checkpointer.save(target, SMALL) for target in (storage, MemoryStorage(), MemoryStorage())]
     closing = threading.Thread(target=checkpointer.close)
     closing.start()
@@ -375,7 +375,7 @@ def test_close_in_a_done_callback_is_refused_and_nothing_is_closed(checkpointer:
 def test_endless_deadlines(faulty: Any) -> None:
     forever = float("inf")
     options = Options(save_deadline=forever, load_deadline=forever, close_deadline=forever, settle_seconds=forever)
-    with AsyncCheckpointer(options) as checkpointer:
+    with AsyncCheckpointer(options, process=False) as checkpointer:
         storage = MemoryStorage()
         handle = checkpointer.save(storage, SMALL)
         assert handle.result(forever).tensors == 1
@@ -386,7 +386,7 @@ def test_endless_deadlines(faulty: Any) -> None:
 async def test_aclose_is_not_cut_short(faulty: Any) -> None:
     storage = faulty()
     gate = storage.gate("write")
-    checkpointer = AsyncCheckpointer()
+    checkpointer = AsyncCheckpointer(process=False)
     handle = checkpointer.save(storage, SMALL)
     await handle.staged
     task = asyncio.create_task(checkpointer.aclose())
@@ -420,7 +420,7 @@ def fail(checkpointer: AsyncCheckpointer, storage: Any) -> Any:
 
 @pytest.mark.parametrize("verb", ["save", "load", "prepare", "close"])
 def test_raised_at_the_next_verb_once(faulty: Any, verb: str) -> None:
-    checkpointer = AsyncCheckpointer()
+    checkpointer = AsyncCheckpointer(process=False)
     fail(checkpointer, failing(faulty, "a place"))
     call: dict[str, Callable[[], object]] = {
         "save": lambda: checkpointer.save(MemoryStorage(), SMALL),
@@ -436,7 +436,7 @@ def test_raised_at_the_next_verb_once(faulty: Any, verb: str) -> None:
 
 
 def test_several_are_all_named(faulty: Any) -> None:
-    checkpointer = AsyncCheckpointer()
+    checkpointer = AsyncCheckpointer(process=False)
     handles = [checkpointer.save(failing(faulty, name), SMALL) for name in ("one", "two", "three")]
     handles[1].exception()
     assert handles[2].committed.wait(30)
@@ -487,7 +487,7 @@ async def test_a_failure_that_a_task_waits_for_is_the_tasks(checkpointer: AsyncC
 
 
 async def test_a_failure_whose_waiter_was_cancelled_is_raised(faulty: Any) -> None:
-    checkpointer = AsyncCheckpointer()
+    checkpointer = AsyncCheckpointer(process=False)
     handle = checkpointer.save(failing(faulty), SMALL)
 
     async def wait() -> None:
@@ -507,7 +507,7 @@ async def test_a_failure_whose_waiter_was_cancelled_is_raised(faulty: Any) -> No
 
 
 def test_on_error_warn_and_callable(faulty: Any) -> None:
-    checkpointer = AsyncCheckpointer(Options(on_error="warn"))
+    checkpointer = AsyncCheckpointer(Options(on_error="warn"), process=False)
     fail(checkpointer, failing(faulty, "one"))
     with pytest.warns(RuntimeWarning, match="save to one failed") as caught:
         checkpointer.prepare(SMALL).result()
@@ -517,20 +517,20 @@ def test_on_error_warn_and_callable(faulty: Any) -> None:
         checkpointer.close()
 
     errors: list[BaseException] = []
-    checkpointer = AsyncCheckpointer(Options(on_error=errors.append))
+    checkpointer = AsyncCheckpointer(Options(on_error=errors.append), process=False)
     fail(checkpointer, failing(faulty))
     checkpointer.close()
     assert [type(error) for error in errors] == [StorageError]
 
 
 def test_close_does_not_mask_an_error_of_the_block(faulty: Any) -> None:
-    with pytest.raises(KeyError) as caught, AsyncCheckpointer() as checkpointer:
+    with pytest.raises(KeyError) as caught, AsyncCheckpointer(process=False) as checkpointer:
         fail(checkpointer, failing(faulty, "a place"))
         raise KeyError("the block's own")
     assert any("a place" in note for note in caught.value.__notes__)
 
     async def main() -> None:
-        async with AsyncCheckpointer() as checkpointer:
+        async with AsyncCheckpointer(process=False) as checkpointer:
             fail(checkpointer, failing(faulty, "a place"))
             raise KeyError("the block's own")
 
@@ -540,18 +540,18 @@ def test_close_does_not_mask_an_error_of_the_block(faulty: Any) -> None:
     def refuse(error: BaseException) -> None:
         raise ZeroDivisionError
 
-    with pytest.raises(KeyError), AsyncCheckpointer(Options(on_error=refuse)) as checkpointer:
+    with pytest.raises(KeyError), AsyncCheckpointer(Options(on_error=refuse), process=False) as checkpointer:
         fail(checkpointer, failing(faulty))
         raise KeyError("the block's own")
 
 
 def test_a_failure_without_another_error_is_raised_at_the_end_of_the_block(faulty: Any) -> None:
-    with pytest.raises(UnseenFailure), AsyncCheckpointer() as checkpointer:
+    with pytest.raises(UnseenFailure), AsyncCheckpointer(process=False) as checkpointer:
         fail(checkpointer, failing(faulty))
 
 
 def test_warnings_stay_quiet_where_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with AsyncCheckpointer() as checkpointer:
+        with AsyncCheckpointer(process=False) as checkpointer:
             checkpointer.save(MemoryStorage(), SMALL)

@@ -95,7 +95,7 @@ def test_a_data_file_is_a_safetensors_file(checkpointer: AsyncCheckpointer, tmp_
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[AsyncCheckpointer]:
-    with AsyncCheckpointer() as made:
+    with AsyncCheckpointer(process=False) as made:
         yield made
 
 

@@ -190,7 +190,7 @@ def on_uvloop(main: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("run", [lambda main: asyncio.run(main()), on_uvloop, trio.run])
 def test_on_every_loop(run: Callable[[Any], None], tmp_path: Path) -> None:
     async def main() -> None:
-        async with AsyncCheckpointer() as checkpointer:
+        async with AsyncCheckpointer(process=False) as checkpointer:
             state = {"w": torch.arange(100_000)}
             await checkpointer.prepare(state)
             handle = checkpointer.save(tmp_path / "it", state)
@@ -384,7 +384,7 @@ def shm() -> Iterator[Path]:
 
 
 def test_a_volatile_filesystem_is_warned_of_once_before_anything_is_begun(shm: Path) -> None:
-    with AsyncCheckpointer() as checkpointer:
+    with AsyncCheckpointer(process=False) as checkpointer:
         with pytest.warns(VolatileStorageWarning, match="tmpfs") as caught:
             handle = checkpointer.save(shm / "a", {})
         assert handle.result().filesystem == "tmpfs"
@@ -392,7 +392,7 @@ def test_a_volatile_filesystem_is_warned_of_once_before_anything_is_begun(shm: P
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             checkpointer.save(shm / "b", {}).result()
-    with AsyncCheckpointer() as checkpointer, warnings.catch_warnings():
+    with AsyncCheckpointer(process=False) as checkpointer, warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(VolatileStorageWarning):
             checkpointer.save(shm / "c", {})
@@ -414,7 +414,7 @@ def test_a_result_has_sizes_and_times(checkpointer: AsyncCheckpointer, tmp_path:
 
 
 def test_the_blocking_twin(tmp_path: Path) -> None:
-    with SyncCheckpointer(Options(staging_bytes=8 * MIB)) as checkpointer:
+    with SyncCheckpointer(Options(staging_bytes=8 * MIB), process=False) as checkpointer:
         state = {"w": torch.arange(10)}
         checkpointer.prepare(state)
         assert checkpointer.save(tmp_path / "it", state).tensors == 1
