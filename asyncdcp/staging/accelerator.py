@@ -26,7 +26,7 @@ class DeviceFence:
     """The point in every device's work up to which a save sees its tensors."""
 
     def __init__(self, sources: Iterable[Tensor]) -> None:
-        devices = {tensor.device for tensor in sources if tensor.device.type not in _HOST}
+        devices = {tensor.device for tensor in sources if not tensor.is_cpu and tensor.device.type not in _HOST}
         for device in devices:
             _refuse_capture(device)
         self._events: dict[torch.device, Any] = {

@@ -37,12 +37,15 @@ class _Source(NamedTuple):
 
 class SlabCopier:
     """Fills slabs for one save. ``sources[n]`` holds the elements of the plan's structure's chunk ``n``; they are kept
-    alive until the copier is dropped. ``copy`` may run on several threads for different slabs."""
+    alive until the copier is dropped. ``copy`` may run on several threads for different slabs.
+
+    Nothing is made ahead, and no object per small chunk: objects by the thousand set off the garbage collector.
+    """
 
     def __init__(self, plan: SavePlan, sources: Sequence[Tensor], fence: DeviceFence) -> None:
         self._plan = plan
         self._fence = fence
-        self._sources = [_source(plan, number, sources) for number in range(len(plan.chunks))]
+        self._sources = list(sources)
 
     def copy(self, slab: Slab, into: Tensor) -> None:
         """Copies the header's part and all pieces of ``slab`` to ``into``, a contiguous uint8 tensor of at least the
@@ -64,22 +67,23 @@ class SlabCopier:
 
     def _kind(self, piece: Piece) -> tuple[torch.device, torch.dtype | None]:
         """A piece's device, and the dtype to gather it by, None if it is copied alone."""
-        source = self._sources[piece.chunk].tensor
-        small = piece.length < SMALL_BYTES and piece.length == source.numel() * source.element_size()
-        return source.device, source.dtype if small and source.dtype in _GATHERED else None
+        tensor = self._sources[self._plan.origins[piece.chunk]]
+        small = piece.length < SMALL_BYTES and piece.length == tensor.nbytes and tensor.dtype in _GATHERED
+        return tensor.device, tensor.dtype if small else None
 
     def _gather(self, pieces: list[Piece], dtype: torch.dtype, into: Tensor) -> None:
         """Small chunks of one dtype and device, which follow each other in the slab, by one kernel."""
         first, last = pieces[0], pieces[-1]
         out = into[first.offset : last.offset + last.length].view(dtype)
-        sources = [self._sources[piece.chunk].tensor.reshape(-1) for piece in pieces]
+        origins = self._plan.origins
+        sources = [self._sources[origins[piece.chunk]].reshape(-1) for piece in pieces]
         if sources[0].device == out.device:
             torch.cat(sources, out=out)
         else:
             out.copy_(torch.cat(sources), non_blocking=True)
 
     def _copy_piece(self, piece: Piece, into: Tensor) -> None:
-        source = self._sources[piece.chunk]
+        source = _source(self._plan, piece.chunk, self._sources)
         if source.address:
             ctypes.memmove(into.data_ptr() + piece.offset, source.address + piece.start, piece.length)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,9 @@ def describe(flat: FlatState) -> Described:
     return Described(Structure(specs, chunks, flat.aliases, flat.tree), list(flat.tensors.values()))
 
 
+_dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
+
+
 class _Seen(NamedTuple):
     """What a structure followed from, in torch's own terms, which are quick to compare."""
 
@@ -43,6 +47,16 @@ class _Seen(NamedTuple):
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     structure: Structure
+
+    def fits(self, flat: FlatState, tensors: list[Tensor]) -> bool:
+        """Whether a state is of this structure. No objects are left over for the garbage collector to count."""
+        return (
+            list(flat.tensors) == self.names
+            and all(map(operator.eq, map(_dtype, tensors), self.dtypes))
+            and all(map(operator.eq, map(_shape, tensors), self.shapes))
+            and flat.aliases == self.structure.aliases
+            and bool(flat.tree == self.structure.tree)
+        )
 
 
 class StructureCache:
@@ -57,16 +71,13 @@ class StructureCache:
     def describe(self, flat: FlatState) -> Described:
         """As the function ``describe``."""
         sources = list(flat.tensors.values())
-        names, dtypes = list(flat.tensors), [tensor.dtype for tensor in sources]
-        shapes = [tensor.shape for tensor in sources]
         for seen in self._seen:
-            known = seen.structure
-            same = names == seen.names and dtypes == seen.dtypes and shapes == seen.shapes
-            if same and known.aliases == flat.aliases and known.tree == flat.tree:
+            if seen.fits(flat, sources):
                 self._remember(seen)
-                return Described(known, sources)
+                return Described(seen.structure, sources)
         made = describe(flat)
-        self._remember(_Seen(names, dtypes, shapes, made.structure))
+        names, dtypes = list(flat.tensors), [tensor.dtype for tensor in sources]
+        self._remember(_Seen(names, dtypes, [tensor.shape for tensor in sources], made.structure))
         return made
 
     def _remember(self, latest: _Seen) -> None:
