@@ -55,10 +55,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: bool) -> fl
         return loss
 
     if isinstance(optimizer, torch.optim.LBFGS):
-        return float(optimizer.step(closure))
+        return optimizer.step(closure).item()
     loss = closure()
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 def same(a: Any, b: Any) -> bool:
