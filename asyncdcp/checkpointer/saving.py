@@ -187,12 +187,12 @@ class SaveTask:
         if attempt.released:
             return
         attempt.released = True
-        if not attempt.session.quiet:
+        if attempt.session.quiet:
+            for slot in attempt.stager.held:
+                attempt.arena.ring.release(slot)
+            attempt.stager.held.clear()
+        else:  # the memory is another process's now; this one's mapping of it goes with its last user here
             self._arenas.abandon(attempt.arena)
-            return
-        for slot in attempt.stager.held:
-            attempt.arena.ring.release(slot)
-        attempt.stager.held.clear()
         self._arenas.release(attempt.arena)
         self._lanes.pipeline.tidy()
 
