@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdcp.boxes import Box, contains, intersect, row_major_boxes, tiles, whole
+from tests.pipeline.forge import steady
 
 Point = tuple[int, ...]
 
@@ -26,6 +27,7 @@ def boxes(ndim: int) -> st.SearchStrategy[Box]:
 pairs = st.integers(0, 3).flatmap(lambda ndim: st.tuples(boxes(ndim), boxes(ndim)))
 
 
+@steady
 @given(pairs)
 def test_intersect(pair: tuple[Box, Box]) -> None:
     a, b = pair
@@ -34,6 +36,7 @@ def test_intersect(pair: tuple[Box, Box]) -> None:
     assert a.volume == len(points(a))
 
 
+@steady
 @given(pairs)
 def test_contains(pair: tuple[Box, Box]) -> None:
     outer, inner = pair
@@ -61,11 +64,13 @@ def partitions(draw: st.DrawFn) -> tuple[Box, list[Box]]:
     return target, draw(st.permutations(pieces))
 
 
+@steady
 @given(partitions())
 def test_a_partition_tiles_its_box(partition: tuple[Box, list[Box]]) -> None:
     assert tiles(*partition)
 
 
+@steady
 @given(partitions(), st.data())
 def test_tiles_if_every_point_is_in_one_box(partition: tuple[Box, list[Box]], data: st.DataObject) -> None:
     """Against counting, with a box or two changed, so that holes and overlaps are often of equal size."""
@@ -91,6 +96,7 @@ def test_tiles_is_quick_where_boxes_lie_entangled() -> None:
     assert not tiles(whole((2,) * 64), stairs)
 
 
+@steady
 @given(st.lists(st.integers(0, 4), max_size=4), st.data())
 def test_row_major_boxes(shape: list[int], data: st.DataObject) -> None:
     count = prod(shape)

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from asyncdcp.format.safetensors import HeaderEntry, encode_header
+from asyncdcp.format.safetensors import DATA_ALIGNMENT, HEADER_LIMIT, HeaderEntry, encode_header, entry_bound
 from asyncdcp.metadata import DTYPE_SIZES
 
 FILE_LIMIT = 64 << 30
-ENTRIES_LIMIT = 200_000
-"""Chunks per file: keeps the header under what safetensors' reader accepts, at names of some 300 characters."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +41,23 @@ def lay_out(
     metadata: dict[str, str],
     *,
     file_limit: int = FILE_LIMIT,
-    entries_limit: int = ENTRIES_LIMIT,
+    header_limit: int = HEADER_LIMIT,
 ) -> list[FileImage]:
-    """Places all chunks; deterministic. ``file_limit`` bounds the bytes of data in a file, ``entries_limit`` its
-    chunks.
+    """Places all chunks; deterministic. ``file_limit`` bounds the bytes of data in a file, ``header_limit`` those of
+    its header.
     """
     order = sorted(range(len(entries)), key=lambda n: -DTYPE_SIZES[entries[n].dtype])
     images: list[FileImage] = []
     current: list[int] = []
-    filled = 0
+    filled = described = 0
     for n in order:
-        length = chunk_bytes(entries[n])
-        if current and (filled + length > file_limit or len(current) >= entries_limit):
+        length, text = chunk_bytes(entries[n]), entry_bound(entries[n])
+        if current and (filled + length > file_limit or described + text > header_limit - DATA_ALIGNMENT):
             images.append(_image(entries, current, metadata))
-            current, filled = [], 0
+            current, filled, described = [], 0, 0
         current.append(n)
         filled += length
+        described += text
     if current:
         images.append(_image(entries, current, metadata))
     return images

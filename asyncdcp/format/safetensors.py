@@ -83,6 +83,13 @@ def encode_header(entries: Sequence[HeaderEntry], metadata: dict[str, str]) -> b
     return struct.pack("<Q", padded) + text.ljust(padded)
 
 
+def entry_bound(entry: HeaderEntry) -> int:
+    """At least the bytes that an entry takes in the header: JSON may need six for a character, and a number has at most
+    20 digits.
+    """
+    return 128 + 6 * len(entry.name) + 64 * len(entry.shape)
+
+
 def _unused(name: str, taken: dict[str, object]) -> str:
     candidate, number = name, 1
     while candidate in taken:

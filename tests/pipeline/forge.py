@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import msgspec
 import numpy as np
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from asyncdcp.boxes import Box, whole
@@ -24,6 +25,9 @@ from asyncdcp.storage import MemoryStorage, Storage
 from asyncdcp.trace import Trace
 
 Arrays = Mapping[str, NDArray[Any]]
+steady = settings(deadline=None, derandomize=True, max_examples=60)
+"""For properties: the machine may be busy, and a run is the same every time."""
+
 SAVE = make_save_id("run", "here", 1)
 OTHER = make_save_id("run", "here", 2)
 BLOCK, SLAB = 4096, 16384
@@ -88,7 +92,7 @@ class Slabs:
 
 
 def job_of(plan: SavePlan, **changes: Any) -> SaveJob:
-    save_id, rank = changes.get("save_id", SAVE), plan.structure.rank
+    save_id, rank = changes.get("save_id", SAVE), changes.get("rank", plan.structure.rank)
     fields: dict[str, Any] = {
         "save_id": save_id,
         "rank": rank,
