@@ -80,9 +80,7 @@ def _items(metadata: Metadata, number: int, want: Want) -> Iterator[ReadItem]:
 def _cut(
     metadata: Metadata, number: int, want: Want, chunk: ChunkStorageMetadata, common: Box, itemsize: int
 ) -> Iterator[ReadItem]:
-    """One item for the whole overlap; or one for each of its runs, where those are long enough to be read by
-    themselves.
-    """
+    """One item for each run of the overlap."""
     location = metadata.storage_data[MetadataIndex(want.name, chunk.offsets)]
     box = Box(chunk.offsets, chunk.sizes)
     for part in _runs(box, common, itemsize):
@@ -97,17 +95,23 @@ def _cut(
 
 
 def _runs(chunk: Box, common: Box, itemsize: int) -> Iterator[Box]:
-    """``common`` cut into boxes that are consecutive in ``chunk``, if each has a block's bytes; else itself."""
-    dim = len(common.sizes)
-    while dim > 0 and common.sizes[dim - 1] == chunk.sizes[dim - 1]:
-        dim -= 1
-    lead = dim - 1  # dimensions before this one are stepped through; from it on the elements are consecutive
-    if lead <= 0 or prod(common.sizes[lead:]) * itemsize < BLOCK_BYTES:
-        yield common
-        return
-    steps = (range(start, start + size) for start, size in zip(common.offsets[:lead], common.sizes[:lead], strict=True))
+    """``common`` cut along its first dimensions into boxes of which each is read as a whole, gaps included.
+
+    It is cut as deep as the boxes are a block or more long, or a block or more lies between them.
+    """
+    depth, run = 0, itemsize  # ``run`` is the bytes from first to last of a box of the dimensions seen so far
+    for dim in reversed(range(len(common.sizes))):
+        stride = prod(chunk.sizes[dim + 1 :]) * itemsize  # from one position in ``dim`` to the next
+        apart = common.sizes[dim] > 1
+        if apart and stride > run and (run >= BLOCK_BYTES or stride - run >= BLOCK_BYTES):
+            depth = dim + 1
+            break
+        run += (common.sizes[dim] - 1) * stride
+    steps = (
+        range(start, start + size) for start, size in zip(common.offsets[:depth], common.sizes[:depth], strict=True)
+    )
     for position in product(*steps):
-        yield Box((*position, *common.offsets[lead:]), (*(1,) * lead, *common.sizes[lead:]))
+        yield Box((*position, *common.offsets[depth:]), (*(1,) * depth, *common.sizes[depth:]))
 
 
 def _flat(outer: Box, inner: Box) -> tuple[int, int]:

@@ -7,7 +7,6 @@ again unchanged. Tensors and plain values are not in it: they are bound anew at 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -139,7 +138,7 @@ def _split(structure: Structure, chunk: ChunkSpec, file_limit: int) -> Iterator[
 
 def _cut(file: int, image: FileImage, lengths: Sequence[int], slab_bytes: int) -> Iterator[Slab]:
     """The slabs of one image. Empty chunks are in none."""
-    pieces: OrderedDict[int, list[Piece]] = OrderedDict((n, []) for n in range(-(-image.size // slab_bytes)))
+    pieces: list[list[Piece]] = [[] for _ in range(0, image.size, slab_bytes)]
     for chunk, begin in zip(image.chunks, image.begins, strict=True):
         position, end = begin, begin + lengths[chunk]
         while position < end:
@@ -147,7 +146,7 @@ def _cut(file: int, image: FileImage, lengths: Sequence[int], slab_bytes: int) -
             length = min(end - position, slab_bytes - offset)
             pieces[number].append(Piece(chunk, position - begin, offset, length))
             position += length
-    for number, inside in pieces.items():
+    for number, inside in enumerate(pieces):
         begin = number * slab_bytes
         yield Slab(file, begin, min(slab_bytes, image.size - begin), tuple(inside))
 
