@@ -125,10 +125,12 @@ class CheckpointReader:
     async def aclose(self) -> None:
         """Closes the data files; safe to call twice."""
         with anyio.CancelScope(shield=True):
-            while self._objects:
-                _, opened = self._objects.popitem()
-                with suppress(StorageError):  # of a file that was only read nothing can be lost
-                    await opened.aclose()
+            for name in list(self._objects):
+                await self._close(name)
+
+    async def _close(self, name: str) -> None:
+        with suppress(StorageError):  # of a file that was only read nothing can be lost
+            await self._objects.pop(name).aclose()
 
     async def read(self, ranges: Sequence[ReadRange], trace: Trace) -> None:
         """Reads all ranges. Every byte belongs to a verified block before a range's ``deliver`` sees it.
@@ -148,7 +150,7 @@ class CheckpointReader:
                 await self._read_window(window, source, bounce, trace)
                 left[window.file.name] -= 1
                 if not left[window.file.name]:
-                    await self._objects.pop(window.file.name).aclose()
+                    await self._close(window.file.name)
 
         try:
             with ungrouped():

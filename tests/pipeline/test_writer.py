@@ -1,0 +1,491 @@
+"""The writer over storages that fail or hang on purpose: how each save ends, what is raised, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import safetensors
+
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    CheckpointExists,
+    CommitUnknown,
+    DeadlineExceeded,
+    PeerFailed,
+    SaveAborted,
+    StorageError,
+)
+from asyncdcp.metadata import Record, decode_record, encode_record
+from asyncdcp.names import belongs_to, data_name, index_name, record_name
+from asyncdcp.pipeline import settle, writer
+from asyncdcp.pipeline.commit import CommitMachine
+from asyncdcp.pipeline.messages import SlabReady
+from asyncdcp.pipeline.settle import Reason
+from asyncdcp.storage import LocalStorage, MemoryStorage, ObjectWriter
+from tests.pipeline.forge import OTHER, SAVE, SLAB, STATE, Arrays, read_all, save, writer_of
+
+Hook = Callable[[int], Awaitable[None]]
+"""Awaited before a call, with the number of calls of that kind before it."""
+
+ARRAYS: Arrays = {"w": np.arange(20_000, dtype=np.float32), "b": np.arange(5, dtype=np.int8)}
+
+
+class Staged(MemoryStorage):
+    """Awaits a hook before (``"put"``) or after (``"put!"``) each operation of that name."""
+
+    def __init__(self, **hooks: Hook) -> None:
+        super().__init__("there")
+        self.hooks = hooks
+        self.calls: list[str] = []
+
+    async def on(self, operation: str) -> None:
+        self.calls.append(operation)
+        if hook := self.hooks.get(operation):
+            await hook(self.calls.count(operation) - 1)
+
+    async def create(self, name: str, length_hint: int) -> Any:
+        await self.on("create")
+        return _Writer(await super().create(name, length_hint), self)
+
+    async def put(self, name: str, data: bytes) -> None:
+        await self.on("put")
+        assert await super().claim(name, data)
+        await self.on("put_done")
+
+    async def claim(self, name: str, data: bytes) -> bool:
+        await self.on("claim_commit" if b'"outcome":"commit"' in data else "claim_abort")
+        won = await super().claim(name, data)
+        await self.on("claimed")
+        return won
+
+    async def barrier(self) -> None:
+        await self.on("barrier")
+
+    async def list(self) -> dict[str, int]:
+        await self.on("list")
+        return await super().list()
+
+    async def delete(self, names: Sequence[str]) -> None:
+        await self.on("delete")
+        await super().delete(names)
+
+
+class _Writer:
+    def __init__(self, inner: ObjectWriter, storage: Staged) -> None:
+        self._inner = inner
+        self._storage = storage
+
+    alignment = 4096
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        assert offset % 4096 == len(buffer) % 4096 == 0
+        await self._storage.on("write")
+        await self._inner.write(offset, buffer)
+
+    async def finish(self, length: int) -> None:
+        await self._storage.on("finish")
+        await self._inner.finish(length)
+
+    async def abort(self) -> None:
+        await self._inner.abort()
+        await self._storage.on("abort")
+
+
+def fails(error: Exception, at: int = 0) -> Hook:
+    async def hook(number: int) -> None:
+        if number == at:
+            raise error
+
+    return hook
+
+
+def record_in(storage: MemoryStorage, save_id: str = SAVE) -> Record | None:
+    data = storage._objects.get(record_name(save_id))
+    return decode_record(data, "r") if data else None
+
+
+def nothing_is_left(storage: MemoryStorage) -> None:
+    assert not storage._unfinished
+    assert not [name for name in storage._objects if belongs_to(name, SAVE) and name != record_name(SAVE)]
+
+
+async def test_a_save_is_a_checkpoint_and_safetensors() -> None:
+    storage = Staged()
+    run, slabs = writer_of(storage, ARRAYS)
+    saved = await run.run()
+    assert sorted(slabs.given_back) == list(range(6)) and saved.replaced == []
+    assert storage.calls[-5:] == ["put_done", "barrier", "list", "claim_commit", "claimed"]
+    loaded = await read_all(storage)
+    assert all(np.array_equal(loaded[name], ARRAYS[name]) for name in ARRAYS)
+    data = storage._objects[data_name(SAVE, 0, 0)]
+    assert len(data) == saved.stored_bytes == saved.bytes["write"]
+    assert {name for name, _ in safetensors.deserialize(data)} == set(ARRAYS)  # type: ignore[no-untyped-call]  # it has no types
+    assert storage.calls.index("barrier") > storage.calls.index("finish")
+    record = record_in(storage)
+    assert record and record.summary and record.summary.tensors == 2 and record.summary.stored_bytes == len(data)
+
+
+async def test_slabs_may_come_in_any_order_and_in_several_files() -> None:
+    storage = Staged()
+    arrays: Arrays = {**ARRAYS, "x": np.arange(9000.0)}
+    run, slabs = writer_of(storage, arrays, file_limit=40_000)
+    slabs.ready.reverse()
+    await run.run()
+    assert storage.calls.count("create") == storage.calls.count("finish") > 3
+    loaded = await read_all(storage)
+    assert all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
+
+
+async def test_a_state_without_tensors() -> None:
+    storage = Staged()
+    await save(storage, {})
+    assert set(storage._objects) == {index_name(SAVE, 0), record_name(SAVE)}
+    assert await read_all(storage) == {}
+
+
+FAULTS: list[tuple[str, int]] = [
+    ("create", 1),
+    ("write", 0),
+    ("write", 3),
+    ("finish", 0),
+    ("finish", 1),
+    ("barrier", 0),
+    ("put", 0),
+    ("put_done", 0),
+    ("barrier", 1),
+    ("list", 1),
+]
+
+
+@pytest.mark.parametrize(("stage", "at"), FAULTS)
+@pytest.mark.parametrize("error", [StorageError("EIO"), OSError("raw"), TypeError("a bug")], ids=repr)
+async def test_a_failure_at_any_stage(stage: str, at: int, error: Exception) -> None:
+    old = {"old": np.ones(3)}
+    storage = Staged()
+    await save(storage, old, save_id=OTHER)
+    storage.calls.clear()
+    storage.hooks = {stage: fails(error, at)}
+    run, _ = writer_of(storage, ARRAYS, file_limit=70_000, overwrite=True)
+    with pytest.raises(AsyncDCPError, match=str(error)) as caught:
+        await run.run()
+    assert caught.value is error or caught.value.__cause__ is error
+    assert isinstance(caught.value, StorageError) == isinstance(error, OSError)
+    nothing_is_left(storage)
+    record = record_in(storage)
+    assert record and record.outcome == "abort" and record.rank == 0 and str(error) in str(record.cause)
+    storage.hooks = {}
+    assert (await read_all(storage)).keys() == old.keys()
+
+
+@pytest.mark.parametrize(("stage", "at"), [("list", 0), ("create", 0)])
+async def test_a_failure_before_anything_was_written_leaves_no_trace(stage: str, at: int) -> None:
+    storage = Staged(**{stage: fails(StorageError("EIO"), at)})
+    with pytest.raises(StorageError, match="EIO"):
+        await save(storage, ARRAYS)
+    assert not storage._objects and not storage._unfinished
+
+
+async def test_a_put_that_was_carried_out_and_failed_leaves_nothing_without_tensors_either() -> None:
+    storage = Staged(put_done=fails(StorageError("EIO")))
+    with pytest.raises(StorageError, match="EIO"):
+        await save(storage, {})
+    nothing_is_left(storage)
+    record = record_in(storage)
+    assert record and record.outcome == "abort"
+
+
+async def test_an_index_that_was_there_before_is_not_deleted() -> None:
+    storage = Staged()
+    await MemoryStorage.put(storage, index_name(SAVE, 0), b"another's")
+    storage.hooks["put"] = fails(FileExistsError("there"))
+    with pytest.raises(StorageError, match="there"):
+        await save(storage, ARRAYS)
+    assert storage._objects[index_name(SAVE, 0)] == b"another's"
+
+
+# ── giving up ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("stage", "at"), [("list", 0), ("create", 0), *FAULTS])
+async def test_giving_up_where_the_storage_hangs(stage: str, at: int) -> None:
+    """The hung call is cancelled, and the save settles."""
+    storage = Staged()
+    run, _ = writer_of(storage, ARRAYS, file_limit=70_000)
+
+    async def hang(number: int) -> None:
+        if number == at:
+            run.give_up.set(Reason("cancelled", Cancelled("enough")))
+            run.give_up.set(Reason("failed", StorageError("too late to matter")))
+            if stage != "list" or at == 0:  # settling is not interrupted
+                await anyio.sleep_forever()
+
+    storage.hooks = {stage: hang}
+    with pytest.raises(Cancelled, match="enough"):
+        await run.run()
+    nothing_is_left(storage)
+    record = record_in(storage)
+    if (stage, at) in (("list", 0), ("create", 0)):
+        assert record is None
+    else:
+        assert record and record.outcome == "abort" and record.cause == "cancelled: enough"
+
+
+@pytest.mark.parametrize("local", [True, False])
+async def test_giving_up_before_it_begins_writes_nothing(local: bool, tmp_path: Any) -> None:
+    storage = LocalStorage(tmp_path / "new") if local else Staged()
+    run, slabs = writer_of(storage, ARRAYS)
+    run.give_up.set(Reason("cancelled", Cancelled("enough")))
+    with pytest.raises(Cancelled):
+        await run.run()
+    assert await storage.list() == {} and not (tmp_path / "new").exists()
+    assert not slabs.given_back
+
+
+async def test_giving_up_once_the_commit_is_claimed_is_too_late() -> None:
+    storage = Staged()
+    run, _ = writer_of(storage, ARRAYS)
+
+    async def late(_: int) -> None:
+        run.give_up.set(Reason("cancelled", Cancelled("enough")))
+
+    storage.hooks = {"claim_commit": late}
+    assert (await run.run()).save_id == SAVE
+    assert (await read_all(storage)).keys() == ARRAYS.keys()
+
+
+async def test_giving_up_while_staging_never_ends() -> None:
+    storage = Staged()
+    run, slabs = writer_of(storage, ARRAYS)
+    last = slabs.ready.pop()
+    receive = slabs.receive
+
+    async def stuck() -> SlabReady:
+        if slabs.ready:
+            return await receive()
+        run.give_up.set(Reason("failed", StorageError("staging failed")))
+        await anyio.sleep_forever()
+        return last
+
+    slabs.receive = stuck  # type: ignore[method-assign]  # a source that is stuck
+    with pytest.raises(StorageError, match="staging failed"):
+        await run.run()
+    nothing_is_left(storage)
+
+
+async def test_a_deadline() -> None:
+    async def hang(_: int) -> None:
+        await anyio.sleep_forever()
+
+    storage = Staged(write=hang)
+    with pytest.raises(DeadlineExceeded, match="save_deadline"):
+        await save(storage, ARRAYS, deadline=0.01)
+    nothing_is_left(storage)
+    record = record_in(storage)
+    assert record and str(record.cause).startswith("deadline: ")
+
+
+# ── slabs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "slab",
+    [
+        SlabReady(0, 0, 0, SLAB),  # a second time
+        SlabReady(0, 6, 0, SLAB),
+        SlabReady(0, -1, 0, SLAB),
+        SlabReady(1, 0, 0, SLAB),
+        SlabReady(-1, 0, 0, SLAB),
+        SlabReady(0, 5, 5, 1),  # shorter than it should be
+    ],
+)
+async def test_slabs_that_cannot_be(slab: SlabReady) -> None:
+    storage = Staged()
+    run, slabs = writer_of(storage, ARRAYS)
+    slabs.ready.insert(1, slab)
+    with pytest.raises(AsyncDCPError, match="not a slab of this save"):
+        await run.run()
+    nothing_is_left(storage)
+
+
+async def test_slabs_that_are_missing() -> None:
+    storage = Staged()
+    run, slabs = writer_of(storage, ARRAYS)
+    slabs.ready.pop()
+    with pytest.raises(AsyncDCPError, match=f"before all slabs of {data_name(SAVE, 0, 0)}"):
+        await run.run()
+    nothing_is_left(storage)
+
+
+# ── what is there already ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_existing_checkpoint_is_refused_and_nothing_written() -> None:
+    storage = Staged()
+    await save(storage, save_id=OTHER)
+    before = dict(storage._objects)
+    storage.calls.clear()
+    with pytest.raises(CheckpointExists, match="there"):
+        await save(storage, ARRAYS)
+    assert storage._objects == before and storage.calls == ["list"]
+
+
+async def test_one_that_came_meanwhile_is_refused_too() -> None:
+    storage, other = Staged(), MemoryStorage()
+    await save(other, save_id=OTHER)
+
+    async def meanwhile(_: int) -> None:
+        storage._objects.update(other._objects)
+
+    storage.hooks = {"barrier": meanwhile}
+    with pytest.raises(CheckpointExists):
+        await save(storage, ARRAYS)
+    nothing_is_left(storage)
+    storage.hooks = {}
+    assert (await read_all(storage)).keys() == STATE.keys()
+
+
+async def test_overwriting_deletes_after_the_commit_and_the_record_last() -> None:
+    storage = Staged()
+    await save(storage, save_id=OTHER)
+    deleted: list[bool] = []
+
+    async def committed(_: int) -> None:
+        deleted.append(record_in(storage) is not None and record_name(OTHER) in storage._objects)
+
+    storage.hooks = {"delete": committed}
+    saved = await save(storage, ARRAYS, overwrite=True)
+    assert saved.replaced == [OTHER] and deleted == [True, True]
+    assert all(belongs_to(name, SAVE) for name in storage._objects)
+    assert (await read_all(storage)).keys() == ARRAYS.keys()
+
+
+@pytest.mark.parametrize("error", [StorageError("EIO"), TypeError("a bug"), FileNotFoundError("gone")], ids=repr)
+async def test_a_commit_stands_even_if_what_it_replaced_cannot_be_deleted(error: Exception) -> None:
+    storage = Staged(delete=fails(error))
+    await save(storage, save_id=OTHER)
+    assert (await save(storage, ARRAYS, overwrite=True)).replaced == [OTHER]
+    assert (await read_all(storage)).keys() == ARRAYS.keys()
+    third = "f" * 20
+    assert set((await save(storage, {}, overwrite=True, save_id=third)).replaced) == {SAVE, OTHER}
+    assert all(belongs_to(name, third) for name in storage._objects)
+
+
+# ── the claim ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_claim_that_is_refused() -> None:
+    storage = Staged(claim_commit=fails(StorageError("no space")))
+    with pytest.raises(StorageError, match="no space"):
+        await save(storage, ARRAYS)
+    nothing_is_left(storage)
+    record = record_in(storage)
+    assert record and record.outcome == "abort"
+
+
+async def test_no_claim_at_all_and_the_save_has_failed_for_sure() -> None:
+    storage = Staged(claim_commit=fails(StorageError("full")), claim_abort=fails(StorageError("full")))
+    with pytest.raises(StorageError, match="full") as caught:
+        await save(storage, ARRAYS)
+    assert not isinstance(caught.value, CommitUnknown) and not storage._objects
+
+
+async def test_a_claim_without_an_answer_that_was_won() -> None:
+    storage = Staged(claimed=fails(CommitUnknown("no answer")))
+    assert (await save(storage, ARRAYS)).save_id == SAVE
+
+
+async def test_a_claim_without_an_answer_that_was_not() -> None:
+    storage = Staged(claim_commit=fails(CommitUnknown("no answer")))
+    with pytest.raises(SaveAborted):
+        await save(storage, ARRAYS)
+    nothing_is_left(storage)
+
+
+async def test_a_claim_that_nobody_can_tell_of_keeps_the_files() -> None:
+    storage = Staged(claim_commit=fails(CommitUnknown("no answer")), claim_abort=fails(StorageError("down")))
+    with pytest.raises(CommitUnknown, match="cannot be told"):
+        await save(storage, ARRAYS)
+    assert set(storage._objects) == {data_name(SAVE, 0, 0), index_name(SAVE, 0)}
+
+
+async def test_a_peer_s_abort() -> None:
+    storage = Staged()
+    abort = Record(save_id=SAVE, outcome="abort", time=0.0, world_size=2, versions={}, rank=1, cause="its own")
+    storage._objects[record_name(SAVE)] = encode_record(abort)
+    with pytest.raises(PeerFailed, match="rank 1 gave the save up: its own") as caught:
+        await save(storage, ARRAYS, world_size=2)
+    assert caught.value.rank == 1
+    nothing_is_left(storage)
+
+
+# ── bugs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_cleaning_up_goes_on_where_it_fails() -> None:
+    storage = Staged(write=fails(StorageError("EIO"), 2), abort=fails(TypeError("a bug")), delete=fails(KeyError("x")))
+    with pytest.raises(StorageError, match="EIO"):
+        await save(storage, ARRAYS, file_limit=20_000)
+    assert storage.calls.count("create") >= storage.calls.count("abort") > 1
+    assert not storage._unfinished
+
+
+@pytest.mark.parametrize("place", ["transform", "settle", "machine"])
+async def test_a_bug_leaves_nothing_open(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
+        raise TypeError("a bug")
+
+    if place == "transform":
+        monkeypatch.setattr(writer, "checksum_blocks", bug)
+    elif place == "settle":
+        monkeypatch.setattr(settle, "encode_record", bug)
+    else:
+        monkeypatch.setattr(CommitMachine, "on", bug)
+    storage = Staged(write=fails(StorageError("EIO"), 3) if place == "machine" else fails(TypeError(), 99))
+    with pytest.raises((AsyncDCPError, TypeError)):
+        await save(storage, ARRAYS, file_limit=20_000)
+    assert not storage._unfinished
+    record = record_in(storage)
+    assert record is None or record.outcome == "abort"
+
+
+async def test_a_cancelled_task_leaves_nothing_open() -> None:
+    reached = asyncio.Event()
+
+    async def hang(_: int) -> None:
+        reached.set()
+        await anyio.sleep_forever()
+
+    storage = Staged(write=hang)
+    task = asyncio.create_task(save(storage, ARRAYS))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not storage._unfinished
+
+
+async def test_a_cancelled_task_waits_for_the_thread_that_reads_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(data: memoryview, _: int) -> list[int]:
+        loop.call_soon_threadsafe(entered.set)
+        assert leave.wait(10)
+        left.set()
+        return []
+
+    monkeypatch.setattr(writer, "checksum_blocks", slow)
+    task = asyncio.create_task(save(Staged(), ARRAYS))
+    await entered.wait()
+    task.cancel()
+    loop.call_later(0.01, leave.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left.is_set()
