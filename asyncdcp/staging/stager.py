@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 from torch import Tensor
 
 from asyncdcp.pipeline.messages import SlabReady
@@ -50,6 +51,7 @@ class CheckpointStager:
                 self.held.add(slot)
                 with self._trace.span("stage", slab.length):
                     await on_thread(limiter, self._fill, copier, slab, slot)
+                await checkpoint_if_cancelled()  # the copy ended though; nobody wants to hear of it any more
                 await announce(SlabReady(slab.file, slab.begin // self._arena.arena.slot_bytes, slot, slab.length))
 
         async with anyio.create_task_group() as workers:

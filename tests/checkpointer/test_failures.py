@@ -224,7 +224,12 @@ def test_a_stuck_commit_costs_no_arena(opened: Opened, faulty: Any) -> None:
 def test_a_copy_that_hangs(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpointer = opened(settle_seconds=0.05)
     begun, release = threading.Event(), threading.Event()
-    monkeypatch.setattr(SlabCopier, "copy", lambda *_: (begun.set(), release.wait(30)))
+
+    def stuck(*_: Any) -> None:
+        begun.set()
+        assert release.wait(30)
+
+    monkeypatch.setattr(SlabCopier, "copy", stuck)
     handle = checkpointer.save(MemoryStorage("stuck"), STATE)
     assert begun.wait(30)
     handle.cancel()
@@ -242,7 +247,12 @@ def test_deadlines_do_not_outlive_the_save(checkpointer: AsyncCheckpointer) -> N
     assert loop is not None
     timers: list[Any] = []
     done = threading.Event()
-    checkpointer._engine.call(lambda: (timers.extend(loop._scheduled), done.set()))  # type: ignore[attr-defined]
+
+    def look() -> None:
+        timers.extend(loop._scheduled)  # type: ignore[attr-defined]  # asyncio's own heap
+        done.set()
+
+    checkpointer._engine.call(look)
     assert done.wait(30)
     assert not [timer for timer in timers if not timer.cancelled()]
 

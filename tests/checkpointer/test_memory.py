@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage
+from asyncdcp import AsyncCheckpointer, CheckpointFuture, MemoryStorage
 
 Python = Callable[..., "CompletedProcess[str]"]
 MIB = 1 << 20
@@ -124,7 +125,7 @@ def test_prepare_while_a_save_is_under_way_and_close_while_preparing(
     checkpointer: AsyncCheckpointer, others: list[int]
 ) -> None:
     state = {"w": torch.ones(9 * MIB)}
-    futures = [
+    futures: list[CheckpointFuture[Any]] = [
         checkpointer.prepare(state),
         checkpointer.save(MemoryStorage(), state).committed,
         checkpointer.prepare(state),

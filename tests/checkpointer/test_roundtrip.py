@@ -134,7 +134,12 @@ def test_any_shapes_strides_and_dtypes(shared: AsyncCheckpointer, bits: Bits, st
 
 def test_a_thousand_tensors_and_none(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
     many = {f"layer.{number}": torch.full((number % 7, 3), number) for number in range(1000)}
-    for name, state in {"many": many, "none": {}, "values": {"lr": 0.1, "epochs": [1, 2], "name": "x"}}.items():
+    states: dict[str, dict[str, Any]] = {
+        "many": many,
+        "none": {},
+        "values": {"lr": 0.1, "epochs": [1, 2], "name": "x"},
+    }
+    for name, state in states.items():
         result = checkpointer.save(tmp_path / name, state).result()
         assert result.tensors == (1000 if name == "many" else 0)
         loaded = checkpointer.load(tmp_path / name).result()

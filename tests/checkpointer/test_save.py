@@ -9,6 +9,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -111,12 +112,16 @@ def test_values_are_taken_at_the_call(checkpointer: AsyncCheckpointer, faulty: A
 def test_saves_are_committed_in_the_order_of_the_calls(checkpointer: AsyncCheckpointer, faulty: Any) -> None:
     settled: list[int] = []
     storages = [faulty(str(number)) for number in range(12)]
+
+    def note(number: int, _: object) -> None:
+        settled.append(number)
+
     gate = storages[0].gate("list")
     tensor = torch.zeros(100_000)
     handles = []
     for number, storage in enumerate(storages):
         handles.append(checkpointer.save(storage, {"w": tensor, "n": number}))
-        handles[-1].add_done_callback(lambda _, number=number: settled.append(number))
+        handles[-1].add_done_callback(partial(note, number))
     handles[0].staged.result()
     assert not any(handle.done() for handle in handles)
     gate.release.set()
