@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeAlias, TypeVar, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
 
@@ -309,26 +309,15 @@ class AsyncCheckpointer:
             if self._closed:
                 return
             self._closed = True
-        given_up = self._await_all(self._pending.unsettled())
+        given_up = self._pending.give_up(self._options.close_deadline, self._options.settle_seconds)
         stuck = self._end_engine()
         if given_up or stuck is not None:
-            self._raise_late(given_up, stuck)
+            raise self._pending.late(given_up, self._options.close_deadline, stuck) from stuck
         self._pending.surface(awaited=True)
 
     async def aclose(self) -> None:
         """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
         await uncut(self.close)
-
-    def _await_all(self, handles: list[SaveHandle]) -> list[str]:
-        """Waits for saves to settle, and gives up those that do not in time. Returns the paths of these."""
-        until = time.monotonic() + self._options.close_deadline
-        late = [handle for handle in handles if not handle.committed.wait(max(until - time.monotonic(), 0))]
-        for handle in late:
-            handle.cancel()
-        until = time.monotonic() + self._options.settle_seconds + 1
-        for handle in late:
-            handle.committed.wait(max(until - time.monotonic(), 0))
-        return [handle.path for handle in late if not handle.committed.done() or handle.committed.failed]
 
     def _end_engine(self) -> DeadlineExceeded | None:
         """Ends the thread; what it raised if it had to be left behind."""
@@ -341,20 +330,6 @@ class AsyncCheckpointer:
         except DeadlineExceeded as error:
             return error
         return None
-
-    def _raise_late(self, given_up: list[str], stuck: DeadlineExceeded | None) -> NoReturn:
-        """``DeadlineExceeded`` for what close gave up and left behind; other failures that nobody saw are its notes."""
-        parts = []
-        if given_up:
-            seconds = f"{self._options.close_deadline:g} s (option close_deadline)"
-            parts.append(f"saves that were not durable within {seconds}: {', '.join(given_up)}")
-        if stuck is not None:
-            parts.append(f"threads that never returned: {stuck}")
-        raised = DeadlineExceeded(f"close gave up {'; and '.join(parts)}")
-        for path, error in self._pending.take_unseen(awaited=True):
-            if path not in given_up:
-                raised.add_note(f"an earlier save to {path} failed and nobody looked at it: {error}")
-        raise raised from stuck
 
     def _check_open(self) -> None:
         self._engine.check_process()  # first of all: in a forked child a lock may be held for good

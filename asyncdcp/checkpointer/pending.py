@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from functools import partial
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.config import OnError
-from asyncdcp.errors import UnseenFailure
+from asyncdcp.errors import DeadlineExceeded, UnseenFailure
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -44,10 +45,34 @@ class PendingSaves:
         with self._lock:
             self._handles.append(handle)
 
-    def unsettled(self) -> list[SaveHandle]:
-        """Those under way, oldest first."""
+    def give_up(self, deadline: float, settle_seconds: float) -> list[str]:
+        """Waits ``deadline`` seconds for all saves to settle, then gives up those that have not, and waits for that.
+        Returns the paths of these, but for those that were committed after all.
+        """
         with self._lock:
-            return [handle for handle in self._handles if not handle.done()]
+            handles = [handle for handle in self._handles if not handle.done()]
+        until = time.monotonic() + deadline
+        late = [handle for handle in handles if not handle.committed.wait(max(until - time.monotonic(), 0))]
+        for handle in late:
+            handle.cancel()
+        until = time.monotonic() + settle_seconds + 1
+        for handle in late:
+            handle.committed.wait(max(until - time.monotonic(), 0))
+        return [handle.path for handle in late if not handle.committed.done() or handle.committed.failed]
+
+    def late(self, given_up: list[str], deadline: float, stuck: DeadlineExceeded | None) -> DeadlineExceeded:
+        """The error for what a close gave up and left behind; other failures that nobody saw are its notes."""
+        parts = []
+        if given_up:
+            within = f"{deadline:g} s (option close_deadline)"
+            parts.append(f"saves that were not durable within {within}: {', '.join(given_up)}")
+        if stuck is not None:
+            parts.append(f"threads that never returned: {stuck}")
+        error = DeadlineExceeded(f"close gave up {'; and '.join(parts)}")
+        for path, failure in self.take_unseen(awaited=True):
+            if path not in given_up:
+                error.add_note(f"an earlier save to {path} failed and nobody looked at it: {failure}")
+        return error
 
     def take_unseen(self, *, awaited: bool = False) -> list[tuple[str, BaseException]]:
         """Path and error of each failure that nobody has looked at, which counts as looking. One that somebody is just
