@@ -6,6 +6,7 @@ causes as long as they are asyncdcp's or the system's (OSError). Anything else i
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from typing import Any
 
@@ -94,13 +95,13 @@ def _made(frame: ErrorFrame) -> BaseException:
 
 
 def _ours(frame: ErrorFrame) -> AsyncDCPError:
-    """Made without ``__init__``, whose arguments differ by class; the fields are what it would have set."""
+    """Made with those fields that its class takes as arguments; the others are set, as its own code had set them."""
     found = getattr(errors, frame.kind, None)
-    known = isinstance(found, type) and issubclass(found, AsyncDCPError)
-    kind: type[AsyncDCPError] = found if known else AsyncDCPError  # type: ignore[assignment]  # known says it is one
-    message = frame.message if known else f"{frame.kind}: {frame.message}"
-    error = kind.__new__(kind, message)
-    AsyncDCPError.__init__(error, message)
-    for name, value in frame.fields.items():
-        setattr(error, name, tuple(value) if isinstance(value, list) else value)
+    if not (isinstance(found, type) and issubclass(found, AsyncDCPError)):
+        return AsyncDCPError(f"{frame.kind}: {frame.message}")
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in frame.fields.items()}
+    taken = inspect.signature(found).parameters
+    error = found(frame.message, **{name: value for name, value in fields.items() if name in taken})
+    for name, value in fields.items():
+        setattr(error, name, value)
     return error

@@ -119,8 +119,8 @@ class Worker:
         logging.basicConfig(level=message.log_level, handlers=[handler], force=True)
         logging.captureWarnings(capture=True)
         surroundings.set_priorities(message)
-        self.post(Ready(VERSION, os.getpid()))
         surroundings.detach_stderr()
+        self.post(Ready(VERSION, os.getpid()))
 
     def _begin(self, message: Begin) -> None:
         storage = open_spec(message.storage, kill_trainer=self._kill_trainer)

@@ -49,7 +49,7 @@ class ProcessPipeline:
         self._told.add(kind)
         message = f"a {kind} cannot be opened by the background process: saves to it run on a thread of this one"
         _logger.warning(message)
-        warnings.warn(message, ThreadPipelineWarning, stacklevel=4)
+        warnings.warn(message, ThreadPipelineWarning, stacklevel=3)
 
     async def acquire(self) -> CheckpointProcess:
         """The process, started if there is none that lives. ``WorkerCrashed`` if that fails."""

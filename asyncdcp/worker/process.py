@@ -7,9 +7,8 @@ import logging
 import os
 import select
 import signal
-import weakref
 from contextlib import suppress
-from typing import Protocol
+from typing import Final, Protocol
 from weakref import WeakSet
 
 import anyio
@@ -42,6 +41,9 @@ from asyncdcp.worker.protocol import (
     worker_machine,
 )
 
+_KILL_SECONDS: Final = 1.0
+_LAST_WORDS_BYTES: Final = 16 << 10
+
 _logger = logging.getLogger("asyncdcp")
 
 
@@ -72,9 +74,10 @@ class CheckpointProcess:
         """The signal that ended it, once it died; None if it exited by itself, or that cannot be told."""
         self._pidfd = launched.pidfd
         self._stderr = launched.stderr
+        self._last_words = ""
         self._machine = worker_machine()
         self._listeners: dict[str, SaveListener] = {}
-        self._arenas: weakref.WeakKeyDictionary[Arena, int] = weakref.WeakKeyDictionary()
+        self._arenas: dict[Arena, int] = {}
         self._next_arena = 0
         self._changed = anyio.Event()
         self._inspections: list[Inspection] = []
@@ -100,14 +103,16 @@ class CheckpointProcess:
                 raise process._not_started(options.worker_start_deadline)
         except BaseException:
             process.kill()
+            with anyio.CancelScope(shield=True):
+                if not await process.wait_dead(_KILL_SECONDS):
+                    process.leave_behind()
             raise
         process._drop_stderr()
         return process
 
     def _not_started(self, deadline: float) -> WorkerCrashed:
-        with suppress(OSError):
-            os.lseek(self._stderr, 0, os.SEEK_SET)
-        said = os.read(self._stderr, 1 << 16).decode(errors="replace").strip()
+        self._drop_stderr()
+        said = self._last_words
         what = "ended as it started" if self.died.is_set() else f"was not ready within {deadline:g} s"
         return WorkerCrashed(f"the background process {what}{': ' if said else ''}{said}", signal=self.signal)
 
@@ -238,7 +243,7 @@ class CheckpointProcess:
             return True
         _logger.warning("the background process %d did not leave within %g s, and is killed", self.pid, seconds)
         self.kill()
-        return await self.wait_dead(1.0)
+        return await self.wait_dead(_KILL_SECONDS)
 
     def leave_behind(self) -> None:
         """Closes what is open here, of a process that does not die. It finds its trainer gone when it wakes."""
@@ -254,7 +259,11 @@ class CheckpointProcess:
             self._pidfd = -1
 
     def _drop_stderr(self) -> None:
+        """Closes it, and keeps the end of what was written to it."""
         if self._stderr >= 0:
+            size = os.fstat(self._stderr).st_size
+            said = os.pread(self._stderr, _LAST_WORDS_BYTES, max(size - _LAST_WORDS_BYTES, 0))
+            self._last_words = said.decode(errors="replace").strip()
             os.close(self._stderr)
             self._stderr = -1
 

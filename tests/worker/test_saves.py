@@ -1,0 +1,319 @@
+"""Saves through the background process: the same results and errors as on a thread, and no more left behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, Progress
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    CheckpointExists,
+    DeadlineExceeded,
+    StorageError,
+    StorageFull,
+    ThreadPipelineWarning,
+)
+from asyncdcp.storage.faults import FaultyStorage
+from asyncdcp.storage.spec import Fault
+from tests.worker.conftest import LONG, SLAB, Opened, has_ended, state, worker_of
+
+SMALL: dict[str, Any] = {"w": torch.arange(1000), "step": 3}
+
+
+@pytest.fixture
+def both(opened: Opened) -> Iterator[tuple[AsyncCheckpointer, AsyncCheckpointer]]:
+    """One with a background process, one without."""
+    with AsyncCheckpointer(process=False) as local:
+        yield opened(), local
+
+
+def error_of(checkpointer: AsyncCheckpointer, path: Any, **options: Any) -> AsyncDCPError:
+    error = checkpointer.save(path, SMALL, **options).exception(LONG)
+    assert isinstance(error, AsyncDCPError)
+    return error
+
+
+# ── the same ──
+
+
+def test_results_are_the_same(both: tuple[AsyncCheckpointer, AsyncCheckpointer], tmp_path: Path) -> None:
+    whole = {"a": torch.randn(3_000_000), "nested": [{"b": torch.ones(3, dtype=torch.bool)}, "text"], "n": None}
+    for name in ("first", "second"):  # the second replaces the first
+        results = []
+        for checkpointer, mode in zip(both, ("process", "thread"), strict=True):
+            results.append(checkpointer.save(tmp_path / mode, whole, overwrite=True, metadata={"n": name}).result(LONG))
+        remote, local = results
+        assert remote.stored_bytes == local.stored_bytes
+        assert remote.tensor_bytes == local.tensor_bytes
+        assert remote.filesystem == local.filesystem
+        assert set(remote.stage_seconds) == set(local.stage_seconds)
+        assert len(remote.replaced) == len(local.replaced)
+        assert all(seconds >= 0 for seconds in remote.stage_seconds.values())
+        assert remote.durable_seconds >= remote.staged_seconds > 0
+    data = [
+        {file.name[20:]: file.read_bytes() for file in (tmp_path / mode).glob("*.safetensors")}
+        for mode in ("process", "thread")
+    ]
+    assert data[0] == data[1]
+    found = both[1].load(tmp_path / "process").result(LONG)
+    assert torch.equal(found["a"], whole["a"])  # type: ignore[arg-type]
+    assert found["nested"][1] == "text"
+
+
+def test_errors_are_the_same(both: tuple[AsyncCheckpointer, AsyncCheckpointer], tmp_path: Path) -> None:
+    remote, local = both
+    local.save(tmp_path / "there", SMALL).result(LONG)
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "there", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        errors = error_of(remote, path), error_of(local, path)
+        assert type(errors[0]) is type(errors[1])
+        assert str(errors[0]) == str(errors[1])
+        assert vars(errors[0]).keys() - {"__notes__"} == vars(errors[1]).keys()
+        for name in vars(errors[1]):
+            assert getattr(errors[0], name) == getattr(errors[1], name)
+        assert getattr(errors[0], "errno", None) == getattr(errors[1], "errno", None)
+        assert repr(errors[0].__cause__) == repr(errors[1].__cause__)
+        assert "In the background process" in errors[0].__notes__[0]
+        assert "settle.py" in errors[0].__notes__[0] or "writer.py" in errors[0].__notes__[0]
+
+
+def test_progress_and_backpressure(opened: Opened, tmp_path: Path) -> None:
+    heard: list[Progress] = []
+    checkpointer = opened(staging_bytes=SLAB)
+    handle = checkpointer.save(tmp_path, state(1, slabs=6), on_progress=heard.append)
+    result = handle.result(LONG)
+    done = threading.Event()
+    checkpointer.save(tmp_path / "2", SMALL).add_done_callback(lambda _: done.set())  # callbacks come in order
+    assert done.wait(LONG)
+    assert {report.stage for report in heard} == {"stage", "write"}
+    assert max(report.done for report in heard if report.stage == "write") == result.stored_bytes
+    assert worker_of(checkpointer)._arenas.popitem()[0].slots == 1
+
+
+def test_saves_are_committed_in_order(opened: Opened, tmp_path: Path) -> None:
+    checkpointer, ended = opened(), list[int]()
+    handles = [checkpointer.save(tmp_path / str(number), state(number)) for number in range(6)]
+    for number, handle in enumerate(handles):
+        handle.add_done_callback(lambda _, number=number: ended.append(number))  # type: ignore[misc]
+    for handle in handles:
+        handle.result(LONG)
+    for number in range(6):
+        found = checkpointer.load(tmp_path / str(number)).result(LONG)
+        assert torch.all(found["w"] == number)
+
+
+# ── a failed save is not a failed worker ──
+
+
+def test_eio_fails_one_save(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened()
+    pid = worker_of(checkpointer).pid
+    for number, operation in enumerate(["open", "pwrite", "fsync", "ftruncate", "link", "fallocate", "mkdir"]):
+        path = tmp_path / str(number)
+        checkpointer.save(path, state(1)).result(LONG)
+        target = path / "deeper" if operation == "mkdir" else path
+        fault = Fault(operation, 1, "errno", errno.EIO)
+        with pytest.raises(StorageError) as caught:
+            checkpointer.save(FaultyStorage(target, [fault]), state(2), overwrite=True).result(LONG)
+        assert caught.value.errno == errno.EIO
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.__cause__.errno == errno.EIO
+        assert torch.all(checkpointer.load(path).result(LONG)["w"] == 1)
+    assert worker_of(checkpointer).pid == pid
+
+
+@contextmanager
+def tmpfs(path: Path, options: str) -> Iterator[Callable[[str], object]]:
+    """A tmpfs at ``path``; what is yielded mounts it anew with other options."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", path], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        yield lambda more: subprocess.run(["mount", "-o", f"remount,{more}", path], check=True)
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_full_filesystem_fails_one_save(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened()
+    with tmpfs(tmp_path / "full", f"size={5 * SLAB}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pid = worker_of(checkpointer).pid
+        checkpointer.save(tmp_path / "full" / "1", state(1)).result(LONG)
+        with pytest.raises(StorageFull) as caught:
+            checkpointer.save(tmp_path / "full" / "2", state(2)).result(LONG)
+        assert caught.value.errno == errno.ENOSPC
+        assert torch.all(checkpointer.load(tmp_path / "full" / "1").result(LONG)["w"] == 1)
+        assert not list((tmp_path / "full" / "2").glob("*.safetensors"))
+        checkpointer.save(tmp_path / "elsewhere", state(3)).result(LONG)
+        assert worker_of(checkpointer).pid == pid
+
+
+def test_a_read_only_filesystem_fails_one_save(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened()
+    with tmpfs(tmp_path / "ro", "size=64m") as remount, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        remount("ro")
+        with pytest.raises(StorageError) as caught:
+            checkpointer.save(tmp_path / "ro" / "1", state(1)).result(LONG)
+        assert caught.value.errno == errno.EROFS
+        remount("rw")
+        checkpointer.save(tmp_path / "ro" / "1", state(2)).result(LONG)
+
+
+def test_cancelled_while_writing(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened(staging_bytes=SLAB)
+    handle = checkpointer.save(tmp_path, state(1, slabs=12))
+    later = checkpointer.save(tmp_path / "later", state(2))
+    handle.cancel()
+    with pytest.raises(Cancelled):
+        handle.result(LONG)
+    later.result(LONG)
+    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(CheckpointExists):
+        checkpointer.save(tmp_path / "later", SMALL).result(LONG)
+
+
+def test_one_that_waits_can_be_cancelled_while_another_writes(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened()
+    storage = FaultyStorage(tmp_path / "slow", [Fault("fsync", 1, "stop")])
+    slow, waiting = checkpointer.save(storage, SMALL), checkpointer.save(tmp_path / "waiting", SMALL)
+    process = worker_of(checkpointer)
+    waiting.staged.result(LONG)
+    waiting.cancel()
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    os.kill(process.pid, 18)
+    with pytest.raises(Cancelled):
+        waiting.result(LONG)
+    slow.result(LONG)
+    assert not (tmp_path / "waiting").exists()
+
+
+# ── what cannot travel ──
+
+
+def test_what_cannot_travel_is_saved_on_a_thread_and_said_once(
+    opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer, storages = opened(), [MemoryStorage(), MemoryStorage()]
+    with caplog.at_level(logging.WARNING, logger="asyncdcp"), pytest.warns(ThreadPipelineWarning) as warned:
+        for storage in storages:
+            checkpointer.save(storage, SMALL).result(LONG)
+    assert len([w for w in warned if issubclass(w.category, ThreadPipelineWarning)]) == 1
+    assert warned[0].filename == __file__
+    assert caplog.text.count("MemoryStorage cannot be opened by the background process") == 1
+    assert checkpointer._lanes.pipeline.process is None  # type: ignore[attr-defined]
+    assert torch.equal(checkpointer.load(storages[1]).result(LONG)["w"], SMALL["w"])
+
+
+# ── the end ──
+
+
+def test_close_waits_and_the_process_is_gone(tmp_path: Path) -> None:
+    checkpointer = AsyncCheckpointer(process=True)
+    pidfd = os.pidfd_open(worker_of(checkpointer).pid)
+    handles = [checkpointer.save(tmp_path / str(number), state(number)) for number in range(3)]
+    checkpointer.close()
+    assert all(handle.done() and not handle.committed.failed for handle in handles)
+    assert has_ended(pidfd, 0)
+    os.close(pidfd)
+
+
+def test_close_says_what_it_gave_up(tmp_path: Path) -> None:
+    checkpointer = AsyncCheckpointer(Options(close_deadline=0.2, settle_seconds=2), process=True)
+    pidfd = os.pidfd_open(worker_of(checkpointer).pid)
+    storage = FaultyStorage(tmp_path / "stuck", [Fault("fsync", 1, "stop")])
+    handles = [checkpointer.save(storage, SMALL), checkpointer.save(tmp_path / "behind", SMALL)]
+    with pytest.raises(DeadlineExceeded, match="stuck") as caught:
+        checkpointer.close()
+    assert "behind" in str(caught.value)
+    assert all(handle.done() for handle in handles)
+    assert has_ended(pidfd, 0)
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("wait", ["", "handle.staged.result(30)"])
+def test_exit_without_close_waits_and_leaves_no_process(tmp_path: Path, wait: str) -> None:
+    code = f"""
+        import torch
+        from asyncdcp import AsyncCheckpointer
+        checkpointer = AsyncCheckpointer(process=True)
+        handle = checkpointer.save("saved", {{"w": torch.full((5_000_000,), 7)}})
+        print(checkpointer._engine.submit(checkpointer._lanes.pipeline.acquire).result(30).pid, flush=True)
+        {wait}
+    """
+    program = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=LONG, check=True)
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+    with AsyncCheckpointer(process=False) as reader:
+        assert torch.all(reader.load(tmp_path / "saved").result(LONG)["w"] == 7)
+
+
+def open_descriptors() -> list[str]:
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.timeout(180)
+def test_many_saves_leak_nothing(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened()
+
+    def save(count: int) -> tuple[int, int, int, int]:
+        for _ in range(count):
+            checkpointer.save(tmp_path / "same", SMALL, overwrite=True).result(LONG)
+        seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
+        children = len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+        assert seen.threads < 16  # those of its pools, which come and go
+        return len(open_descriptors()), threading.active_count(), children, seen.descriptors
+
+    save(40)
+    before, rss = save(10), checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG).rss_bytes
+    after = save(300)
+    assert after <= before
+    seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
+    assert seen.rss_bytes - rss < 2_000_000
+    assert (seen.arenas, seen.saves) == (1, 0)
+
+
+def test_grown_arenas_are_given_back_there_too(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened()
+    for slabs in (1, 2, 3, 4):
+        checkpointer.save(tmp_path / str(slabs), state(slabs, slabs=slabs)).result(LONG)
+    seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
+    assert seen.arenas == 1
+    maps = Path(f"/proc/{seen.pid}/maps").read_text()
+    assert maps.count("asyncdcp-arena") == 1
+
+
+@pytest.mark.timeout(180)
+def test_twenty_at_once(tmp_path: Path) -> None:
+    checkpointers = [AsyncCheckpointer(process=True) for _ in range(20)]
+    handles = [each.save(tmp_path / str(number), state(number, 1)) for number, each in enumerate(checkpointers)]
+    for handle in handles:
+        handle.result(LONG)
+    pidfds = [os.pidfd_open(worker_of(each).pid) for each in checkpointers]
+    assert len(set(pidfds)) == 20
+    for each in checkpointers:
+        each.close()
+    for number, pidfd in enumerate(pidfds):
+        assert has_ended(pidfd, 0)
+        os.close(pidfd)
+        with AsyncCheckpointer(process=False) as reader:
+            assert torch.all(reader.load(tmp_path / str(number)).result(LONG)["w"] == number)

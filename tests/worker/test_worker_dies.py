@@ -1,0 +1,171 @@
+"""The worker is killed, or stopped: its saves fail for sure or are committed, and the next save has a new worker."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncdcp import AsyncCheckpointer, SaveHandle
+from asyncdcp.errors import CheckpointNotFound, DeadlineExceeded, PeerError, WorkerCrashed
+from asyncdcp.pipeline.records import read_records
+from asyncdcp.storage.faults import FaultyStorage
+from asyncdcp.storage.spec import Fault
+from asyncdcp.worker.protocol import Leave
+from tests.worker.conftest import LONG, Opened, has_ended, state, worker_of
+
+Closing = Callable[[int], int]
+SECOND = 1.0
+
+
+def loaded(checkpointer: AsyncCheckpointer, path: Path) -> int:
+    found = checkpointer.load(path).result(LONG)
+    assert torch.all(found["w"] == found["number"])
+    return int(found["number"])
+
+
+def pidfd_of(checkpointer: AsyncCheckpointer) -> int:
+    return os.pidfd_open(worker_of(checkpointer).pid)
+
+
+def wait_for_either(worker: int, handle: SaveHandle) -> None:
+    """Until the worker has died or the save is settled."""
+    settled = os.eventfd(0)
+    handle.add_done_callback(lambda _: os.eventfd_write(settled, 1))
+    poll = select.poll()
+    poll.register(worker, select.POLLIN)
+    poll.register(settled, select.POLLIN)
+    assert poll.poll(LONG * 1000)
+    handle.add_done_callback(lambda _: os.close(settled))
+
+
+def check_crash(error: BaseException | None, handle: SaveHandle, number: int = signal.SIGKILL) -> None:
+    assert isinstance(error, WorkerCrashed)
+    assert isinstance(error, PeerError)
+    assert error.signal == number
+    assert error.path == handle.path
+    assert error.save is not None and error.save in str(error)
+    assert str(int(number)) in str(error)
+
+
+@pytest.mark.timeout(240)
+def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, tmp_path: Path) -> None:
+    checkpointer = opened()
+    committed = failed = 0
+    for point in itertools.count(1):
+        path = tmp_path / str(point)
+        checkpointer.save(path, state(0)).result(LONG)
+        worker = closing(pidfd_of(checkpointer))
+        storage = FaultyStorage(path, [Fault("any", point, "kill")])
+        handle = checkpointer.save(storage, state(point), overwrite=True)
+        wait_for_either(worker, handle)
+        error = handle.exception(SECOND)
+        if error is not None:
+            check_crash(error, handle)
+        assert loaded(checkpointer, path) == (point if error is None else 0)
+        failed, committed = failed + (error is not None), committed + (error is None)
+        if not has_ended(worker, 0):
+            break
+    assert failed > 10
+    assert committed > 2  # killed after its Record was out: that is found, and counts
+
+
+def test_killed_between_saves(opened: Opened, closing: Closing, tmp_path: Path) -> None:
+    checkpointer = opened()
+    for number in range(3):
+        worker = closing(pidfd_of(checkpointer))
+        checkpointer.save(tmp_path / str(number), state(number)).result(LONG)
+        os.kill(worker_of(checkpointer).pid, signal.SIGKILL)
+        assert has_ended(worker)
+    checkpointer.save(tmp_path / "last", state(9)).result(LONG)
+    assert loaded(checkpointer, tmp_path / "last") == 9
+
+
+def test_every_save_of_a_dead_worker_fails_and_leaves_no_files(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened(staging_bytes=8 * (8 << 20))
+    storage = FaultyStorage(tmp_path / "first", [Fault("fsync", 1, "stop")])
+    handles = [checkpointer.save(storage, state(1)), checkpointer.save(tmp_path / "second", state(2))]
+    handles[1].staged.result(LONG)
+    os.kill(worker_of(checkpointer).pid, signal.SIGKILL)
+    for handle in handles:
+        check_crash(handle.exception(SECOND), handle)
+    assert not (tmp_path / "second").exists()
+    assert all(name.endswith(".json") and "index" not in name for name in os.listdir(tmp_path / "first"))
+    checkpointer.save(tmp_path / "third", state(3)).result(LONG)
+    assert loaded(checkpointer, tmp_path / "third") == 3
+
+
+def test_killed_before_the_state_is_staged(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened(staging_bytes=8 << 20)
+    handle = checkpointer.save(FaultyStorage(tmp_path, [Fault("pwrite", 2, "kill")]), state(1, slabs=6))
+    for future in handle:
+        check_crash(future.exception(LONG), handle)
+    checkpointer.save(tmp_path, state(2, slabs=6)).result(LONG)
+    assert loaded(checkpointer, tmp_path) == 2
+
+
+# ── SIGSTOP ──
+
+
+def outcomes(storage: FaultyStorage, checkpointer: AsyncCheckpointer) -> list[str]:
+    async def read() -> list[str]:
+        return [record.outcome for record in await read_records(storage, await storage.list())]
+
+    return checkpointer._engine.submit(read).result(LONG)
+
+
+STOPPED_AT = [("link", 1), ("pwrite", 2), ("fsync", 1), ("mkdir", 1)]
+
+
+@pytest.mark.parametrize(("operation", "number"), STOPPED_AT)
+def test_stopped_through_its_deadline_it_is_killed(
+    opened: Opened, closing: Closing, tmp_path: Path, operation: str, number: int
+) -> None:
+    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    worker = closing(pidfd_of(checkpointer))
+    storage = FaultyStorage(tmp_path / "stopped", [Fault(operation, number, "stop")])
+    handle = checkpointer.save(storage, state(1))
+    with pytest.raises(DeadlineExceeded, match="save_deadline"):
+        handle.result(LONG)
+    assert has_ended(worker, 0)
+    assert "commit" not in outcomes(storage, checkpointer)
+    checkpointer.save(tmp_path / "next", state(2)).result(LONG)
+    assert loaded(checkpointer, tmp_path / "next") == 2
+
+
+@pytest.mark.parametrize(("operation", "number"), STOPPED_AT)
+def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what_is_not_its_own(
+    opened: Opened, closing: Closing, tmp_path: Path, operation: str, number: int
+) -> None:
+    """As a worker in an uninterruptible wait of the kernel: SIGKILL does nothing to it until it wakes."""
+    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    process = worker_of(checkpointer)
+    worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
+    process._send_kill = lambda: None  # type: ignore[method-assign]
+    storage = FaultyStorage(tmp_path / "stopped", [Fault(operation, number, "stop")])
+    handle = checkpointer.save(storage, state(1))
+    with pytest.raises(DeadlineExceeded, match="save_deadline"):
+        handle.result(LONG)
+    assert not has_ended(worker, 0)
+    assert outcomes(storage, checkpointer) == ["abort"]
+
+    arena = process._arenas.copy()
+    checkpointer.save(tmp_path / "next", state(2)).result(LONG)
+    assert worker_of(checkpointer) is not process
+    assert not set(arena) & set(worker_of(checkpointer)._arenas), "the memory of a lost worker is in use again"
+
+    os.kill(process.pid, signal.SIGCONT)
+    process._send_kill = kill  # type: ignore[method-assign]
+    checkpointer._engine.call(process.post, Leave())  # it exits once it has settled the save in its own eyes
+    assert has_ended(worker)
+    with pytest.raises(CheckpointNotFound):
+        checkpointer.load(tmp_path / "stopped").result(LONG)
+    assert outcomes(storage, checkpointer) == ["abort"]
+    assert all(name.endswith(".json") for name in os.listdir(tmp_path / "stopped"))
+    assert loaded(checkpointer, tmp_path / "next") == 2
