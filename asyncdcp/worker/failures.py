@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from asyncdcp import errors
@@ -100,8 +101,9 @@ def _ours(frame: ErrorFrame) -> AsyncDCPError:
     if not (isinstance(found, type) and issubclass(found, AsyncDCPError)):
         return AsyncDCPError(f"{frame.kind}: {frame.message}")
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in frame.fields.items()}
+    make: Callable[..., AsyncDCPError] = found
     taken = inspect.signature(found).parameters
-    error = found(frame.message, **{name: value for name, value in fields.items() if name in taken})
+    error = make(frame.message, **{name: value for name, value in fields.items() if name in taken})
     for name, value in fields.items():
         setattr(error, name, value)
     return error
