@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdcp import AsyncCheckpointer, AsyncDCPError, Progress, SaveHandle
+from asyncdcp import AsyncCheckpointer, AsyncDCPError, Options, Progress, SaveHandle
 from asyncdcp.errors import CheckpointNotFound
 
 CONTEXT, BATCH, HIDDEN = 16, 128, 1024  # characters that the model sees, examples in a step, width
@@ -153,7 +153,10 @@ async def train(checkpointer: AsyncCheckpointer, trainer: Trainer, args: argpars
 
 async def run(args: argparse.Namespace) -> None:
     """One life of the training run: resume, train. Leaving the block waits until every save is settled."""
-    async with AsyncCheckpointer() as checkpointer:
+    # On a thread, so that a save dies with this process: a background process would finish what it has. To die in the
+    # middle there is little memory to copy into, so that a part has to be written before the next can be copied.
+    options = Options() if args.kill_at is None else Options(staging_bytes=8 << 20)
+    async with AsyncCheckpointer(options, process=False) as checkpointer:
         trainer = Trainer(args.seed)
         await resume(checkpointer, args.dir, trainer)
         if trainer.step >= args.steps:

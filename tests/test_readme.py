@@ -1,0 +1,62 @@
+"""The README's programs run, its commands do what it says, and what it points to is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+_README = (_ROOT / "README.md").read_text(encoding="utf-8")
+_PROGRAMS = re.findall(r"^```python\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL)
+_COMMANDS = dict(re.findall(r"^<!-- command: (\w+) -->\n```sh\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL))
+
+# Warnings are errors, but for what a save says where the temporary folder is a tmpfs. (-W knows no category of ours.)
+_STRICTLY = """
+import runpy, warnings
+from asyncdcp.errors import VolatileStorageWarning
+warnings.simplefilter("error")
+warnings.simplefilter("default", VolatileStorageWarning)
+runpy.run_path("program.py", run_name="__main__")
+"""
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("number", range(len(_PROGRAMS)))
+def test_programs_run(number: int, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(_PROGRAMS[number])
+    ran = _run([sys.executable, "-c", _STRICTLY], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout
+
+
+def test_there_are_programs_and_both_commands() -> None:
+    assert _PROGRAMS
+    assert set(_COMMANDS) == {"train", "test"}
+    for command in _COMMANDS.values():
+        assert "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e " in command
+
+
+@pytest.mark.timeout(250)  # two programs; a few seconds each where nothing else runs
+def test_the_train_command_dies_and_resumes(tmp_path: Path) -> None:
+    calls = re.findall(r"^  \.venv/bin/python (examples/\S+)(.*)$", _COMMANDS["train"], re.MULTILINE)
+    killed, resumed = (_run([sys.executable, str(_ROOT / file), *rest.split()], tmp_path) for file, rest in calls)
+    assert killed.returncode == -9, killed.stderr
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step_000040: no commit" in resumed.stdout
+    assert "step_000020: resumed" in resumed.stdout
+
+
+def test_what_it_points_to_is_there() -> None:
+    targets = set(re.findall(r"\]\(([^)#]+)\)", _README))
+    assert "tests/storage" in targets
+    missing = [target for target in targets if not (_ROOT / target).exists()]
+    assert not missing
