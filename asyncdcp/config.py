@@ -25,6 +25,10 @@ class Options:
     on_error: OnError = "raise"
     """What becomes of a failed save that nobody looked at, at the next verb or at close: raised as ``UnseenFailure``,
     warned of, or handed to a callable."""
+    eager_bytes: int = 64 << 20
+    """How many bytes of what a guard does not protect may be cloned before ``save`` returns, over all pending saves."""
+    guard_deadline: float = 60.0
+    """How long a guarded step waits for staging before the save is dropped."""
     save_deadline: float = 1800.0
     """From the moment a save's turn comes until it is durable."""
     load_deadline: float = 1800.0
@@ -51,8 +55,17 @@ class Options:
             raise InvalidOption(f"when_busy takes 'queue', 'skip' or 'error', not {self.when_busy!r}")
         if self.on_error not in ("raise", "warn") and not callable(self.on_error):
             raise InvalidOption(f"on_error takes 'raise', 'warn' or a callable, not {self.on_error!r}")
+        if isinstance(self.eager_bytes, bool) or not isinstance(self.eager_bytes, int) or self.eager_bytes < 0:
+            raise InvalidOption(f"eager_bytes takes a number of bytes, not {self.eager_bytes!r}")
         self._check_worker()
-        for name in ("save_deadline", "load_deadline", "close_deadline", "settle_seconds", "worker_start_deadline"):
+        for name in (
+            "guard_deadline",
+            "save_deadline",
+            "load_deadline",
+            "close_deadline",
+            "settle_seconds",
+            "worker_start_deadline",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise InvalidOption(f"{name} takes a positive number of seconds, not {value!r}")

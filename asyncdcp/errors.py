@@ -119,6 +119,13 @@ class Cancelled(AsyncDCPError):
     """The save or load was given up by ``cancel()``, or by its checkpointer's end."""
 
 
+class TornSnapshotError(SaveInterrupted):
+    """Tensors (``tensors``) were changed while they were being copied, so the copy is of no moment in time.
+
+    Wait for ``staged`` before changing them, or ``guard`` the optimizer that does.
+    """
+
+
 class DeadlineExceeded(AsyncDCPError, TimeoutError):
     """A wait came to its deadline; the message names what was waited for and the option that sets it."""
 

@@ -38,9 +38,10 @@ from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
-from asyncdcp.staging import Arenas, DeviceFence
+from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.pruning import select
 from asyncdcp.state_dict.structure import StructureCache
 from asyncdcp.storage import MemoryStorage, Storage, open_storage
 from asyncdcp.threads import uncut
@@ -83,6 +84,8 @@ class AsyncCheckpointer:
         self._run_id = uuid.uuid4().hex
         self._attempts: dict[str, int] = {}
         self._pending = PendingSaves(self._options.on_error)
+        self._eager = EagerBudget(self._options.eager_bytes)
+        self._guards: list[Guard] = []
         self._volatile: set[str] = set()
         self._closed = False
         close = weakref.WeakMethod(self.close)
@@ -95,21 +98,25 @@ class AsyncCheckpointer:
 
     # ── save ──
 
-    def save(
+    def save(  # noqa: PLR0913  # each is one word of the user's
         self,
         path: Place,
         state_dict: Mapping[Any, Any],
         *,
         overwrite: bool = False,
         metadata: Mapping[str, Any] | None = None,
+        keys: Sequence[str] | None = None,
+        allow_pickle: bool = False,
         on_progress: OnProgress | None = None,
     ) -> SaveHandle:
         """Begins to save ``state_dict`` as the checkpoint at ``path``, and returns its handle.
 
         ``path`` is a directory, made where it is missing, or a ``Storage``. A checkpoint that is there already fails
         the save (``CheckpointExists``); with ``overwrite`` it stays whole until the new one is committed, and is
-        deleted then. ``metadata`` is anything that JSON can carry, kept in the checkpoint's Record. ``on_progress`` is
-        called with ``Progress`` on a thread of its own.
+        deleted then. ``metadata`` is anything that JSON can carry, kept in the checkpoint's Record. ``keys`` are
+        globs of FQNs: only these are stored (dicts lose other entries; a list is stored whole if any entry of it is).
+        ``allow_pickle=True`` pickles what could not be stored otherwise; it has to be given again at load.
+        ``on_progress`` is called with ``Progress`` on a thread of its own.
 
         Raises at once, with nothing begun: ``UnsupportedValue`` and ``DuplicateName`` for what cannot be stored;
         ``CheckpointerBusy``; ``Closed``; ``UnseenFailure`` of an earlier save. The futures raise ``CheckpointExists``,
@@ -127,14 +134,17 @@ class AsyncCheckpointer:
                 return self._refuse(storage.info.location)
             self._warn_volatile(storage)
             self._lanes.pipeline.warn_unless_travels(storage)
-            flat = flatten(state_dict)
+            flat = flatten(state_dict, allow_pickle=allow_pickle)
+            if keys is not None:
+                flat = select(flat, keys)
             described = self._structures.describe(flat)
             plan = self._plan(described.structure)
             save_id = make_save_id(self._run_id, storage.info.location, attempt)
             job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
             trace = self._trace(sum(image.size for image in plan.images), on_progress)
-            fence = DeviceFence(described.sources)
-            return self._begin(SaveRequest(job, storage, plan, described.sources, fence, trace, begun))
+            statefuls = (taken.stateful for taken in flat.statefuls.values())
+            sources = Sources(described.sources, self._active_guards(), statefuls, self._eager)
+            return self._begin(SaveRequest(job, storage, plan, sources, trace, begun))
 
     def _begin(self, request: SaveRequest) -> SaveHandle:
         task = SaveTask(request, self._engine, self._lanes, self._options)
@@ -163,6 +173,50 @@ class AsyncCheckpointer:
         self._enter()
         plan = self._plan(self._structures.describe(flatten(state_dict)).structure)
         return self._engine.submit(self._lanes.prepare, len(plan.slabs), name="prepare")
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
+        """Makes every ``step`` of the optimizers wait until pending saves have copied their tensors; nothing else
+        waits.
+
+        From then on nothing that a save copies can change under it: the optimizers' parameters and states, because of
+        that wait; parameters without gradient, because nobody changes them; and the rest of a state (buffers,
+        averages), because it is cloned before ``save`` returns, up to ``options.eager_bytes``. Beyond that it is copied
+        in the background: call ``wait_staged`` before changing it. A step that has waited ``options.guard_deadline``
+        drops the save.
+
+        ``InvalidOption`` for what has no step hook. The guard ends with its ``remove()``, its context, or the
+        checkpointer.
+        """
+        self._enter()
+        deadline = self._options.guard_deadline
+        guard = Guard(optimizers, lambda: self._pending.hold(deadline))
+        with self._lock:
+            self._guards = [*(old for old in self._guards if old.active), guard]
+        return guard
+
+    def wait_staged(self) -> CheckpointFuture[None]:
+        """Resolves once every save that was called before has copied its tensors, or has failed: they may be changed
+        then.
+        """
+        self._check_open()
+        future: CheckpointFuture[None] = self._engine.future("staging of all pending saves")
+        waiting = self._pending.unsettled()
+        left = [len(waiting)]
+
+        def staged(_: object) -> None:  # all callbacks run on one thread
+            left[0] -= 1
+            if not left[0]:
+                future.resolve(None)
+
+        for handle in waiting:
+            handle.staged.add_done_callback(staged)
+        if not waiting:
+            future.resolve(None)
+        return future
+
+    def _active_guards(self) -> list[Guard]:
+        with self._lock:
+            return [guard for guard in self._guards if guard.active]
 
     def _plan(self, structure: Structure) -> SavePlan:
         with self._lock:
@@ -309,6 +363,8 @@ class AsyncCheckpointer:
             if self._closed:
                 return
             self._closed = True
+        for guard in self._active_guards():
+            guard.remove()
         given_up = self._pending.give_up(self._options.close_deadline, self._options.settle_seconds)
         stuck = self._end_engine()
         if given_up or stuck is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -19,10 +20,21 @@ class SaveHandle:
     two futures.
     """
 
-    def __init__(self, path: str, staged: CheckpointFuture[None], committed: CheckpointFuture[SaveResult]) -> None:
+    def __init__(
+        self,
+        path: str,
+        staged: CheckpointFuture[None],
+        committed: CheckpointFuture[SaveResult],
+        free: threading.Event | None = None,
+    ) -> None:
         self.path = path
         self.staged = staged
         self.committed = committed
+        self._free = free
+
+    def wait_free(self, timeout: float) -> bool:
+        """Blocks until the save reads no tensor of the state any more, whatever became of it; whether that came."""
+        return self._free is None or self._free.wait(timeout)
 
     def __iter__(self) -> Iterator[CheckpointFuture[Any]]:
         return iter((self.staged, self.committed))

@@ -19,6 +19,9 @@ _logger = logging.getLogger("asyncdcp")
 _FRAMES_TO_CALLER = 4  # surface, the verb's own helper, the verb: a warning is about the line that called the verb
 
 
+_STOP_SECONDS = 30.0  # a copy that is under way ends within milliseconds; if it hangs, so does the memory it reads
+
+
 class PendingSaves:
     """Keeps every save until it is settled and, if it failed, seen. From any thread."""
 
@@ -44,6 +47,22 @@ class PendingSaves:
         """Another save is under way."""
         with self._lock:
             self._handles.append(handle)
+
+    def unsettled(self) -> list[SaveHandle]:
+        """The saves that are under way, in the order of their calls."""
+        with self._lock:
+            return [handle for handle in self._handles if not handle.done()]
+
+    def hold(self, deadline: float) -> None:
+        """Blocks until no save reads tensors any more. One that still does after ``deadline`` seconds is dropped: the
+        training is worth more.
+        """
+        until = time.monotonic() + deadline
+        for handle in self.unsettled():
+            if not handle.wait_free(max(until - time.monotonic(), 0)):
+                _logger.error("the save to %s is dropped: its staging held a step up for %g s", handle.path, deadline)
+                handle.cancel()
+                handle.wait_free(_STOP_SECONDS)
 
     def give_up(self, deadline: float, settle_seconds: float) -> list[str]:
         """Waits ``deadline`` seconds for all saves to settle, then gives up those that have not, and waits for that.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import anyio
-from torch import Tensor
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.turns import Turn, TurnQueue
@@ -20,7 +19,7 @@ from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
 from asyncdcp.planning import SavePlan
 from asyncdcp.results import SaveResult, frozen
-from asyncdcp.staging import Arenas, CheckpointStager, DeviceFence, StagingArena
+from asyncdcp.staging import Arenas, CheckpointStager, Sources, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
 
@@ -32,8 +31,7 @@ class SaveRequest:
     job: SaveJob
     storage: Storage
     plan: SavePlan
-    sources: list[Tensor]
-    fence: DeviceFence
+    sources: Sources
     trace: Trace
     begun: float
 
@@ -82,6 +80,7 @@ class SaveTask:
         self._writing = Turn()
         self._attempt: _Attempt | None = None
         self._error: AsyncDCPError | None = None
+        self._copying: anyio.CancelScope | None = None
         self._staged_seconds = 0.0
         self._timers: list[asyncio.TimerHandle] = []
         self._over = False
@@ -89,6 +88,7 @@ class SaveTask:
             path,
             engine.future(f"staging of the save to {path}", cancel=self.cancel),
             engine.future(f"save to {path}", cancel=self.cancel),
+            request.sources.free,
         )
 
     async def run(self) -> None:
@@ -162,14 +162,19 @@ class SaveTask:
     async def _stage(self, attempt: _Attempt) -> None:
         request = self._request
         try:
-            with ungrouped():
-                await attempt.stager.stage(request.sources, request.fence, attempt.session.announce)
+            with anyio.CancelScope() as self._copying, ungrouped():
+                await attempt.stager.stage(request.sources, attempt.session.announce)
         except Exception as error:  # noqa: BLE001  # whatever it is, the save is settled and the caller told
             self._give_up(_unexpected(error), "failed")
             return
+        finally:
+            if self._error is not None:
+                request.sources.drop()
+        if self._error is not None:
+            return
         await attempt.session.staging_done()
         attempt.staged = True
-        request.sources.clear()
+        request.sources.drop()
         self._staged_seconds = time.monotonic() - request.begun
         self._staging.end()
         self.handle.staged.resolve(None)
@@ -177,6 +182,10 @@ class SaveTask:
     def _give_up(self, error: AsyncDCPError, kind: str) -> None:
         """A save that waits for its turn ends at once and leaves no trace; one under way is told to end."""
         self._error = self._error or error
+        if self._copying is not None:
+            self._copying.cancel()  # at once, whatever the pipeline has still to settle: a guarded step may wait for it
+        else:
+            self._request.sources.drop()
         if self._attempt is not None:
             self._attempt.session.give_up(kind, error)
         self._staging.leave()
@@ -229,7 +238,7 @@ class SaveTask:
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
-        self._request.sources.clear()
+        self._request.sources.drop()
         self._staging.end()
         self._writing.end()
         if isinstance(outcome, AsyncDCPError):

@@ -1,8 +1,10 @@
 """Staging: the copy of a state's tensors into the arena, laid out as the data files will be."""
 
-from asyncdcp.staging.accelerator import DeviceFence
 from asyncdcp.staging.arenas import Arenas, StagingArena
 from asyncdcp.staging.copier import SlabCopier
+from asyncdcp.staging.eager import EagerBudget
+from asyncdcp.staging.guard import Guard
+from asyncdcp.staging.sources import Sources
 from asyncdcp.staging.stager import CheckpointStager
 
-__all__ = ["Arenas", "CheckpointStager", "DeviceFence", "SlabCopier", "StagingArena"]
+__all__ = ["Arenas", "CheckpointStager", "EagerBudget", "Guard", "SlabCopier", "Sources", "StagingArena"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
-from torch import Tensor
 
+from asyncdcp.errors import TornSnapshotError
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab
-from asyncdcp.staging.accelerator import DeviceFence
 from asyncdcp.staging.arenas import StagingArena
 from asyncdcp.staging.copier import SlabCopier
+from asyncdcp.staging.sources import Sources
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
@@ -32,17 +32,16 @@ class CheckpointStager:
         self._trace = trace
         self.held: set[int] = set()
 
-    async def stage(
-        self, sources: Sequence[Tensor], fence: DeviceFence, announce: Callable[[SlabReady], Awaitable[None]]
-    ) -> None:
+    async def stage(self, sources: Sources, announce: Callable[[SlabReady], Awaitable[None]]) -> None:
         """Copies every slab, in the order of the plan as slots become free, and returns when the last is copied.
 
-        ``sources[n]`` holds the elements of the plan's structure's chunk ``n``, as they are at ``fence``.
+        ``TornSnapshotError`` names the tensors that were seen to change meanwhile.
         """
         limiter = anyio.CapacityLimiter(COPIES_IN_FLIGHT)
-        if fence.devices:
+        if sources.fence.devices:
             await on_thread(limiter, self._arena.pin)
-        copier = await on_thread(limiter, SlabCopier, self._plan, sources, fence)
+        changed = await on_thread(limiter, sources.witness)
+        copier = await on_thread(limiter, SlabCopier, self._plan, sources.tensors, sources.fence)
         slabs = iter(self._plan.slabs)
 
         async def work() -> None:
@@ -57,6 +56,18 @@ class CheckpointStager:
         async with anyio.create_task_group() as workers:
             for _ in range(COPIES_IN_FLIGHT):
                 workers.start_soon(work)
+        self._check(await on_thread(limiter, changed))
+
+    def _check(self, torn: list[int]) -> None:
+        structure = self._plan.structure
+        names = [structure.tensors[structure.chunks[number].tensor].name for number in torn]
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise TornSnapshotError(
+                f"changed while they were being copied: {shown}; wait for staged before changing tensors, or guard the "
+                "optimizer",
+                tensors=names,
+            )
 
     def _fill(self, copier: SlabCopier, slab: Slab, slot: int) -> None:
         self._arena.prefault(slot)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from asyncdcp.errors import InvalidOption
 from asyncdcp.state_dict.flatten import FlatState
+from asyncdcp.state_dict.options import key_pattern
 
 _KEYED = ("dict", "ordered", "defaultdict")
 _LISTED = ("list", "tuple")
@@ -40,13 +42,18 @@ def leaves(tree: Any) -> set[str]:
     return {name for node in nodes for name in leaves(node)}
 
 
-def select(flat: FlatState, keep: Callable[[str], bool]) -> FlatState:
-    """The part of a flattened state whose leaves ``keep`` lets through. A tied tensor is stored under the first name
-    kept.
+def select(flat: FlatState, keys: Sequence[str]) -> FlatState:
+    """The part of a flattened state whose leaves match one of the globs ``keys``. A tied tensor is stored under the
+    first name kept.
     """
-    tree = prune(flat.tree, keep)
+    if isinstance(keys, str):
+        raise InvalidOption(f"keys takes a sequence of patterns, such as [{keys!r}], not a single string")
+    pattern = key_pattern(keys)
+    tree = prune(flat.tree, lambda name: pattern.fullmatch(name) is not None)
     if tree is None:
-        return replace(flat, tree={"dict": [[], []]}, tensors={}, aliases={}, values={})
+        raise InvalidOption(
+            f"keys={list(keys)!r} match nothing in the state; the globs are of whole FQNs, such as model.*"
+        )
     names = leaves(tree)
     tensors = {name: tensor for name, tensor in flat.tensors.items() if name in names}
     aliases: dict[str, str] = {}

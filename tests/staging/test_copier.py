@@ -10,7 +10,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from asyncdcp.planning import SavePlan, plan_save
-from asyncdcp.staging import DeviceFence, SlabCopier
+from asyncdcp.staging import SlabCopier
+from asyncdcp.staging.accelerator import DeviceFence
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import describe
 

@@ -14,13 +14,16 @@ from torch import Tensor
 from asyncdcp.errors import MemoryLimit
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, plan_save
-from asyncdcp.staging import Arenas, CheckpointStager, DeviceFence, SlabCopier, StagingArena
+from asyncdcp.staging import Arenas, CheckpointStager, EagerBudget, SlabCopier, Sources, StagingArena
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import describe
 from asyncdcp.trace import Trace
 
 SLAB = 64 << 10
-FENCE = DeviceFence([])
+
+
+def held(tensors: list[torch.Tensor]) -> Sources:
+    return Sources(tensors, (), (), EagerBudget(0))
 
 
 def planned(state: dict[str, Tensor]) -> tuple[SavePlan, list[Tensor]]:
@@ -43,7 +46,7 @@ async def test_every_slab_is_announced_once_in_order_of_slots(arenas: Arenas) ->
     async def announce(slab: SlabReady) -> None:
         announced.append(slab)
 
-    await stager.stage(sources, FENCE, announce)
+    await stager.stage(held(sources), announce)
     assert sorted(slab.number for slab in announced) == list(range(len(plan.slabs)))
     assert all(slab.slot == slab.number for slab in announced)
     assert stager.held == set(range(len(plan.slabs)))
@@ -68,7 +71,7 @@ async def test_a_ring_waits_for_slots(arenas: Arenas) -> None:
         stager.held.remove(slab.slot)
         arena.ring.release(slab.slot)
 
-    await stager.stage(sources, FENCE, announce)
+    await stager.stage(held(sources), announce)
     assert sorted(seen) == list(range(len(plan.slabs)))
     assert arena.ring.statistics().peak_in_use == 2
     assert not stager.held
@@ -104,7 +107,7 @@ async def test_cancelled_it_waits_for_copies_and_keeps_their_slots(
 
     async def stage() -> None:
         with scope:
-            await stager.stage(sources, FENCE, announce)
+            await stager.stage(held(sources), announce)
 
     task = asyncio.create_task(stage())
     assert await asyncio.to_thread(stuck.begun.wait, 30)
@@ -133,7 +136,7 @@ async def test_a_copy_that_fails_ends_staging(arenas: Arenas, monkeypatch: pytes
         pytest.fail("announced though it failed")
 
     with pytest.raises(ExceptionGroup) as caught:
-        await stager.stage(sources, FENCE, announce)
+        await stager.stage(held(sources), announce)
     assert all(isinstance(error, ZeroDivisionError) for error in caught.value.exceptions)
     arenas.release(arena)
 

@@ -1,0 +1,49 @@
+"""What a save copies: the tensors as they are at the call, and what is known of who may change them meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from asyncdcp.staging.accelerator import DeviceFence
+from asyncdcp.staging.eager import EagerBudget, clone_unguarded
+from asyncdcp.staging.guard import Guard, frozen_parameters
+from asyncdcp.staging.torn import Witness, versions
+
+
+class Sources:
+    """The tensors of one save, one for each chunk of the plan's structure; taken on the caller's thread.
+
+    With ``guards``, what they do not protect is cloned now, up to the budget. ``watched`` are the numbers of the
+    tensors that somebody could change during staging. ``free`` is set once no tensor of the state is read any more.
+    """
+
+    def __init__(
+        self, tensors: list[Tensor], guards: Sequence[Guard], statefuls: Iterable[object], budget: EagerBudget
+    ) -> None:
+        self.tensors = tensors
+        self.watched: Iterable[int] = range(len(tensors))
+        self._budget = budget
+        self._eager = 0
+        if guards:
+            guarded = [tensor for guard in guards for tensor in guard.tensors()]
+            guarded.extend(frozen_parameters(iter(statefuls)))
+            self.watched, self._eager = clone_unguarded(tensors, guarded, budget)
+        self.fence = DeviceFence(tensors)
+        self._versions = versions(tensors)
+        self.free = threading.Event()
+
+    def witness(self) -> Callable[[], list[int]]:
+        """Looks at the watched tensors as copying begins; the result tells which have changed since the save was
+        called.
+        """
+        return Witness(self.tensors, self._versions, self.watched).changed
+
+    def drop(self) -> None:
+        """Lets go of the tensors: they are copied, or never will be. Safe to call twice."""
+        self.tensors.clear()
+        self._budget.give(self._eager)
+        self._eager = 0
+        self.free.set()
