@@ -88,25 +88,25 @@ def _timed(function: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def measure(source: Any, target: Any, folder: Path, warmup: int, rounds: int) -> dict[str, list[Seconds]]:
+def measure(source: Any, target: Any, folder: Path, args: argparse.Namespace) -> dict[str, list[Seconds]]:
     """The seconds of every subject's turns, by its name; the order of a round's turns moves on by one each round."""
     subjects: list[Subject] = [
-        AsyncDCP(source, target),
+        AsyncDCP(source, target, process=args.process),
         TorchSave(source, target),
         SafeTensors(source, target),
         Raw(source),
     ]
     samples: dict[str, list[Seconds]] = {subject.name: [] for subject in subjects}
     try:
-        for number in range(warmup + rounds):
+        for number in range(args.warmup + args.rounds):
             first = number % len(subjects)
             for subject in subjects[first:] + subjects[:first]:
                 checks = number == 0 and not isinstance(subject, Raw)
                 check = _comparison(source, target, subject.name) if checks else None
                 seconds = take_turn(subject, folder / f"turn-{number}", check)
-                if number >= warmup:
+                if number >= args.warmup:
                     samples[subject.name].append(seconds)
-            print(f"round {number + 1} of {warmup + rounds} is over", file=sys.stderr)
+            print(f"round {number + 1} of {args.warmup + args.rounds} is over", file=sys.stderr)
     finally:
         for subject in subjects:
             subject.close()
@@ -155,7 +155,7 @@ def table(samples: dict[str, list[Seconds]]) -> str:
     cached = max(turn["still cached"] for turns in samples.values() for turn in turns)
     if cached > 0.01:
         lines.append(f"not quite cold: up to {cached:.0%} of a file was still in the page cache")
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -164,6 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=sorted(SHAPES), default="gpt2", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before these (default: %(default)s)")
+    parser.add_argument("--process", action="store_true", help="asyncdcp saves from its background process")
     parser.add_argument("--dir", type=Path, default=Path(), help="on the filesystem to measure (default: here)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="takes every single measurement")
     args = parser.parse_args()
@@ -183,6 +184,7 @@ def main() -> None:
         "bytes": bytes_of(source),
         "tensors": len(tensors_of(source)),
         "rounds": args.rounds,
+        "process": args.process,
         "filesystem": SYSTEM.filesystem(os.path.realpath(args.dir)),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
@@ -191,7 +193,7 @@ def main() -> None:
         "safetensors": safetensors.__version__,
     }
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.dir) as folder:
-        samples = measure(source, target, Path(folder), args.warmup, args.rounds)
+        samples = measure(source, target, Path(folder), args)
     print(", ".join(f"{key} {value}" for key, value in about.items()), table(samples), sep="\n")
     if args.json is not None:
         args.json.write_text(json.dumps({"about": about, "seconds": samples, "ratios": ratios(samples)}, indent=1))

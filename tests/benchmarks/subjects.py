@@ -51,9 +51,9 @@ class AsyncDCP:
 
     name = "asyncdcp"
 
-    def __init__(self, source: Any, target: Any) -> None:
+    def __init__(self, source: Any, target: Any, *, process: bool) -> None:
         self._source, self._target = source, target
-        self._checkpointer = AsyncCheckpointer()
+        self._checkpointer = AsyncCheckpointer(process=process)
         self._checkpointer.prepare(source).result()
 
     def save(self, folder: Path) -> Seconds:
