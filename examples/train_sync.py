@@ -9,7 +9,12 @@ from __future__ import annotations
 import sys
 import time
 
-from train_gpt import Trainer, arguments, kill_this_process, newest_first
+from train_gpt import (  # type: ignore[import-not-found]  # beside this file, as a program is run
+    Trainer,
+    arguments,
+    kill_this_process,
+    newest_first,
+)
 
 from asyncdcp import AsyncCheckpointer, AsyncDCPError
 from asyncdcp.errors import CheckpointNotFound

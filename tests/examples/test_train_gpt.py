@@ -1,4 +1,4 @@
-"""The GPT example trains for real: killed in the middle of a save, resumed, and bit for bit the run that nobody killed."""
+"""The GPT example trains for real: killed in the middle of a save, and resumed bit for bit as if nobody had."""
 
 from __future__ import annotations
 
