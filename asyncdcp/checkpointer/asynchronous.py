@@ -46,9 +46,11 @@ from asyncdcp.state_dict.structure import StructureCache
 from asyncdcp.storage import MemoryStorage, Storage, open_storage
 from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
+from asyncdcp.worker.launch import is_supported
 from asyncdcp.worker.pipeline import ProcessPipeline
 
-PROCESS_BY_DEFAULT = False
+PROCESS_BY_DEFAULT = is_supported()
+"""On Linux, unless the system is so old or so confined that a process cannot be watched there."""
 
 StateT = TypeVar("StateT")
 Place: TypeAlias = str | os.PathLike[str] | Storage

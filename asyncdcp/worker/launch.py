@@ -26,6 +26,16 @@ _TITLE: Final = "asyncdcp.worker"
 _FIRST_FREE_FD: Final = 10  # above those that the child is given, so that no duplicate lands on one
 
 
+def is_supported() -> bool:
+    """Whether this system has what the background process needs: Linux, memfds, and pidfds that may be used."""
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+    except (AttributeError, OSError):
+        return False
+    os.close(pidfd)
+    return sys.platform == "linux" and hasattr(os, "memfd_create")
+
+
 class Launched(NamedTuple):
     """A child that was started. The descriptors are the caller's to close."""
 
