@@ -130,20 +130,26 @@ def faulty() -> Iterator[Callable[..., FaultyStorage]]:
         storage.open_all()
 
 
+@pytest.fixture(params=[False, True], ids=["thread", "process"])
+def process(request: pytest.FixtureRequest) -> bool:
+    """Where the pipeline runs. Storages in memory stay on the thread either way."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def checkpointer() -> Iterator[AsyncCheckpointer]:
+def checkpointer(process: bool) -> Iterator[AsyncCheckpointer]:
     """An ordinary one. A failure that the test has not looked at fails the test at close."""
-    with AsyncCheckpointer(process=False) as made:
+    with AsyncCheckpointer(process=process) as made:
         yield made
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[..., AsyncCheckpointer]]:
+def opened(process: bool) -> Iterator[Callable[..., AsyncCheckpointer]]:
     """Makes checkpointers by their options, and closes them."""
     made: list[AsyncCheckpointer] = []
 
     def make(**options: Any) -> AsyncCheckpointer:
-        made.append(AsyncCheckpointer(Options(**options), process=False))
+        made.append(AsyncCheckpointer(Options(**options), process=process))
         return made[-1]
 
     yield make
