@@ -20,16 +20,18 @@ import anyio
 import anyio.lowlevel
 
 from asyncdcp.arena import Arena
+from asyncdcp.errors import AsyncDCPError
 from asyncdcp.storage import open_spec
 from asyncdcp.worker import surroundings
 from asyncdcp.worker.connection import Connection
-from asyncdcp.worker.failures import plain
+from asyncdcp.worker.failures import plain, to_frame
 from asyncdcp.worker.job import Job
 from asyncdcp.worker.protocol import (
     VERSION,
     Begin,
     Configure,
     DropArena,
+    Failed,
     Inspect,
     Leave,
     Logged,
@@ -123,7 +125,11 @@ class Worker:
         self.post(Ready(VERSION, os.getpid()))
 
     def _begin(self, message: Begin) -> None:
-        storage = open_spec(message.storage, kill_trainer=self._kill_trainer)
+        try:
+            storage = open_spec(message.storage, kill_trainer=self._kill_trainer)
+        except AsyncDCPError as error:
+            self.post(Failed(message.job.save_id, to_frame(error)))
+            return
         job = Job(message.job, storage, self._arenas[message.arena], self.post)
         earlier, self._last = self._last, job
         self._jobs[job.id] = job

@@ -181,6 +181,7 @@ class RemoteSession:
         process.kill()
         if not await process.wait_dead(KILL_PATIENCE * self._settle_seconds) and self._is_live():
             self._machine.on(SaveEvent.SILENT)
+            process.forget(self._id)  # whatever it says from here on, the Record decides
             self.quiet = False
 
     async def _outcome(self) -> Saved:

@@ -8,15 +8,25 @@ import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from asyncdcp import AsyncCheckpointer, SaveHandle
-from asyncdcp.errors import CheckpointNotFound, DeadlineExceeded, PeerError, WorkerCrashed
+from asyncdcp.errors import (
+    CheckpointNotFound,
+    CommitUnknown,
+    DeadlineExceeded,
+    PeerError,
+    StorageError,
+    WorkerCrashed,
+)
 from asyncdcp.pipeline.records import read_records
 from asyncdcp.storage.faults import FaultyStorage
 from asyncdcp.storage.spec import Fault
+from asyncdcp.worker import session
+from asyncdcp.worker.fence import settle_without_worker
 from asyncdcp.worker.protocol import Leave
 from tests.worker.conftest import LONG, Opened, has_ended, state, worker_of
 
@@ -169,3 +179,59 @@ def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what
     assert outcomes(storage, checkpointer) == ["abort"]
     assert all(name.endswith(".json") for name in os.listdir(tmp_path / "stopped"))
     assert loaded(checkpointer, tmp_path / "next") == 2
+
+
+def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
+    opened: Opened, closing: Closing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what it has to say, and dies, while the trainer settles its save."""
+    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    process = worker_of(checkpointer)
+    worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
+    process._send_kill = lambda: None  # type: ignore[method-assign]
+
+    async def settle(*args: Any, **kwargs: Any) -> Any:
+        os.kill(process.pid, signal.SIGCONT)
+        kill()
+        await process.died.wait()
+        return await settle_without_worker(*args, **kwargs)
+
+    monkeypatch.setattr(session, "settle_without_worker", settle)
+    handle = checkpointer.save(FaultyStorage(tmp_path / "stopped", [Fault("pwrite", 2, "stop")]), state(1))
+    with pytest.raises(DeadlineExceeded):
+        handle.result(LONG)
+    assert has_ended(worker)
+    checkpointer.save(tmp_path / "next", state(2)).result(LONG)
+    assert loaded(checkpointer, tmp_path / "next") == 2
+
+
+def test_nobody_can_tell_is_said_so(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker does not die, and the storage does not take the abort: whether it will be committed is unknown."""
+    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    process = worker_of(checkpointer)
+    kill = process._send_kill
+    process._send_kill = lambda: None  # type: ignore[method-assign]
+    storage = FaultyStorage(tmp_path, [Fault("link", 1, "stop")])
+
+    async def broken(*_: object) -> bool:
+        raise StorageError("the storage is gone", errno=5)
+
+    monkeypatch.setattr(storage, "claim", broken)
+    with pytest.raises(CommitUnknown) as caught:
+        checkpointer.save(storage, state(1)).result(LONG)
+    assert isinstance(caught.value.__cause__, DeadlineExceeded)
+    process._send_kill = kill  # type: ignore[method-assign]
+
+
+def test_a_dead_workers_save_is_known_even_if_the_storage_takes_no_abort(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = opened()
+    storage = FaultyStorage(tmp_path, [Fault("link", 1, "kill")])
+
+    async def broken(*_: object) -> bool:
+        raise StorageError("the storage takes nothing", errno=28)
+
+    monkeypatch.setattr(storage, "claim", broken)
+    handle = checkpointer.save(storage, state(1))
+    check_crash(handle.exception(LONG), handle)
