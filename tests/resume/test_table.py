@@ -26,7 +26,7 @@ OPTIMIZERS = sorted(
 )
 
 
-def make_model() -> nn.Module:
+def make_model() -> Any:  # an nn.Sequential; Any, since its parts are taken by number
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 2))
 
@@ -41,7 +41,7 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return kind(parameters, lr=1e-2)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: bool) -> float:
+def step(model: Any, optimizer: torch.optim.Optimizer, sparse: bool) -> float:
     inputs, targets = torch.randn(16, 6), torch.randn(16, 2)
 
     def closure() -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_optimizer(name: str, saved: str, target: str, checkpointer: SyncCheckpo
     sparse = name == "SparseAdam"
     storage = MemoryStorage()
 
-    def program() -> tuple[nn.Module, torch.optim.Optimizer]:
+    def program() -> tuple[Any, torch.optim.Optimizer]:
         model = make_model()
         if saved == "partly frozen":
             for parameter in model[0].parameters():
@@ -149,7 +149,7 @@ def test_every_stock_scheduler_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler(name: str, checkpointer: SyncCheckpointer) -> None:
-    def program() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    def program() -> tuple[Any, torch.optim.Optimizer, Any]:
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
         return model, optimizer, SCHEDULERS[name](optimizer)
@@ -186,7 +186,7 @@ def test_grad_scaler(checkpointer: SyncCheckpointer) -> None:
             assert other.get_scale() == 1024.0
 
 
-def train(model: nn.Module, count: int = 2) -> None:
+def train(model: Any, count: int = 2) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(count):
         optimizer.zero_grad()
@@ -309,7 +309,7 @@ def test_meta_module_by_assign(checkpointer: SyncCheckpointer) -> None:
 def test_old_versions_of_a_module_are_brought_up_to_date(checkpointer: SyncCheckpointer) -> None:
     """BatchNorm's version 2 added num_batches_tracked; its own load_state_dict knows what to do without."""
     model = make_model()
-    old = model.state_dict()
+    old: Any = model.state_dict()
     del old["1.num_batches_tracked"]
     old._metadata["1"]["version"] = 1
     storage = MemoryStorage()
