@@ -198,7 +198,8 @@ def test_compiled_module_and_its_original_are_the_same_checkpoint(checkpointer: 
     model = make_model()
     compiled = torch.compile(model, backend="eager")
     train(model)
-    for saved, target in ((compiled, make_model()), (model, torch.compile(make_model(), backend="eager"))):
+    pairs: list[tuple[Any, Any]] = [(compiled, make_model()), (model, torch.compile(make_model(), backend="eager"))]
+    for saved, target in pairs:
         storage = MemoryStorage()
         checkpointer.save(storage, {"model": saved})
         train(target, 0)
