@@ -64,14 +64,28 @@ class Guard:
         """What the optimizers change: their parameters and the tensors of their states, as they are now."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                yield from group["params"]
+                for parameter in group["params"]:
+                    yield from plain_tensors(parameter)
             for state in optimizer.state.values():
                 if isinstance(state, dict):
-                    yield from (value for value in state.values() if isinstance(value, Tensor))
+                    for value in state.values():
+                        if isinstance(value, Tensor):
+                            yield from plain_tensors(value)
 
 
 def frozen_parameters(statefuls: Iterator[object]) -> Iterator[Tensor]:
     """The parameters of modules that take no gradient, so that no optimizer changes them."""
     for stateful in statefuls:
         if isinstance(stateful, torch.nn.Module):
-            yield from (parameter for parameter in stateful.parameters() if not parameter.requires_grad)
+            for parameter in stateful.parameters():
+                if not parameter.requires_grad:
+                    yield from plain_tensors(parameter)
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's memory: itself, or what a subclass says that it consists of."""
+    if not hasattr(type(tensor), "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]  # just looked for
+        yield from plain_tensors(getattr(tensor, name))

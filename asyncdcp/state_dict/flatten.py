@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from asyncdcp.errors import DuplicateName, UnsupportedValue
 from asyncdcp.state_dict.arrays import is_numpy
 from asyncdcp.state_dict.keys import encode_key
 from asyncdcp.state_dict.leaves import Refusal
+from asyncdcp.state_dict.subclasses import Subclass, describe_kind, is_subclass, take_apart
 from asyncdcp.state_dict.tensors import AliasGroups, tensor_kinds
 from asyncdcp.state_dict.values import MAX_DEPTH, PLAIN_KINDS, encode_value, factory_name, unsupported
 from asyncdcp.stateful import PerRank, RNGState, Stateful
@@ -33,7 +34,8 @@ class FlatState:
     """A state by fully qualified names (FQNs), in the order in which it was walked.
 
     An FQN joins the steps of a path with ".": ``str(key)`` in dicts, the index in lists and tuples. A Stateful adds no
-    step of its own, and what stands at the empty name adds no dot. A state that is a single leaf has the FQN "".
+    step of its own, and what stands at the empty name adds no dot. A state that is a single leaf has the FQN "". The
+    inner tensors of a tensor subclass have its FQN, "#" and their names in it.
     """
 
     tree: Any
@@ -43,7 +45,8 @@ class FlatState:
     ``{"dict": [[key, …], [node, …]]}``; ``{"ordered": [[key, …], [node, …]]}`` an OrderedDict, with a second field
     ``"metadata"`` where it has the attribute ``_metadata``: the encoded value as JSON text; ``{"defaultdict":
     [[key, …], [node, …]], "factory": name}``; ``{"stateful": node}`` and ``{"per_rank": node}`` around what a Stateful
-    or PerRank holds, both around an RNGState's.
+    or PerRank holds, both around an RNGState's. A tensor subclass is ``{"subclass": [[name, node], …], "name": fqn,
+    "type": qualified name, "context": text, "shape": sizes}``, the nodes being tensors and subclasses.
     """
     tensors: dict[str, Tensor]
     """Each distinct tensor once, under its first FQN."""
@@ -53,6 +56,8 @@ class FlatState:
     """Plain values, encoded by ``encode_value``."""
     statefuls: dict[str, Taken]
     """The Statefuls whose ``state_dict()`` was taken, by the FQN at which they stand, in the state's order."""
+    subclasses: dict[str, Subclass] = field(default_factory=dict)
+    """The tensor subclasses by FQN, without those inside others; their inner tensors are in ``tensors``."""
 
 
 def flatten(state: Any, *, allow_pickle: bool = False, allow_meta: bool = False) -> FlatState:
@@ -68,7 +73,7 @@ def flatten(state: Any, *, allow_pickle: bool = False, allow_meta: bool = False)
     """
     walk = _Flattener(allow_pickle=allow_pickle, allow_meta=allow_meta)
     tree = walk.visit(state, "", _Frame("state", None, ""), _ROOT, 0)
-    return FlatState(tree, walk.groups.tensors, walk.groups.aliases, walk.values, walk.statefuls)
+    return FlatState(tree, walk.groups.tensors, walk.groups.aliases, walk.values, walk.statefuls, walk.subclasses)
 
 
 class _Frame(NamedTuple):
@@ -106,10 +111,12 @@ class _Flattener:
         self.groups = AliasGroups(allow_meta=allow_meta)
         self.values: dict[str, Any] = {}
         self.statefuls: dict[str, Taken] = {}
+        self.subclasses: dict[str, Subclass] = {}
         self._allow_pickle = allow_pickle
         self._tensor_kinds = tensor_kinds()
         self._leaves: dict[str, _Frame] = {}
         self._stateful_frames: dict[str, _Frame] = {}
+        self._composed: set[str] = set()  # names in _leaves that are not leaves: subclasses, inner ones too
         self._open: set[int] = set()
 
     def visit(self, value: Any, fqn: str, frame: _Frame, key: Any, depth: int) -> dict[str, Any]:
@@ -125,10 +132,54 @@ class _Flattener:
         if fqn in self._leaves:
             raise _duplicate(fqn, self._leaves[fqn], frame, key)
         self._leaves[fqn] = frame
-        if isinstance(value, Tensor) and not self._allow_pickle:
-            # The seam for subclasses with __tensor_flatten__ (issue 3): their inner tensors go under fqn#inner.
-            raise unsupported(fqn, value, "it is a tensor subclass")
+        if isinstance(value, Tensor):
+            if self._is_composed(value):
+                node = self._subclass(value, fqn, frame.show(key), depth)
+                self.subclasses[fqn] = Subclass(value, node)
+                return node
+            if not self._allow_pickle:
+                raise unsupported(fqn, value, _subclass_reason(value))
         return self._value(value, fqn)
+
+    def _is_composed(self, value: Tensor) -> bool:
+        """Whether all of a subclass is tensors that can be stored; if not, it may still be pickled as a whole."""
+        if not is_subclass(value):
+            return False
+        if not self._allow_pickle:
+            return True  # what cannot be stored is refused by its own name
+        try:
+            inner = take_apart(value)[0].values()
+        except Refusal:
+            return False
+        return all(type(part) in self._tensor_kinds or self._is_composed(part) for part in inner)
+
+    def _subclass(self, value: Tensor, fqn: str, path: str, depth: int) -> dict[str, Any]:
+        if depth >= MAX_DEPTH:
+            raise UnsupportedValue(f"{path:.200}… is nested deeper than {MAX_DEPTH} levels", tensors=[fqn])
+        self._composed.add(fqn)
+        try:
+            inner, context = take_apart(value)
+        except Refusal as refusal:
+            raise unsupported(fqn, value, str(refusal)) from None
+        nodes = [[name, self._inner(part, f"{fqn}#{name}", path, depth + 1)] for name, part in inner.items()]
+        shape = list(value.shape)
+        return {"subclass": nodes, "name": fqn, "type": describe_kind(value), "context": context, "shape": shape}
+
+    def _inner(self, value: Tensor, fqn: str, path: str, depth: int) -> dict[str, Any]:
+        """The node of a subclass's inner tensor; it is never pickled by itself."""
+        frame = _Frame(f"{path}, inner tensor {fqn.rpartition('#')[2]}", None, "")
+        if fqn in self._leaves:
+            raise _duplicate(fqn, self._leaves[fqn], frame, _ROOT)
+        self._leaves[fqn] = frame
+        if type(value) not in self._tensor_kinds:
+            if is_subclass(value):
+                return self._subclass(value, fqn, frame.path, depth)
+            raise unsupported(fqn, value, _subclass_reason(value))
+        try:
+            self.groups.add(fqn, value)
+        except Refusal as refusal:
+            raise unsupported(fqn, value, str(refusal)) from None
+        return {"t": fqn}
 
     def _tensor(self, tensor: Tensor, fqn: str) -> dict[str, Any]:
         try:
@@ -196,7 +247,7 @@ class _Flattener:
         before, state = len(self._leaves), value.state_dict()
         self.statefuls[fqn] = Taken(value, state, frozenset())  # its place in the order comes before those inside it
         node = {"stateful": self.visit(state, fqn, inner, _ROOT, depth)}
-        self.statefuls[fqn] = Taken(value, state, frozenset(islice(self._leaves, before, None)))
+        self.statefuls[fqn] = Taken(value, state, frozenset(islice(self._leaves, before, None)) - self._composed)
         return {"per_rank": node} if isinstance(value, RNGState) else node
 
 
@@ -210,6 +261,12 @@ def _is_container(kind: type, value: Any) -> bool:
         return True
     # A class has the methods of its instances too.
     return not isinstance(value, (type, Tensor)) and isinstance(value, Stateful)
+
+
+def _subclass_reason(value: Tensor) -> str:
+    if value.is_nested:
+        return "it is nested (jagged); store values() and offsets(), or unbind() it"
+    return "it is a tensor subclass without __tensor_flatten__ and __tensor_unflatten__"
 
 
 def _duplicate(fqn: str, first: _Frame, second: _Frame, key: Any) -> DuplicateName:

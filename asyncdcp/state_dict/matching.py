@@ -19,10 +19,12 @@ from torch import Tensor
 
 from asyncdcp.errors import StateMismatch
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
+from asyncdcp.state_dict.composed import compare
 from asyncdcp.state_dict.flatten import FlatState, Taken
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.structure import DTYPE_NAMES
+from asyncdcp.state_dict.subclasses import Subclass, cannot_be_made, inner_names, put_together
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Path steps that DataParallel and DDP, torch.compile, activation checkpointing and FSDP1 put into names."""
@@ -45,10 +47,18 @@ class Match:
     """The stored name of every checkpoint name that is to get one of ``fresh``."""
     deciding: frozenset[str] = frozenset()
     """FQNs of the Statefuls for which the checkpoint decides."""
+    subclasses: dict[str, Subclass] = field(default_factory=dict)
+    """The state's tensor subclasses, by their names in the checkpoint; ``add_fresh`` takes them into ``tensors``."""
 
     def add_fresh(self, made: Mapping[str, Tensor]) -> None:
-        """Takes in the new tensors, by stored name."""
+        """Takes in the new tensors, by stored name; a subclass of such is made anew, of the target's class."""
         self.tensors.update({name: made[stored] for name, stored in self.ties.items()})
+        for name, (target, node) in self.subclasses.items():
+            new = any(self.sources[part] in self.ties for part in inner_names(node))
+            self.tensors[name] = put_together(target, node, self._content) if new else target
+
+    def _content(self, name: str) -> Tensor:
+        return self.tensors[self.sources[name]]
 
 
 def match(flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOptions) -> Match:
@@ -68,7 +78,8 @@ class _Matcher:
         self._options = options
         self._nodes = nodes
         stored = [*metadata.state_dict_metadata, *metadata.aliases]
-        self._have = {options.renamed(name): name for name in stored if options.selects(name)}
+        self._have = {nodes.state_name(name): name for name in stored if options.selects(nodes.outer(name))}
+        self._inner = {name for part in flat.subclasses.values() for name in inner_names(part.node)}
         self._aliased = {alias: flat.tensors[name] for alias, name in flat.aliases.items()}
         self._targets: dict[str, Tensor] = {**flat.tensors, **self._aliased}
         self._want = dict.fromkeys([*self._targets, *flat.values])
@@ -82,10 +93,12 @@ class _Matcher:
         self._missing: list[str] = []
         self._unexpected: list[str] = []
         self._different: dict[str, str] = {}
+        self._subclass_pairs: dict[str, str] = {}
 
     def run(self) -> Match:
         self._pair()
-        self._find_gaps()
+        told = self._compare_subclasses()
+        self._find_gaps(told)
         filled: set[tuple[str, int]] = set()
         for name, source in self._match.sources.items():
             if name in self._targets:
@@ -94,8 +107,27 @@ class _Matcher:
                 self._different[name] = "a plain value in the state, a tensor in the checkpoint"
         if self._missing or self._unexpected or self._different:
             raise self._mismatch()
+        self._refuse_new_subclasses()
+        self._match.sources.update(self._subclass_pairs)
         self._add_fresh()
         return self._match
+
+    def _compare_subclasses(self) -> set[str]:
+        """Pairs tensor subclasses. The names, of either side, of what is part of those that differ."""
+        found = compare(self._flat, self._nodes, self._have, self._match.sources)
+        self._subclass_pairs = found.pairs
+        self._match.subclasses = {stored: self._flat.subclasses[fqn] for fqn, stored in found.pairs.items()}
+        for name in found.unpaired:
+            self._match.sources.pop(name, None)
+        for fqn, problem in found.problems.items():
+            if not self._decided_by_checkpoint(fqn):
+                self._different[fqn] = problem
+        return found.told
+
+    def _refuse_new_subclasses(self) -> None:
+        for stored, node in self._nodes.subclasses.items():
+            if stored not in self._match.subclasses and self._decided_by_checkpoint(self._nodes.state_name(stored)):
+                raise cannot_be_made(node)
 
     def _state_decides(self, fqn: str, taken: Taken) -> bool:
         if not isinstance(taken.stateful, torch.nn.Module):
@@ -131,24 +163,24 @@ class _Matcher:
             if len(candidates) == 1:
                 sources[name] = self._have[candidates[0]]
 
-    def _find_gaps(self) -> None:
+    def _find_gaps(self, told: set[str]) -> None:
+        """What one side lacks; names that were ``told`` of already are left out."""
         options, paired = self._options, set(self._match.sources.values())
         if options.keys is not None and not self._have:
             self._different[", ".join(options.keys)] = "keys that match nothing in the checkpoint"
         if not options.strict:
             return
         if options.keys is None:
-            self._missing = [
-                n for n in self._want if n not in self._match.sources and not self._decided_by_checkpoint(n)
-            ]
+            gone = (name for name in self._want if name not in self._match.sources and name not in told)
+            self._missing = [name for name in gone if not self._decided_by_checkpoint(name)]
             self._missing += [fqn for fqn in self._match.deciding if fqn not in self._nodes]
-        left = (name for name, source in self._have.items() if source not in paired)
+        left = (name for name, source in self._have.items() if source not in paired and name not in told)
         self._unexpected = [name for name in left if not self._decided_by_checkpoint(name)]
 
     def _target(self, name: str, source: str, filled: set[tuple[str, int]]) -> None:
         """Decides what becomes of one of the state's tensors."""
         tensor, stored = self._targets[name], self._origin(source)
-        problem = self._difference(tensor, stored)
+        problem = self._difference(name, tensor, stored)
         if problem is None and not self._options.assign and not tensor.is_meta:
             self._match.tensors[source] = tensor
             if (stored, id(tensor)) not in filled:
@@ -157,19 +189,21 @@ class _Matcher:
         elif problem is not None and not self._decided_by_checkpoint(name):
             self._different[name] = problem
 
-    def _difference(self, tensor: Tensor, stored: str) -> str | None:
+    def _difference(self, name: str, tensor: Tensor, stored: str) -> str | None:
         entry = self._metadata.state_dict_metadata[stored]
         if not isinstance(entry, TensorStorageMetadata):
             return "a tensor in the state, a plain value in the checkpoint"
         dtype, shape = DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)
         if shape != entry.size:
             return f"shape {list(shape)} in the state, {list(entry.size)} in the checkpoint"
-        if self._options.assign:
+        assign = self._options.assign
+        if assign and name not in self._inner:  # a subclass's context speaks of its inner tensors' dtypes
             return None
-        if tensor.is_meta:
+        if tensor.is_meta and not assign:
             return "on the meta device: call to_empty() on the module first, or load with assign=True"
-        if dtype != entry.properties.dtype and self._options.cast == "error":
-            return f"dtype {dtype} in the state, {entry.properties.dtype} in the checkpoint (cast='allow' converts)"
+        if dtype != entry.properties.dtype and (assign or self._options.cast == "error"):
+            way_out = "" if assign else " (cast='allow' converts)"
+            return f"dtype {dtype} in the state, {entry.properties.dtype} in the checkpoint{way_out}"
         return None
 
     def _add_fresh(self) -> None:

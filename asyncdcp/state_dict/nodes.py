@@ -9,6 +9,7 @@ import msgspec
 
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.state_dict.keys import decode_key
+from asyncdcp.state_dict.subclasses import check_node, inner_names
 from asyncdcp.state_dict.values import MAX_DEPTH, decode_value
 
 _MARKS = ("stateful", "per_rank")
@@ -24,6 +25,9 @@ class TreeNodes:
 
     def __init__(self, tree: Any, renamed: Callable[[str], str]) -> None:
         self._nodes: dict[str, Any] = {}
+        self._outer: dict[str, str] = {}
+        self.subclasses: dict[str, dict[str, Any]] = {}
+        """The nodes of tensor subclasses by the checkpoint's own names, without those inside others."""
         self._renamed = renamed
         self._walk(tree, "", 0)
 
@@ -33,6 +37,15 @@ class TreeNodes:
     def get(self, fqn: str) -> Any:
         """The node that stands at ``fqn``, None if there is none."""
         return self._nodes.get(fqn)
+
+    def outer(self, name: str) -> str:
+        """The checkpoint's name of the subclass in which its tensor ``name`` is; of all others, their own."""
+        return self._outer.get(name, name)
+
+    def state_name(self, name: str) -> str:
+        """The state's name for the checkpoint's tensor or value ``name``: subclasses are renamed as a whole."""
+        outer = self.outer(name)
+        return self._renamed(outer) + name[len(outer) :]
 
     def versions(self, fqn: str) -> Mapping[str, Mapping[str, object]] | None:
         """The ``_metadata`` of the module state at ``fqn``; None if it has none."""
@@ -59,20 +72,28 @@ class TreeNodes:
             self._walk(content, fqn, depth + 1)
             return
         self._nodes[self._renamed(fqn)] = node
-        if tag in _KEYED:
-            if (
-                not isinstance(content, list)
-                or len(content) != 2
-                or not all(isinstance(part, list) for part in content)
-            ):
-                raise CorruptCheckpoint(f"the tree has a dict that is not its keys and nodes at {fqn!r:.200}")
-            for key, item in zip(*content, strict=False):
-                if _is_container(item):
-                    self._walk(item, _join(fqn, decode_key(key)), depth + 1)
+        if tag == "subclass":
+            self._subclass(node, fqn)
+        elif tag in _KEYED:
+            self._entries(content, fqn, depth)
         elif tag in _LISTED and isinstance(content, list):
             for number, item in enumerate(content):
                 if _is_container(item):
                     self._walk(item, _join(fqn, number), depth + 1)
+
+    def _entries(self, content: Any, fqn: str, depth: int) -> None:
+        if not isinstance(content, list) or len(content) != 2 or not all(isinstance(part, list) for part in content):
+            raise CorruptCheckpoint(f"the tree has a dict that is not its keys and nodes at {fqn!r:.200}")
+        for key, item in zip(*content, strict=False):
+            if _is_container(item):
+                self._walk(item, _join(fqn, decode_key(key)), depth + 1)
+
+    def _subclass(self, node: dict[str, Any], fqn: str) -> None:
+        check_node(node)
+        if node["name"] != fqn:
+            raise CorruptCheckpoint(f"the tree has the tensor subclass {node['name']!r:.200} at {fqn!r:.200}")
+        self.subclasses[fqn] = node
+        self._outer.update(dict.fromkeys(inner_names(node), fqn))
 
 
 def _is_container(node: Any) -> bool:

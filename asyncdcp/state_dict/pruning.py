@@ -9,6 +9,7 @@ from typing import Any
 from asyncdcp.errors import InvalidOption
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.options import key_pattern
+from asyncdcp.state_dict.subclasses import inner_names
 
 _KEYED = ("dict", "ordered", "defaultdict")
 _LISTED = ("list", "tuple")
@@ -18,11 +19,14 @@ def prune(tree: Any, keep: Callable[[str], bool]) -> Any:
     """The tree without the leaves that ``keep`` refuses; None if nothing is left of it.
 
     Dicts lose entries. A list or tuple, whose entries are named by position, is kept whole where any entry is kept.
+    A tensor subclass is one tensor here, of its own FQN.
     """
     tag = next(iter(tree))
     content = tree[tag]
     if tag in ("t", "v"):
         return tree if keep(content) else None
+    if tag == "subclass":
+        return tree if keep(tree["name"]) else None
     if tag in _KEYED:
         kept = [(key, part) for key, node in zip(*content, strict=True) if (part := prune(node, keep)) is not None]
         return {**tree, tag: [[key for key, _ in kept], [part for _, part in kept]]} if kept else None
@@ -38,6 +42,8 @@ def leaves(tree: Any) -> set[str]:
     content = tree[tag]
     if tag in ("t", "v"):
         return {content}
+    if tag == "subclass":
+        return set(inner_names(tree))
     nodes = content[1] if tag in _KEYED else content if tag in _LISTED else [content]
     return {name for node in nodes for name in leaves(node)}
 
@@ -69,4 +75,5 @@ def select(flat: FlatState, keys: Sequence[str]) -> FlatState:
             promoted[name] = alias
             tensors[alias] = flat.tensors[name]
     values = {name: value for name, value in flat.values.items() if name in names}
-    return replace(flat, tree=tree, tensors=tensors, aliases=aliases, values=values)
+    subclasses = {name: part for name, part in flat.subclasses.items() if pattern.fullmatch(name) is not None}
+    return replace(flat, tree=tree, tensors=tensors, aliases=aliases, values=values, subclasses=subclasses)

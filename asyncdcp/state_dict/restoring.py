@@ -55,8 +55,7 @@ class Restorer:
     def _value(self, target: Any, fqn: str) -> Any:
         """What is to stand at ``fqn``: containers as they are, with new content."""
         if isinstance(target, Tensor):
-            source = self._match.sources.get(fqn)
-            return self._match.tensors.get(source, target) if source is not None else target
+            return self._tensor(target, fqn)
         if isinstance(target, PerRank):
             target.value = self._value(target.value, fqn)
             return target
@@ -77,6 +76,16 @@ class Restorer:
             target[:] = new
             return target
         return new
+
+    def _tensor(self, target: Tensor, fqn: str) -> Any:
+        source = self._match.sources.get(fqn)
+        if source is None:
+            return target
+        if source in self._match.tensors:
+            return self._match.tensors[source]
+        if source in self._values:  # on both sides pickled, for it could not be stored otherwise
+            return decode_value(self._values[source], fqn, allow_pickle=self._options.allow_pickle)
+        return target
 
     def _entries(self, target: dict[Any, Any], fqn: str) -> None:
         for key, old in target.items():
@@ -114,13 +123,12 @@ class Restorer:
             part = self._value(taken.state, fqn)
             whole = len(chosen) == len(taken.names)
             if not whole and isinstance(part, dict):
-                part = self._only(part, fqn, chosen)
+                part = self._only(part, fqn)
             self._hand_over(fqn, taken.stateful, part, strict=whole)
 
-    def _only(self, part: dict[Any, Any], fqn: str, chosen: list[str]) -> dict[Any, Any]:
+    def _only(self, part: dict[Any, Any], fqn: str) -> dict[Any, Any]:
         """The entries of a module's state that are loaded; the others are not even copied onto themselves."""
-        names = set(chosen)
-        kept = [key for key in part if (f"{fqn}.{key}" if fqn else str(key)) in names]
+        kept = [key for key in part if (f"{fqn}.{key}" if fqn else str(key)) in self._match.sources]
         few = OrderedDict((key, part[key]) for key in kept)
         if isinstance(part, OrderedDict):
             vars(few).update(vars(part))

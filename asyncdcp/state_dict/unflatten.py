@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.state_dict.keys import decode_key
+from asyncdcp.state_dict.subclasses import FIELDS, cannot_be_made, check_node
 from asyncdcp.state_dict.values import FACTORIES, MAX_DEPTH, decode_value
 
 _KEYED = ("dict", "ordered", "defaultdict")
@@ -23,7 +24,8 @@ _SECOND_FIELD = {"ordered": "metadata", "defaultdict": "factory"}
 def unflatten(
     tree: Any, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, allow_pickle: bool = False
 ) -> Any:
-    """A new state. ``tensors`` has the aliases' names too; tied names that map to one tensor come back as one.
+    """A new state. ``tensors`` has the aliases' names too; tied names that map to one tensor come back as one. Tensor
+    subclasses are taken from there by their own names; ``UnsupportedValue`` for one that is not there.
 
     Statefuls and PerRanks come back as the plain state that they held. The tree is not trusted: ``CorruptCheckpoint``
     for a node that ``flatten`` does not make, and for a name that is not in the tables or is used twice.
@@ -47,6 +49,9 @@ class _Builder:
         if type(node) is not dict or not node:
             raise CorruptCheckpoint("the tree has a node that is no object with a tag")
         tag, *rest = node
+        if tag == "subclass" and rest == list(FIELDS):
+            check_node(node)
+            return tag, node[tag]
         if len(rest) > 1 or (rest and _SECOND_FIELD.get(tag) != rest[0]):
             raise CorruptCheckpoint(f"the tree has a node of unknown fields: {tag!s:.40}, {rest[0]!s:.40}")
         content = node[tag]
@@ -64,6 +69,8 @@ class _Builder:
             return self.tensor(content)
         if tag == "v":
             return self.value(content)
+        if tag == "subclass":
+            return self.subclass(node)
         if tag in _LISTED:
             items = [self.build(item, depth + 1) for item in content]
             return items if tag == "list" else tuple(items)
@@ -79,6 +86,11 @@ class _Builder:
         if fqn not in self._tensors:
             raise CorruptCheckpoint(f"the tree names the tensor {fqn!r:.200}, which is not there")
         return self._tensors[fqn]
+
+    def subclass(self, node: dict[str, Any]) -> Tensor:
+        if node["name"] not in self._tensors:
+            raise cannot_be_made(node)
+        return self.tensor(node["name"])
 
     def value(self, fqn: str) -> Any:
         self._use(fqn)

@@ -1,4 +1,4 @@
-"""Tensor subclasses with ``__tensor_flatten__``: stored as their inner tensors, loaded into targets of the same class."""
+"""Tensor subclasses with ``__tensor_flatten__``: stored as inner tensors, loaded into targets of the same class."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from asyncdcp.state_dict.subclasses import context_text
 
 
 class Scaled(Tensor):
-    """``values * scale``; what computes with it gets a plain tensor, what moves it about keeps it."""
+    """``packed * scale``; what computes with it gets a plain tensor, what moves it about keeps it."""
 
-    values: Tensor
+    packed: Tensor
     scale: Tensor
     note: Any
 
     @staticmethod
-    def __new__(cls, values: Tensor, scale: Tensor, note: Any = "none") -> Scaled:
-        made: Scaled = Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)  # type: ignore[attr-defined]  # it is there
-        made.values, made.scale, made.note = values, scale, note
+    def __new__(cls, packed: Tensor, scale: Tensor, note: Any = "none") -> Scaled:
+        made: Scaled = Tensor._make_wrapper_subclass(cls, packed.shape, dtype=scale.dtype, device=packed.device)
+        made.packed, made.scale, made.note = packed, scale, note
         return made
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["values", "scale"], {"note": self.note, "device": self.device}
+        return ["packed", "scale"], {"note": self.note, "device": self.device}
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Scaled:
-        return cls(inner["values"], inner["scale"], context["note"])
+        return cls(inner["packed"], inner["scale"], context["note"])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch's way
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].values.detach(), args[0].scale.detach(), args[0].note)
+            return cls(args[0].packed.detach(), args[0].scale.detach(), args[0].note)
         if func is torch.ops.aten.copy_.default:
-            args[0].values.copy_(args[1].values)
+            args[0].packed.copy_(args[1].packed)
             args[0].scale.copy_(args[1].scale)
             return args[0]
-        plain = tree_map(lambda x: x.values * x.scale if isinstance(x, Scaled) else x, (args, kwargs or {}))
+        plain = tree_map(lambda x: x.packed * x.scale if isinstance(x, Scaled) else x, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs have it
 
 
 def scaled(seed: int, note: Any = "none", *, nested: bool = False, shape: tuple[int, ...] = (4, 3)) -> Scaled:
@@ -61,7 +61,7 @@ def scaled(seed: int, note: Any = "none", *, nested: bool = False, shape: tuple[
 
 def equal(a: Any, b: Any) -> bool:
     if isinstance(a, Scaled):
-        return type(b) is Scaled and equal(a.values, b.values) and equal(a.scale, b.scale) and a.note == b.note
+        return type(b) is Scaled and equal(a.packed, b.packed) and equal(a.scale, b.scale) and a.note == b.note
     return type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -104,10 +104,10 @@ def into(checkpointer):
 def test_inner_tensors_have_names_of_their_own() -> None:
     tensor = scaled(0, nested=True)
     flat = flatten({"w": tensor, "tied": tensor, "box": Holder([tensor.scale])})
-    assert list(flat.tensors) == ["w#values#values", "w#values#scale", "w#scale"]
+    assert list(flat.tensors) == ["w#packed#packed", "w#packed#scale", "w#scale"]
     assert flat.aliases == {
-        "tied#values#values": "w#values#values",
-        "tied#values#scale": "w#values#scale",
+        "tied#packed#packed": "w#packed#packed",
+        "tied#packed#scale": "w#packed#scale",
         "tied#scale": "w#scale",
         "box.0": "w#scale",
     }
@@ -116,7 +116,7 @@ def test_inner_tensors_have_names_of_their_own() -> None:
     node = flat.tree["dict"][1][0]
     assert node["type"].endswith("test_subclasses.Scaled")
     assert node["context"] == "{'device': device, 'note': 'none'}"
-    assert [name for name, _ in node["subclass"]] == ["values", "scale"]
+    assert [name for name, _ in node["subclass"]] == ["packed", "scale"]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -215,8 +215,8 @@ def test_what_differs_is_named_on_both_sides(into, target, stored, said, names, 
 def test_missing_and_unexpected(into):
     with pytest.raises(StateMismatch) as caught:
         into({"w": scaled(0)}, {"v": scaled(0)})
-    assert caught.value.missing == ("w#values", "w#scale")
-    assert caught.value.unexpected == ("v#values", "v#scale")
+    assert caught.value.missing == ("w#packed", "w#scale")
+    assert caught.value.unexpected == ("v#packed", "v#scale")
     target = {"w": scaled(1), "x": 1}
     into(target, {"v": scaled(0), "x": 2}, strict=False)
     assert equal(target["w"], scaled(1))
@@ -261,7 +261,7 @@ def test_contexts_are_told_apart_and_stable() -> None:
     ("tensor", "said"),
     [
         (scaled(0, torch.ones(1)), "puts a tensor into the context"),
-        (Scaled(torch.eye(2).to_sparse(), torch.ones(1)), r"'w#values' is a torch\.Tensor.*sparse"),
+        (Scaled(torch.eye(2).to_sparse(), torch.ones(1)), r"'w#packed' is a torch\.Tensor.*sparse"),
     ],
 )
 def test_what_cannot_be_stored_within_is_refused(tensor, said):
@@ -297,7 +297,11 @@ def test_nodes_are_not_trusted(node):
 
 def test_torchao() -> None:
     pytest.importorskip("torchao")
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (  # type: ignore[import-not-found]  # where it is installed
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     for config in (Int8WeightOnlyConfig, Float8WeightOnlyConfig):
         first, second = (nn.Sequential(nn.Linear(64, 64)) for _ in range(2))

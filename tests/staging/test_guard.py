@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from asyncdcp.errors import InvalidOption
 from asyncdcp.staging.eager import EagerBudget, clone_unguarded
@@ -83,4 +84,12 @@ def test_what_is_not_guarded_is_cloned_up_to_the_budget_smallest_first() -> None
     assert taken == budget.used == 8 + 8 + 8
     budget.give(taken)
     assert budget.used == 0
+    guard.remove()
+
+
+def test_a_guard_knows_the_inner_tensors_of_subclasses() -> None:
+    first, second = torch.ones(2), torch.zeros(2)
+    parameter = nn.Parameter(TwoTensor(first, second))
+    guard = Guard((torch.optim.SGD([parameter]),), lambda: None)
+    assert [tensor.data_ptr() for tensor in guard.tensors()] == [first.data_ptr(), second.data_ptr()]
     guard.remove()
