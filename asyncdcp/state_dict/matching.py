@@ -193,6 +193,8 @@ class _Matcher:
         entry = self._metadata.state_dict_metadata[stored]
         if not isinstance(entry, TensorStorageMetadata):
             return "a tensor in the state, a plain value in the checkpoint"
+        if not self._options.assign and _shares_memory(tensor):
+            return "some of its elements in the state share memory, as after expand(): clone() it, or assign=True"
         dtype, shape = DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)
         if shape != entry.size:
             return f"shape {list(shape)} in the state, {list(entry.size)} in the checkpoint"
@@ -239,6 +241,13 @@ class _Matcher:
             unexpected=self._unexpected,
             mismatched=list(self._different),
         )
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    """Whether elements have one place in memory, so that they cannot be filled."""
+    return 0 in tensor.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _differ(own: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
