@@ -36,8 +36,8 @@ async def settle_without_worker(job: SaveJob, storage: Storage, reason: Reason, 
     settlement = Settlement(job, storage, signal, None)
     settlement.machine = CommitMachine(_PEER)
     state = await settlement.run()
-    if state is State.UNKNOWN and dead:
-        state, settlement.record = await _look(job, storage)
+    if state is State.UNKNOWN:
+        state, settlement.record = await _look(job, storage, dead=dead)
     if state is State.COMMITTED and settlement.record is not None:
         return _saved(settlement.record, storage)
     if state is State.UNKNOWN:
@@ -57,14 +57,17 @@ async def _has_no_trace(job: SaveJob, storage: Storage) -> bool:
         return False
 
 
-async def _look(job: SaveJob, storage: Storage) -> tuple[State, Record | None]:
-    """What a dead worker left, where an abort could not be claimed. No Record: there will be none from this rank, and
-    a sole rank has not committed.
+async def _look(job: SaveJob, storage: Storage, *, dead: bool) -> tuple[State, Record | None]:
+    """What the worker left, where an abort could not be claimed. A commit counts once it is durable from here: the
+    worker may have ended between the Record's link and the sync of its directory. No Record of a dead worker: there
+    will be none from this rank, and a sole rank has not committed.
     """
     try:
         record = await read_record(storage, job.save_id)
+        if record.outcome == "commit":
+            await storage.barrier()
     except FileNotFoundError:
-        return (State.FAILED if job.rank == 0 else State.UNKNOWN), None
+        return (State.FAILED if dead and job.rank == 0 else State.UNKNOWN), None
     except AsyncDCPError:
         return State.UNKNOWN, None
     return (State.COMMITTED if record.outcome == "commit" else State.ABORTED), record

@@ -86,6 +86,29 @@ def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, tm
     assert committed > 2  # killed after its Record was out: that is found, and counts
 
 
+def test_a_commit_found_after_a_death_is_made_durable_before_it_counts(opened: Opened, tmp_path: Path) -> None:
+    """The worker dies with its Record linked, before the directory is synced: the last sync of all."""
+
+    class Counting(FaultyStorage):
+        barriers = 0
+
+        async def barrier(self) -> None:
+            self.barriers += 1
+            await super().barrier()
+
+    checkpointer = opened()
+    found = []
+    for point in itertools.count(1):
+        storage = Counting(tmp_path / str(point), [Fault("fsync", point, "kill")])
+        handle = checkpointer.save(storage, {"w": torch.arange(9)})
+        error = handle.exception(LONG)
+        if error is None and not storage.barriers:
+            break  # the worker lives: there are fewer syncs
+        found.append((error is None, storage.barriers > 0))
+    assert found[-1] == (True, True)
+    assert set(found[:-1]) == {(False, False)}
+
+
 def test_killed_between_saves(opened: Opened, closing: Closing, tmp_path: Path) -> None:
     checkpointer = opened()
     for number in range(3):
@@ -211,7 +234,7 @@ def test_nobody_can_tell_is_said_so(opened: Opened, tmp_path: Path, monkeypatch:
     process = worker_of(checkpointer)
     kill = process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
-    storage = FaultyStorage(tmp_path, [Fault("link", 1, "stop")])
+    storage = FaultyStorage(tmp_path, [Fault("pwrite", 1, "stop")])
 
     async def broken(*_: object) -> bool:
         raise StorageError("the storage is gone", errno=5)
