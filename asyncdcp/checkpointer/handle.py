@@ -34,7 +34,7 @@ class SaveHandle:
 
     def wait_free(self, timeout: float) -> bool:
         """Blocks until the save reads no tensor of the state any more, whatever became of it; whether that came."""
-        return self._free is None or self._free.wait(timeout)
+        return self._free is None or self._free.wait(min(timeout, threading.TIMEOUT_MAX))
 
     def __iter__(self) -> Iterator[CheckpointFuture[Any]]:
         return iter((self.staged, self.committed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +42,7 @@ def make_job(
         tensors=len(plan.structure.tensors),
         tensor_bytes=plan.tensor_bytes,
         overwrite=overwrite,
-        deadline=deadline,
+        deadline=min(deadline, threading.TIMEOUT_MAX),  # messages are JSON, which has no infinity
         metadata=metadata,
         versions=dict(versions()),
     )

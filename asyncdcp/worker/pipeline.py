@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import cached_property
 
 import anyio
 
@@ -22,11 +23,15 @@ class ProcessPipeline:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._starting = anyio.Lock()
         self._processes: list[CheckpointProcess] = []
         """The one in use is the last; those before it were killed and have not died yet."""
         self._told: set[str] = set()
         self._closed = False
+
+    @cached_property
+    def _starting(self) -> anyio.Lock:
+        """Made at its first use: that is on the engine's loop, where the pipeline itself may be made on trio's."""
+        return anyio.Lock()
 
     @property
     def process(self) -> CheckpointProcess | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, Progress
 from asyncdcp.errors import (
@@ -317,3 +318,22 @@ def test_twenty_at_once(tmp_path: Path) -> None:
         os.close(pidfd)
         with AsyncCheckpointer(process=False) as reader:
             assert torch.all(reader.load(tmp_path / str(number)).result(LONG)["w"] == number)
+
+
+def test_made_in_a_trio_program(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncCheckpointer(process=True) as checkpointer:
+            assert (await checkpointer.save(tmp_path, SMALL)).tensors == 1
+            await checkpointer.prepare(SMALL)
+
+    trio.run(main)
+
+
+def test_endless_deadlines(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened(**dict.fromkeys(("save_deadline", "guard_deadline", "worker_start_deadline"), float("inf")))
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.SGD([parameter])
+    checkpointer.guard(optimizer)
+    handle = checkpointer.save(tmp_path, {"w": parameter})
+    optimizer.step()
+    handle.result(LONG)
