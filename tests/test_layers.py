@@ -18,7 +18,7 @@ ROOT = Path(asyncdcp.__file__).parent
 
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"boxes", "config", "memory_limits", "names", "threads", "trace"},
+    {"boxes", "buffers", "config", "memory_limits", "names", "threads", "trace"},
     {"metadata", "results", "storage", "arena", "futures"},
     {"format", "engine"},
     {"planning"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ import anyio
 import xxhash
 from anyio import to_thread
 
+from asyncdcp.buffers import io_buffer
 from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError, ungrouped
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.metadata import Index, Metadata, Record, StorageMeta
@@ -143,7 +143,7 @@ class CheckpointReader:
         waiting, opening = iter(windows), anyio.Lock()
 
         async def work() -> None:
-            bounce = memoryview(mmap.mmap(-1, SLAB_BYTES))  # page-aligned; unmapped with the last view of it
+            bounce = io_buffer(SLAB_BYTES)
             for window in waiting:
                 async with opening:
                     source = await self._source(window.file)
