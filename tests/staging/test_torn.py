@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncdcp.staging.torn import WHOLE_BYTES, Witness, versions
+from asyncdcp.staging.torn import LARGE_BYTES, WHOLE_BYTES, Witness, versions
 
 
 def witness(*tensors: Tensor) -> Witness:
@@ -29,7 +29,7 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("size", [1, WHOLE_BYTES // 4, WHOLE_BYTES // 4 + 1, 1_000_000])
+@pytest.mark.parametrize("size", [1, WHOLE_BYTES // 4, WHOLE_BYTES // 4 + 1, LARGE_BYTES // 4 + 1, 1_000_000])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_all_elements_is_seen(change: str, size: int) -> None:
     tensors = [torch.randn(4), torch.randn(size), torch.randn(4)]
@@ -38,14 +38,15 @@ def test_a_change_of_all_elements_is_seen(change: str, size: int) -> None:
     assert watching.changed() == [1]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_of_adamw_is_always_seen(fused: bool) -> None:
+@pytest.mark.parametrize("form", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_a_step_of_adamw_is_always_seen(form: dict[str, bool]) -> None:
     """fp32 at lr 1e-3: every element of parameters and moments moves, and fused steps count no version."""
-    for trial in range(50):
+    for trial in range(60):
         torch.manual_seed(trial)
-        parameter = torch.nn.Parameter(torch.randn(300, 300))
-        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=fused)
-        parameter.grad = torch.randn(300, 300)
+        size = (40, 200, 40_000)[trial % 3]  # looked at whole, by two samples, by four
+        parameter = torch.nn.Parameter(torch.randn(size))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, **form)
+        parameter.grad = torch.randn(size)
         optimizer.step()
         moments = optimizer.state[parameter]
         watching = witness(parameter.detach(), moments["exp_avg"], moments["exp_avg_sq"])
@@ -90,3 +91,11 @@ def test_only_the_chosen_are_watched() -> None:
     for tensor in tensors:
         tensor.add_(1)
     assert watching.changed() == [1]
+
+
+def test_many_are_told_apart_by_their_samples_alone() -> None:
+    tensors = [torch.zeros(n) for n in (1, 2000, 0, 300, 100_000, 5, 20_000)]
+    watching = witness(*tensors)
+    for number in (1, 4, 5):
+        tensors[number].numpy().fill(1)
+    assert watching.changed() == [1, 4, 5]
