@@ -8,6 +8,7 @@ awaited, and the cancellation raised then. A caller may therefore free, on any e
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,6 +21,8 @@ from anyio.lowlevel import current_token
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+_logger = logging.getLogger("asyncdcp")
 
 
 async def on_executor(function: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -50,10 +53,17 @@ async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *arg
 async def uncut(function: Callable[[], T]) -> T:
     """Calls the function on a thread and returns when it has, on whatever loop (asyncio, trio) and however cancelled.
 
-    Cancellation follows at the next await, or after ``Task.cancel`` in place of the result.
+    Cancellation follows at the next await, or after ``Task.cancel`` in place of the result; an error of the function,
+    whose place it takes, is logged.
     """
     if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
-        return await _ended(asyncio.ensure_future(to_thread.run_sync(function)))
+        work = asyncio.ensure_future(to_thread.run_sync(function))
+        try:
+            return await _ended(work)
+        except asyncio.CancelledError:
+            if not work.cancelled() and (error := work.exception()) is not None:
+                _logger.error("it failed, and who waited for it was cancelled", exc_info=error)
+            raise
     return await to_thread.run_sync(function)  # shielded by anyio, and trio has no other way to cancel
 
 

@@ -89,7 +89,7 @@ class AsyncCheckpointer:
         self._eager = EagerBudget(self._options.eager_bytes)
         self._guards: list[Guard] = []
         self._volatile: set[str] = set()
-        self._closed = False
+        self._closed = self._ended = False
         close = weakref.WeakMethod(self.close)
         self._engine = Engine(
             "asyncdcp",
@@ -190,11 +190,14 @@ class AsyncCheckpointer:
         checkpointer.
         """
         self._enter()
-        deadline = self._options.guard_deadline
-        guard = Guard(optimizers, lambda: self._pending.hold(deadline))
+        guard = Guard(optimizers, self._hold)
         with self._lock:
             self._guards = [*(old for old in self._guards if old.active), guard]
         return guard
+
+    def _hold(self) -> None:
+        if not self._engine.inherited:  # a forked child steps its own copy of the tensors, and no save is its own
+            self._pending.hold(self._options.guard_deadline)
 
     def wait_staged(self) -> CheckpointFuture[None]:
         """Resolves once every save that was called before has copied its tensors, or has failed: they may be changed
@@ -350,7 +353,9 @@ class AsyncCheckpointer:
     # ── the end ──
 
     def close(self) -> None:
-        """Waits for pending saves, up to ``options.close_deadline``, and ends the engine; safe to call twice.
+        """Waits for pending saves, up to ``options.close_deadline``, and ends the engine; safe to call twice, and from
+        several threads, of which each waits. One that was interrupted (Control-C) can be called again, and is at the
+        interpreter's exit.
 
         Saves that are not done then are given up, and what does not even settle in ``options.settle_seconds`` is left
         behind; ``DeadlineExceeded`` names them. Loads that are not done get ``settle_seconds``, too. Also raises what
@@ -362,13 +367,14 @@ class AsyncCheckpointer:
         if self._engine.owns_current_thread():
             raise WouldDeadlock("close() in a done callback would wait for that very callback")
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
+        if self._ended:
+            return
         for guard in self._active_guards():
             guard.remove()
         given_up = self._pending.give_up(self._options.close_deadline, self._options.settle_seconds)
         stuck = self._end_engine()
+        self._ended = True
         if given_up or stuck is not None:
             raise self._pending.late(given_up, self._options.close_deadline, stuck) from stuck
         self._pending.surface(awaited=True)

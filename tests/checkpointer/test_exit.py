@@ -64,6 +64,31 @@ def test_an_unseen_failure_is_said_at_exit(python: Python) -> None:
     assert "nobody looked at it" in ran.stderr
 
 
+def test_a_close_that_was_interrupted_is_called_again_at_exit(python: Python) -> None:
+    ran = python("""
+        import asyncio, os, signal, torch
+        from asyncdcp import AsyncCheckpointer, MemoryStorage
+
+        class Late(MemoryStorage):
+            async def barrier(self):
+                os.kill(os.getpid(), signal.SIGINT)  # the main thread is in close
+                while not interrupted:
+                    await asyncio.sleep(0.01)
+                raise OSError(5, "the disk is gone")
+
+        interrupted = False
+        checkpointer = AsyncCheckpointer(process=False)
+        try:
+            checkpointer.save(Late(), {"w": torch.arange(3)})
+            checkpointer.close()
+        except KeyboardInterrupt:
+            interrupted = True
+    """)
+    assert ran.returncode == 0
+    assert "the disk is gone" in ran.stderr
+    assert "nobody looked at it" in ran.stderr
+
+
 def test_a_stuck_storage_does_not_hold_the_exit(python: Python) -> None:
     ran = python("""
         import threading, torch

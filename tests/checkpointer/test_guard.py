@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,6 +124,27 @@ def test_a_removed_guard_and_a_closed_checkpointer_hold_nothing(gate: Callable[[
         checkpointer.guard(optimizer)
         gate()
     optimizer.step()
+
+
+def test_a_forked_child_is_not_held_back(checkpointer: AsyncCheckpointer, gate: Callable[[], None]) -> None:
+    parameter = nn.Parameter(torch.zeros(9))
+    optimizer = Counting([parameter])
+    checkpointer.guard(optimizer)
+    handle = checkpointer.save(MemoryStorage(), {"w": parameter})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: this process has threads
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.alarm(20)
+            optimizer.step()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    gate()
+    handle.result(30)
 
 
 def test_wait_staged(checkpointer: AsyncCheckpointer, gate: Callable[[], None]) -> None:

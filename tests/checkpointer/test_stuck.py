@@ -223,6 +223,30 @@ def test_close_waits_for_what_is_pending(faulty: Any) -> None:
     assert [handle.result().tensors for handle in handles] == [1, 1, 1]
 
 
+def test_each_of_two_that_close_waits(faulty: Any) -> None:
+    storage = faulty()
+    gate = storage.gate("barrier", 1)
+    checkpointer = AsyncCheckpointer(process=False)
+    handle = checkpointer.save(storage, SMALL)
+    gate.wait_begun()
+    seen: list[bool] = []
+
+    def close() -> None:
+        checkpointer.close()
+        seen.append(handle.done())
+
+    threads = [threading.Thread(target=close) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    threads[0].join(0.2)
+    threads[1].join(0.2)
+    assert not seen
+    gate.release.set()
+    for thread in threads:
+        thread.join(30)
+    assert seen == [True, True]
+
+
 def test_close_in_a_done_callback_is_refused_and_nothing_is_closed(checkpointer: AsyncCheckpointer) -> None:
     caught, done = list[BaseException](), threading.Event()
 

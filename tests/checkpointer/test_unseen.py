@@ -189,3 +189,25 @@ def test_warnings_stay_quiet_where_all_is_well() -> None:
         warnings.simplefilter("error")
         with AsyncCheckpointer(process=False) as checkpointer:
             checkpointer.save(MemoryStorage(), SMALL)
+
+
+def test_it_is_logged_where_the_close_that_would_raise_it_is_cancelled(
+    faulty: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = faulty()
+    storage.errors["barrier", 1] = StorageError("the disk is gone", errno=errno.EIO)
+    gate = storage.gate("barrier", 1)
+
+    async def main() -> None:
+        checkpointer = AsyncCheckpointer(process=False)
+        checkpointer.save(storage, SMALL)
+        closing = asyncio.ensure_future(checkpointer.aclose())
+        await asyncio.to_thread(gate.wait_begun)
+        closing.cancel()
+        await asyncio.sleep(0)
+        gate.release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+
+    asyncio.run(main())
+    assert "the disk is gone" in caplog.text
