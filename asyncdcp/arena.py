@@ -43,8 +43,8 @@ class Arena:
 
     - ``close`` always works: it closes the descriptor at once, and the mapping goes with the last view of it (a
       memoryview, a slice, an array made from one). An ``address`` keeps nothing alive.
-    - The mapping is neither inherited by ``os.fork()`` nor part of a core dump; in such a child every access through
-      this object raises ``Closed``, and views made before must not be touched there.
+    - The mapping is neither inherited by ``os.fork()`` nor part of a core dump; in such a child the descriptor is
+      closed, every access through this object raises ``Closed``, and views made before must not be touched.
     - The descriptor is not inherited over ``exec``; hand it on by name.
 
     ``slot_bytes`` is a multiple of 4,096. Raises ``MemoryLimit`` where the machine or a cgroup has not that much left,
@@ -96,6 +96,7 @@ class Arena:
         self._pid = os.getpid()
         self._lock, self._closing = threading.Lock(), False
         self._fd = fd
+        _living.add(self)
 
     # ── access ──
 
@@ -132,11 +133,11 @@ class Arena:
         return self._fd is None
 
     def _opened(self) -> tuple[int, ctypes.Array[ctypes.c_char]]:
+        if os.getpid() != self._pid:
+            raise Closed(f"the arena belongs to process {self._pid}: a fork does not inherit its memory")
         fd, memory = self._fd, self._memory
         if fd is None or memory is None:
             raise Closed("the arena is closed")
-        if os.getpid() != self._pid:
-            raise Closed(f"the arena belongs to process {self._pid}: a fork does not inherit its memory")
         return fd, memory
 
     # ── prefaulting ──
@@ -236,6 +237,20 @@ def _translated(code: int | None, nbytes: int) -> Exception:
             "staging_bytes="
         )
     return OSError(code, os.strerror(code or 0))
+
+
+# Fork handlers are one per process, and cannot be removed. Without this one a DataLoader's child would keep the memory
+# of every arena that was open when it was forked.
+_living: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for arena in list(_living):
+        arena.close()
+    _living.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)

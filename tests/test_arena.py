@@ -173,6 +173,7 @@ def test_a_fork_has_no_arena(arena: Arena) -> None:
             with pytest.raises(Closed, match="fork"):
                 _ = arena.buffer
             assert not mappings()
+            assert not descriptors()
             arena.close()
             code = 0
         finally:
