@@ -204,6 +204,9 @@ class AsyncCheckpointer:
         then.
         """
         self._check_open()
+        return self._all_staged()
+
+    def _all_staged(self) -> CheckpointFuture[None]:
         future: CheckpointFuture[None] = self._engine.future("staging of all pending saves")
         waiting = self._pending.unsettled()
         left = [len(waiting)]
@@ -319,7 +322,8 @@ class AsyncCheckpointer:
         *checkpoint* decides: tensors that match are filled in place, others made anew. Every Stateful's
         ``load_state_dict`` is called, in the state's order, after every byte was verified.
 
-        All that is missing, unexpected or different is found and listed (``StateMismatch``) before a byte is read.
+        All that is missing, unexpected or different is found and listed (``StateMismatch``) before a byte is read. A
+        load into ``state`` begins once the saves that were called before it have copied their tensors.
 
         - ``strict=False`` loads what both sides have and leaves the rest alone. - ``cast="allow"`` converts to the
         target's dtype where it differs. - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest
@@ -345,7 +349,8 @@ class AsyncCheckpointer:
         )
         storage = open_storage(path)
         flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
-        request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress))
+        staged = None if state is None else self._all_staged()
+        request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress), staged)
         task = LoadTask(request, self._engine, self._options.load_deadline)
         self._engine.submit(task.run, name=f"load of {storage.info.location}")
         return task.future

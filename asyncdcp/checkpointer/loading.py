@@ -34,7 +34,7 @@ from asyncdcp.trace import Trace
 @dataclass(frozen=True)
 class LoadRequest:
     """A load as the caller's thread hands it over: into ``state`` (flattened as ``flat``), or a new state if ``flat``
-    is None.
+    is None. It begins once ``after`` is done: until then saves may read the tensors that it will write to.
     """
 
     storage: Storage
@@ -42,6 +42,7 @@ class LoadRequest:
     flat: FlatState | None
     options: LoadOptions
     trace: Trace
+    after: CheckpointFuture[None] | None
 
 
 class LoadTask:
@@ -62,6 +63,8 @@ class LoadTask:
             with anyio.CancelScope() as self._scope:
                 if self._given_up:
                     self._scope.cancel()
+                if self._request.after is not None:
+                    await self._request.after
                 state, report = await _load(self._request)
                 self.future.report = report
                 self.future.resolve(state)

@@ -147,6 +147,23 @@ def test_a_forked_child_is_not_held_back(checkpointer: AsyncCheckpointer, gate: 
     handle.result(30)
 
 
+def test_a_load_into_what_is_being_saved_waits_for_its_staging(
+    checkpointer: AsyncCheckpointer, request: pytest.FixtureRequest
+) -> None:
+    old, new, w = MemoryStorage("old"), MemoryStorage("new"), torch.zeros(9)
+    checkpointer.save(old, {"w": w}).result(30)
+    opened = request.getfixturevalue("gate")  # from here on copies wait
+    w.fill_(1)
+    save = checkpointer.save(new, {"w": w})
+    load = checkpointer.load(old, {"w": w})
+    assert not load.wait(0.2)
+    opened()
+    load.result(30)
+    assert w.sum() == 0
+    save.result(30)
+    assert checkpointer.load(new).result(30)["w"].sum() == 9
+
+
 def test_wait_staged(checkpointer: AsyncCheckpointer, gate: Callable[[], None]) -> None:
     checkpointer.wait_staged().result()
     saves = [checkpointer.save(MemoryStorage(), {"x": torch.ones(3)}) for _ in range(3)]
