@@ -28,7 +28,6 @@ from asyncdcp.names import record_name
 from asyncdcp.pipeline.records import choose_commit, read_index, read_records
 from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, enumerated, unite
 from asyncdcp.storage.port import ObjectReader, Storage
-from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
 READS_IN_FLIGHT = 4
@@ -78,7 +77,6 @@ class CheckpointReader:
         self._storage = storage
         self._files = files
         self._objects: dict[str, ObjectReader] = {}
-        self._limiter = anyio.CapacityLimiter(READS_IN_FLIGHT)
         self.record = record
         self.metadata = metadata
 
@@ -170,20 +168,21 @@ class CheckpointReader:
 
     async def _read_window(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> None:
         length = window.end - window.begin
+        straight = _straight_parts(window)
+        layout = _layout(window, straight, bounce)
+        whole = [bounce[: -(-length // source.alignment) * source.alignment]]
+
+        def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
+            with trace.span("verify", length):
+                _verify_and_place(window, straight if cached else [], layout if cached else whole, bounce)
+
         with trace.span("read", length):
-            straight = _straight_parts(window)
-            layout = _layout(window, straight, bounce)
+            if source.size != window.file.size:
+                raise damaged(window.file, f"has {source.size} bytes")
             try:
-                if source.size != window.file.size:
-                    raise damaged(window.file, f"has {source.size} bytes")
-                if not await source.read_cached(window.begin, layout):
-                    padded = -(-length // source.alignment) * source.alignment
-                    straight, layout = [], [bounce[:padded]]
-                    await source.read(window.begin, layout)
+                await source.fetch(window.begin, layout, whole, place)
             except EOFError as error:
                 raise damaged(window.file, "has become shorter") from error
-        with trace.span("verify", length):
-            await on_thread(self._limiter, _verify_and_place, window, straight, layout, bounce)
 
 
 async def _resolve(storage: Storage) -> Record:

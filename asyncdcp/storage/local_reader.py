@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from anyio import CapacityLimiter
 
 from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError
 from asyncdcp.storage.files import MIN_ALIGNMENT, REFUSED, Descriptor, aligned, tolerated, translated
-from asyncdcp.storage.port import Buffer
+from asyncdcp.storage.port import Buffer, T
 from asyncdcp.storage.posix import IOV_MAX, PAGE, Posix
 from asyncdcp.threads import on_executor, on_thread
 
@@ -67,6 +67,20 @@ class LocalReader:
             return False
         with translated("read", self._path):
             return await on_thread(self._limiter, self._fill_cached, offset, buffers, expected)
+
+    async def fetch(
+        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+    ) -> T:
+        within, expected = self._expected(offset, cached), self._expected(offset, otherwise)
+
+        def work() -> T:
+            with translated("read", self._path):
+                found = self._nowait and self._fill_cached(offset, cached, within)
+                if not found:
+                    self._fill(offset, otherwise, expected)
+            return then(found)
+
+        return await on_thread(self._limiter, work)
 
     async def aclose(self) -> None:
         with translated("close", self._path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
 from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError
-from asyncdcp.storage.port import Buffer, StorageInfo, check_name
+from asyncdcp.storage.port import Buffer, StorageInfo, T, check_name
+from asyncdcp.threads import on_thread
 
 
 class MemoryStorage:
@@ -163,6 +165,12 @@ class MemoryReader:
     async def read_cached(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         await self.read(offset, buffers)
         return True
+
+    async def fetch(
+        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+    ) -> T:
+        found = await self.read_cached(offset, cached)
+        return await on_thread(CapacityLimiter(1), then, found)  # it may block, and the loop has other work
 
     async def aclose(self) -> None:
         self._open = False

@@ -6,18 +6,22 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from anyio import CapacityLimiter
 
 from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import reader as reading
 from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
 from asyncdcp.storage import LocalStorage, MemoryStorage, ObjectReader
+from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 from tests.pipeline.forge import OTHER, SAVE, forger, read_all, save
+
+T = TypeVar("T")
 
 ARRAYS = {"w": np.random.default_rng(0).integers(0, 256, 300_001, np.uint8), "b": np.arange(9, dtype=np.int16)}
 FILE = data_name(SAVE, 0, 0)
@@ -63,6 +67,18 @@ class _Seen:
         for buffer in buffers:
             buffer[: len(buffer) // 2] = bytes(len(buffer) // 2)
         return False
+
+    async def fetch(
+        self,
+        offset: int,
+        cached: Sequence[memoryview],
+        otherwise: Sequence[memoryview],
+        then: Callable[[bool], T],
+    ) -> T:
+        found = await self.read_cached(offset, cached)
+        if not found:
+            await self.read(offset, otherwise)
+        return await on_thread(CapacityLimiter(1), then, found)
 
     async def aclose(self) -> None:
         self._storage.open_now.remove(self._name)

@@ -262,3 +262,26 @@ async def test_info(storage: Storage) -> None:
 async def test_usage_errors_are_the_callers(storage: Storage) -> None:
     with pytest.raises(UsageError):
         await storage.get("/etc/passwd", 1000)
+
+
+async def test_fetch_reads_one_way_or_the_other_and_hands_on_what_comes_of_it(
+    storage: Storage, aligned: Bounce
+) -> None:
+    data = os.urandom(50_000)
+    await stored(storage, "a", data, aligned)
+    reader = await storage.open("a")
+    cached, otherwise = aligned(bytes(64 * KIB)), aligned(bytes(64 * KIB))
+
+    def then(found: bool) -> bytes:
+        return bytes((cached if found else otherwise)[: len(data)])
+
+    assert await reader.fetch(0, [cached], [otherwise], then) == data
+
+    def fail(found: bool) -> None:
+        raise LookupError("the caller's")
+
+    with pytest.raises(LookupError, match="the caller's"):
+        await reader.fetch(0, [cached], [otherwise], fail)
+    await reader.aclose()
+    with pytest.raises(Closed):
+        await reader.fetch(0, [cached], [otherwise], then)
