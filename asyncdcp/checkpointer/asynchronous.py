@@ -418,7 +418,7 @@ class AsyncCheckpointer:
         warnings.warn(f"unclosed {self!r}: its thread lives on", ResourceWarning, source=self, stacklevel=2)
         self._pending.log_unseen()
         with suppress(Closed):
-            engine.call(self._lanes.arenas.close)
+            engine.call(engine.submit, self._lanes.leave)
 
     def __enter__(self) -> Self:
         return self

@@ -54,6 +54,14 @@ class Lanes:
                 tasks.start_soon(self.pipeline.start)
                 await self.arenas.prepare(slabs)
 
+    async def leave(self) -> None:
+        """Ends the pipeline once the saves that are under way have ended; no others come."""
+        self.arenas.close()
+        last = Turn()
+        self.writing.join(last)
+        await last.wait()
+        await self.pipeline.aclose()
+
 
 @dataclass
 class _Attempt:

@@ -337,3 +337,15 @@ def test_endless_deadlines(opened: Opened, tmp_path: Path) -> None:
     handle = checkpointer.save(tmp_path, {"w": parameter})
     optimizer.step()
     handle.result(LONG)
+
+
+def test_the_process_of_a_dropped_one_ends_after_its_saves(tmp_path: Path, closing: Callable[[int], int]) -> None:
+    checkpointer = AsyncCheckpointer(process=True)
+    worker = closing(os.pidfd_open(worker_of(checkpointer).pid))
+    handles = [checkpointer.save(tmp_path / str(number), state(number)) for number in range(3)]
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del checkpointer
+        gc.collect()
+    for handle in handles:
+        handle.result(LONG)
+    assert has_ended(worker)
