@@ -4,12 +4,23 @@ A ``DeviceFence`` is taken on the caller's thread when ``save`` is called: an ev
 device that holds a source. The copies run on a side stream per device that waits for the event first, so they see the
 tensors as they were at the call, whatever stream the copying thread would use by itself. Chosen by
 ``torch.accelerator``; without one, nothing here does anything.
+
+Lifetimes: sources are held by the save until every copy has arrived; what a copy needs in between is allocated and
+freed on its side stream, so that nothing else gets that memory before; slots of the arena and bounce buffers are given
+on only after the stream was waited for, whatever went wrong. A capture of a CUDA graph must not *begin* while a save is
+being staged either: call ``wait_staged()`` before it.
+
+Untested so far, for want of a device: all of this module. ``tests/staging/test_accelerator.py`` runs where there is
+one. Meant for devices that have streams as CUDA's are (cuda, xpu).
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,23 +81,68 @@ class DeviceCopies:
             stream.synchronize()
 
 
-def register_host_memory(address: int, nbytes: int) -> Callable[[], None] | None:
+class BounceBuffers:
+    """Pinned memory of one slab for each thread that copies, where the arena itself could not be pinned.
+
+    A slab is put together there, at the link's speed, and then moved to its slot by the host.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def around(self, slot: Tensor, length: int) -> Iterator[Tensor]:
+        """Where to copy to; all must have arrived when the block ends, and ``length`` bytes go to ``slot`` then."""
+        with self._lock:
+            buffer = self._free.pop() if self._free else None
+        if buffer is None:  # torch keeps freed pinned memory for the next save
+            buffer = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True)
+        try:
+            yield buffer
+            ctypes.memmove(slot.data_ptr(), buffer.data_ptr(), length)
+        finally:
+            with self._lock:
+                self._free.append(buffer)
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
+
+
+def register_host_memory(address: int, nbytes: int, device: torch.device) -> Callable[[], None] | None:
     """Pins memory that is there already, so that copies to it run at the link's speed and beside the computation.
 
-    Returns what undoes it, or None where that cannot be had: copies then go through the driver's own pinned buffers and
-    hold up the copying thread.
+    Returns what undoes it, or None where that cannot be had. The calls are made with ``device`` current, lest they
+    start up another one that this process does not use.
     """
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return None
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch does not annotate it
-    code = runtime.cudaHostRegister(address, nbytes, 0)
-    if int(code) != 0:
-        _logger.warning("the staging arena could not be pinned (cudaHostRegister: %s); copies are slower", code)
+
+    def register() -> int:
+        with torch.cuda.device(device):
+            return int(runtime.cudaHostRegister(address, nbytes, _PORTABLE))
+
+    # A failure stays with the thread as CUDA's last error, which torch would raise at that thread's next kernel.
+    with ThreadPoolExecutor(1) as once:
+        code = once.submit(register).result()
+    if code != 0:
+        _logger.warning("the staging arena could not be pinned (cudaHostRegister: %d); copies are slower", code)
         return None
-    return lambda: runtime.cudaHostUnregister(address)
+
+    def unregister() -> None:
+        with torch.cuda.device(device):
+            runtime.cudaHostUnregister(address)
+
+    return unregister
 
 
 def _refuse_capture(device: torch.device) -> None:
     """While a CUDA graph is being captured no other work may be enqueued, and captured copies would be replayed."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
         raise UsageError("save() was called while a CUDA graph is being captured; call it before or after the capture")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asyncdcp.arena import Arena, SlotRing
-from asyncdcp.staging.accelerator import register_host_memory
+from asyncdcp.staging.accelerator import BounceBuffers, register_host_memory
 from asyncdcp.threads import on_thread
 
 _logger = logging.getLogger("asyncdcp")
@@ -31,7 +31,9 @@ class StagingArena:
         self.abandoned = False
         self._prefaulted = bytearray(slots)
         self._unpin: Callable[[], None] | None = None
-        self._pinned = False
+        self._tried: set[str] = set()
+        self.bounce: BounceBuffers | None = None
+        """Where copies from accelerators go first, if ``pin`` could not do without."""
 
     @property
     def slots(self) -> int:
@@ -49,11 +51,16 @@ class StagingArena:
             self.arena.prefault_slot(number)
             self._prefaulted[number] = 1
 
-    def pin(self) -> None:
+    def pin(self, device: torch.device) -> None:
         """Pins the memory for copies from accelerators, all of it, once. Takes the memory; a thread's work."""
-        if not self._pinned:
-            self._pinned = True
-            self._unpin = register_host_memory(self.arena.address, self.arena.nbytes)
+        if device.type in self._tried:
+            return
+        self._tried.add(device.type)
+        unpin = register_host_memory(self.arena.address, self.arena.nbytes, device)
+        if unpin is not None:
+            self._unpin = unpin
+        elif self.bounce is None:
+            self.bounce = BounceBuffers(self.arena.slot_bytes)
 
     def close(self) -> None:
         """Gives the memory back once nothing holds a view of it."""

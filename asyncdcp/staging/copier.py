@@ -55,15 +55,23 @@ class SlabCopier:
         if header:
             ctypes.memmove(into.data_ptr(), header, len(header))
         copies = DeviceCopies(self._fence)
-        with torch.no_grad():
-            for (device, dtype), pieces in groupby(slab.pieces, self._kind):
-                with copies.on(device):
-                    if dtype is not None:
-                        self._gather(list(pieces), dtype, into)
-                    else:
-                        for piece in pieces:
-                            self._copy_piece(piece, into)
-        copies.finish()
+        try:
+            with torch.no_grad():
+                for (device, dtype), pieces in groupby(slab.pieces, self._kind):
+                    with copies.on(device):
+                        if dtype is not None:
+                            self._gather(list(pieces), dtype, into)
+                        else:
+                            for piece in pieces:
+                                self._copy_piece(piece, into)
+        finally:
+            copies.finish()
+
+    def from_device(self, slab: Slab) -> bool:
+        """Whether something in ``slab`` comes from an accelerator."""
+        if not self._fence.devices:
+            return False
+        return any(not self._sources[self._plan.origins[piece.chunk]].is_cpu for piece in slab.pieces)
 
     def _kind(self, piece: Piece) -> tuple[torch.device, torch.dtype | None]:
         """A piece's device, and the dtype to gather it by, None if it is copied alone."""

@@ -38,8 +38,8 @@ class CheckpointStager:
         ``TornSnapshotError`` names the tensors that were seen to change meanwhile.
         """
         limiter = anyio.CapacityLimiter(COPIES_IN_FLIGHT)
-        if sources.fence.devices:
-            await on_thread(limiter, self._arena.pin)
+        for device in sources.fence.devices:
+            await on_thread(limiter, self._arena.pin, device)
         changed = await on_thread(limiter, sources.witness)
         copier = await on_thread(limiter, SlabCopier, self._plan, sources.tensors, sources.fence)
         slabs = iter(self._plan.slabs)
@@ -71,4 +71,9 @@ class CheckpointStager:
 
     def _fill(self, copier: SlabCopier, slab: Slab, slot: int) -> None:
         self._arena.prefault(slot)
-        copier.copy(slab, self._arena.slot(slot))
+        into, bounce = self._arena.slot(slot), self._arena.bounce
+        if bounce is None or not copier.from_device(slab):
+            copier.copy(slab, into)
+            return
+        with bounce.around(into, slab.length) as pinned:
+            copier.copy(slab, pinned)

@@ -47,6 +47,8 @@ class TensorTarget:
                     piece = elements[begin - first : begin - first + box.volume].view(box.sizes)
                     source = copyable(piece) if same else piece
                     target[_slices(common, self._box)].copy_(source[_slices(common, absolute)])
+        if not target.is_cpu:  # strided and converted ones are finished by a kernel
+            torch.accelerator.current_stream(target.device).synchronize()
 
 
 def copyable(tensor: Tensor) -> Tensor:
@@ -82,8 +84,14 @@ def new_tensors(metadata: Metadata, devices: Mapping[str, torch.device]) -> dict
 
 
 def targets_of(metadata: Metadata, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[Want], list[TensorTarget]]:
-    """Wants and targets for whole tensors, each with the name under which it is stored. Empty tensors need nothing."""
+    """Wants and targets for whole tensors, each with the name under which it is stored. Empty tensors need nothing.
+
+    Waits until accelerators have done what was enqueued before, on whatever stream: it may use the targets.
+    """
     wants, targets = [], []
+    tensors = [*tensors]
+    for device in {tensor.device for _, tensor in tensors if not tensor.is_cpu and not tensor.is_meta}:
+        torch.accelerator.synchronize(device)
     for name, tensor in tensors:
         if tensor.numel():
             box = whole(tensor.shape)

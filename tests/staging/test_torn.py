@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_a_change_of_all_elements_is_seen(change: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("form", [{"foreach": False}, {"foreach": True}, {"fused": True}])
-def test_a_step_of_adamw_is_always_seen(form: dict[str, bool]) -> None:
+def test_a_step_of_adamw_is_always_seen(form: dict[str, Any]) -> None:
     """fp32 at lr 1e-3: every element of parameters and moments moves, and fused steps count no version."""
     for trial in range(60):
         torch.manual_seed(trial)
