@@ -125,6 +125,11 @@ class CheckpointProcess:
             self._on_exit()
         return self._machine.state is WorkerState.READY
 
+    @property
+    def condemned(self) -> bool:
+        """Whether it was killed and its death is not seen yet: it may never say a word again."""
+        return self._machine.state is WorkerState.KILLED
+
     def begin(self, message: Begin, arena: Arena, listener: SaveListener) -> None:
         """Hands a save over; ``message.arena`` is filled in. The arena is shared with its first save."""
         self.drop_closed_arenas()

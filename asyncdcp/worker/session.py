@@ -150,6 +150,9 @@ class RemoteSession:
         process = await self._opened()
         if process is None:
             raise self._failure()
+        if process.condemned:  # over an earlier save; this one need not wait its whole deadline for an answer
+            self._reason = self._reason or Reason("failed", self._failure())
+            self._limit(0)
         try:
             await self._wait_for_end()
             if self._is_live():
@@ -213,5 +216,7 @@ class RemoteSession:
             return error
         number = self._process.signal if self._process is not None else None
         how = "ended" if number is None else f"was ended by signal {number}"
+        if self._process is not None and self._process.condemned:
+            how = "was killed over an earlier save, and has not ended yet,"
         message = f"the background process {how} before the save {self._id} to {location} was committed"
         return WorkerCrashed(message, path=location, signal=number, save=self._id)

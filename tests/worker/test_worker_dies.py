@@ -228,6 +228,23 @@ def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
     assert loaded(checkpointer, tmp_path / "next") == 2
 
 
+def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(opened: Opened, tmp_path: Path) -> None:
+    checkpointer = opened(save_deadline=2, settle_seconds=2)
+    checkpointer.prepare(state(0)).result(LONG)
+    process = worker_of(checkpointer)
+    kill = process._send_kill
+    process._send_kill = lambda: None  # type: ignore[method-assign]
+    small = {"w": torch.arange(9)}
+    handles = [checkpointer.save(FaultyStorage(tmp_path / "0", [Fault("pwrite", 1, "stop")]), small)]
+    handles += [checkpointer.save(tmp_path / str(number), small) for number in (1, 2)]
+    assert isinstance(handles[0].exception(LONG), DeadlineExceeded)
+    for handle in handles[1:]:
+        assert isinstance(handle.exception(2 * SECOND), WorkerCrashed)
+    checkpointer.save(tmp_path / "next", small).result(LONG)
+    process._send_kill = kill  # type: ignore[method-assign]
+    checkpointer._engine.call(process.kill)
+
+
 def test_nobody_can_tell_is_said_so(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker does not die, and the storage does not take the abort: whether it will be committed is unknown."""
     checkpointer = opened(save_deadline=0.5, settle_seconds=2)
