@@ -30,7 +30,7 @@ from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, enumerated, u
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.trace import Trace
 
-READS_IN_FLIGHT = 4
+READS_IN_FLIGHT = 6
 _STRAIGHT_BYTES = 64 << 10
 """Pieces at least this long are read straight to their target where the page cache has them; shorter ones are copied.
 """
