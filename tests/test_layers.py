@@ -29,6 +29,7 @@ LEVELS: list[set[str]] = [
     {"state_dict"},
     {"staging"},
     {"checkpointer"},
+    {"testing"},
     {"__init__"},
 ]
 """Top-level modules and packages of asyncdcp, lowest first. A package is one sibling: inside it imports are its own."""

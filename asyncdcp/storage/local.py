@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from asyncdcp.errors import CommitUnknown, InvalidOption, StorageError
 from asyncdcp.storage.files import Descriptor, translated
 from asyncdcp.storage.local_reader import LocalReader
 from asyncdcp.storage.local_writer import LocalWriter
-from asyncdcp.storage.port import StorageInfo, check_name
+from asyncdcp.storage.port import NAME_PATTERN, StorageInfo, check_name
 from asyncdcp.storage.posix import SYSTEM, FileStatus, Posix
 from asyncdcp.storage.spec import LocalSpec, StorageSpec
 from asyncdcp.threads import on_executor
@@ -31,6 +32,8 @@ from asyncdcp.threads import on_executor
 TRANSFERS: Final = 8
 """How many reads and writes of one LocalStorage are on threads at once."""
 
+_TEMPORARY: Final = re.compile(rf"\.({NAME_PATTERN})\.[0-9a-f]{{16}}")
+"""A temporary's name; the group is the name that it is to get."""
 _VOLATILE: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _NO_RENAME: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
@@ -114,14 +117,20 @@ class LocalStorage:
         return reader
 
     async def list(self) -> dict[str, int]:
+        return {name: status.size for name, status in (await self._scan()).items() if not name.startswith(".")}
+
+    async def temporaries(self) -> dict[str, str]:
+        found = ((name, _TEMPORARY.fullmatch(name)) for name in await self._scan())
+        return {name: match[1] for name, match in found if match is not None}
+
+    async def _scan(self) -> dict[str, FileStatus]:
         found: dict[str, FileStatus] = {}
         with translated("list", self._path), suppress(FileNotFoundError):
             found = await on_executor(self._posix.scan, self._path)
-        files = {name: status for name, status in found.items() if stat.S_ISREG(status.mode)}
-        return {name: status.size for name, status in files.items() if not name.startswith(".")}
+        return {name: status for name, status in found.items() if stat.S_ISREG(status.mode)}
 
     async def delete(self, names: Sequence[str]) -> None:
-        paths = [self._join(name) for name in names]
+        paths = [os.path.join(self._path, name) if _TEMPORARY.fullmatch(name) else self._join(name) for name in names]
         with translated("delete from", self._path):
             await on_executor(self._delete, paths)
 

@@ -61,6 +61,10 @@ class MemoryStorage:
         await checkpoint()
         return {name: len(data) for name, data in self._objects.items()}
 
+    async def temporaries(self) -> dict[str, str]:
+        await checkpoint()
+        return {}  # what is unfinished dies with the process, and its name is deleted as an object's
+
     async def delete(self, names: Sequence[str]) -> None:
         for name in names:
             check_name(name)

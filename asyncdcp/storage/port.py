@@ -28,7 +28,8 @@ Buffer: TypeAlias = memoryview
 NAME_LIMIT: Final = 200
 """Longest name of an object, which leaves a filesystem's 255 bytes room for the names of temporaries."""
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+NAME_PATTERN: Final = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_NAME: Final = re.compile(NAME_PATTERN)
 
 
 def check_name(name: str) -> str:
@@ -203,6 +204,17 @@ class Storage(Protocol):
         """
         ...
 
+    async def temporaries(self) -> dict[str, str]:
+        """Names, which ``delete`` takes and ``list`` does not show, of what was begun and is no object yet, each with
+        the name of the object that it was to become.
+
+        They belong to creates, puts and claims that are under way, or whose process died; whose, only the object's name
+        can tell. What is under way fails if they are deleted, and publishes nothing.
+        """
+        ...
+
     async def delete(self, names: Sequence[str]) -> None:
-        """Removes objects; those that are gone already are passed over. Durable after the next ``barrier``."""
+        """Removes objects and temporaries; those that are gone already are passed over. Durable after the next
+        ``barrier``.
+        """
         ...

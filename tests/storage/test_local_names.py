@@ -329,3 +329,36 @@ async def test_a_place_that_vanishes_is_an_error(tmp_path: Path) -> None:
     os.rmdir(tmp_path / "a")
     with pytest.raises(StorageError):
         await storage.barrier()
+
+
+async def test_temporaries_of_the_dead_are_found_and_deleted(tmp_path: Path) -> None:
+    class Dying(OS):
+        """As a process that is killed between its temporary and its link."""
+
+        def link(self, source: str, target: str, /) -> None:
+            raise LookupError("killed")
+
+        def unlink(self, path: str, /) -> None:
+            raise failure(errno.EIO)
+
+    with pytest.raises(LookupError):
+        await LocalStorage(tmp_path, posix=Dying()).claim("a.json", b"x")
+    for foreign in (".a.json", ".hidden.0123"):
+        (tmp_path / foreign).write_bytes(b"theirs")
+    storage = LocalStorage(tmp_path)
+    found = await storage.temporaries()
+    assert [*found.values()] == ["a.json"] and await storage.list() == {}
+    await storage.delete([*found])
+    assert await storage.temporaries() == {}
+    assert sorted(os.listdir(tmp_path)) == [".a.json", ".hidden.0123"]
+
+
+async def test_a_claim_whose_temporary_is_deleted_publishes_nothing(tmp_path: Path) -> None:
+    class Swept(OS):
+        def link(self, source: str, target: str, /) -> None:
+            os.unlink(source)
+            super().link(source, target)
+
+    with pytest.raises(CommitUnknown):
+        await LocalStorage(tmp_path, posix=Swept()).claim("a.json", b"x")
+    assert os.listdir(tmp_path) == []
