@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from asyncdcp.engine import Engine
 from asyncdcp.errors import AsyncDCPError, Cancelled, CorruptCheckpoint, DeadlineExceeded
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
+from asyncdcp.pipeline.formats import open_checkpoint
 from asyncdcp.pipeline.load import load
-from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.planning import Want, plan_load
 from asyncdcp.results import LoadReport, frozen
 from asyncdcp.state_dict.flatten import FlatState
@@ -102,7 +103,7 @@ async def _load(request: LoadRequest) -> tuple[Any, LoadReport]:
     called.
     """
     begun = time.monotonic()
-    async with await CheckpointReader.open(request.storage) as reader:
+    async with aclosing(await open_checkpoint(request.storage)) as reader:
         into: _InPlace | _Anew = (
             _Anew(request, reader.metadata) if request.flat is None else _InPlace(request, reader.metadata)
         )
@@ -114,7 +115,7 @@ async def _load(request: LoadRequest) -> tuple[Any, LoadReport]:
             state = await to_thread.run_sync(into.finish)
     report = LoadReport(
         path=request.storage.info.location,
-        save_id=reader.record.save_id,
+        save_id=reader.metadata.storage_meta.save_id,
         tensors=len(wants),
         read_bytes=plan.read_bytes,
         seconds=time.monotonic() - begun,

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Protocol
 
 from asyncdcp.boxes import Box
-from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
+from asyncdcp.pipeline.formats import ReadableCheckpoint
+from asyncdcp.pipeline.reader import ReadRange
 from asyncdcp.planning.load_plan import LoadPlan
 from asyncdcp.trace import Trace
 
@@ -29,9 +30,9 @@ class Target(Protocol):
         ...
 
 
-async def load(reader: CheckpointReader, plan: LoadPlan, targets: Sequence[Target], trace: Trace) -> None:
+async def load(reader: ReadableCheckpoint, plan: LoadPlan, targets: Sequence[Target], trace: Trace) -> None:
     """Fills ``targets`` (one for each of the plan's wants). Errors and guarantees are those of
-    ``CheckpointReader.read``.
+    ``ReadableCheckpoint.read``.
     """
     ranges = []
     for item in plan.items:

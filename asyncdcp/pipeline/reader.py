@@ -1,5 +1,7 @@
 """CheckpointReader: opens a checkpoint, checks all that describes it, and reads ranges of its data files, verified.
 
+``RangeReader`` below it does the reading, of any files whose lengths are known: readers of other formats use it too.
+
 Data is read in windows of at most a slab, cut at block borders, several in flight. What the page cache has is read
 straight into the targets and checksummed there; the rest comes with direct I/O into aligned bounce buffers and is
 copied from there once its blocks are verified.
@@ -10,11 +12,11 @@ from __future__ import annotations
 import bisect
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import anyio
 import xxhash
@@ -70,49 +72,18 @@ class _Window(NamedTuple):
     parts: list[_Part]
 
 
-class CheckpointReader:
-    """An open checkpoint. Made by ``open``; an async context manager that closes its files."""
+class RangeReader:
+    """Reads ranges of the files of a storage, several at once; an async context manager that closes what it opened.
 
-    def __init__(self, storage: Storage, record: Record, metadata: Metadata, files: dict[str, FileMap]) -> None:
+    ``files`` are by the names that ranges call them by.
+    """
+
+    def __init__(self, storage: Storage, files: Mapping[str, FileMap]) -> None:
         self._storage = storage
         self._files = files
         self._objects: dict[str, ObjectReader] = {}
-        self.record = record
-        self.metadata = metadata
 
-    @classmethod
-    async def open(cls, storage: Storage) -> CheckpointReader:
-        """Finds the checkpoint at ``storage`` and checks its Record, its indexes and the sizes of its files.
-
-        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat`` or ``CorruptCheckpoint`` otherwise,
-        naming file and tensor. No data file is read yet.
-        """
-        record = await _resolve(storage)
-        while True:
-            try:
-                return await cls._open(storage, record)
-            except CorruptCheckpoint:
-                before, record = record, await _resolve(storage)
-                if record.save_id == before.save_id:  # else a new save has just replaced what was being opened
-                    raise
-
-    @classmethod
-    async def _open(cls, storage: Storage, record: Record) -> CheckpointReader:
-        location, world = storage.info.location, range(record.world_size)
-        if not 0 < record.world_size == len(record.indexes):
-            name = record_name(record.save_id)
-            raise CorruptCheckpoint(
-                f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name
-            )
-        indexes = [await _read_listed(storage, record, rank) for rank in world]
-        union = await to_thread.run_sync(unite, indexes)
-        check_sizes(union, await storage.list())
-        meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
-        plan = indexes[0].plan
-        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, plan.tree, indexes[0].values)
-        return cls(storage, record, metadata, union.files)
-
-    async def __aenter__(self) -> CheckpointReader:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -131,7 +102,7 @@ class CheckpointReader:
             await self._objects.pop(name).aclose()
 
     async def read(self, ranges: Sequence[ReadRange], trace: Trace) -> None:
-        """Reads all ranges. Every byte belongs to a verified block before a range's ``deliver`` sees it.
+        """Reads all ranges. Every byte of a file with checksums is verified before a range's ``deliver`` sees it.
 
         Ranges may overlap. ``into`` buffers may hold unverified bytes when this raises ``ChecksumMismatch``. On return
         and on raise no buffer is in use any more. Files are open only while they are read.
@@ -185,6 +156,47 @@ class CheckpointReader:
                 raise damaged(window.file, "has become shorter") from error
 
 
+class CheckpointReader(RangeReader):
+    """An open checkpoint of asyncdcp's own format. Made by ``open``."""
+
+    def __init__(self, storage: Storage, record: Record, metadata: Metadata, files: dict[str, FileMap]) -> None:
+        super().__init__(storage, files)
+        self.record = record
+        self.metadata = metadata
+
+    @classmethod
+    async def open(cls, storage: Storage) -> CheckpointReader:
+        """Finds the checkpoint at ``storage`` and checks its Record, its indexes and the sizes of its files.
+
+        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat`` or ``CorruptCheckpoint`` otherwise,
+        naming file and tensor. No data file is read yet.
+        """
+        record = await _resolve(storage)
+        while True:
+            try:
+                return await cls._open(storage, record)
+            except CorruptCheckpoint:
+                before, record = record, await _resolve(storage)
+                if record.save_id == before.save_id:  # else a new save has just replaced what was being opened
+                    raise
+
+    @classmethod
+    async def _open(cls, storage: Storage, record: Record) -> CheckpointReader:
+        location, world = storage.info.location, range(record.world_size)
+        if not 0 < record.world_size == len(record.indexes):
+            name = record_name(record.save_id)
+            raise CorruptCheckpoint(
+                f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name
+            )
+        indexes = [await _read_listed(storage, record, rank) for rank in world]
+        union = await to_thread.run_sync(unite, indexes)
+        check_sizes(union, await storage.list())
+        meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
+        plan = indexes[0].plan
+        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, plan.tree, indexes[0].values)
+        return cls(storage, record, metadata, union.files)
+
+
 async def _resolve(storage: Storage) -> Record:
     return choose_commit(await read_records(storage, await storage.list()), storage.info.location)
 
@@ -201,7 +213,7 @@ async def _read_listed(storage: Storage, record: Record, rank: int) -> Index:
     return found.content
 
 
-def _windows(ranges: Sequence[ReadRange], files: dict[str, FileMap]) -> list[_Window]:
+def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap]) -> list[_Window]:
     """Cuts the ranges along a grid of slabs. In each slab, every run of blocks that something wants is a window."""
     slabs: dict[tuple[str, int], list[_Part]] = {}
     for wanted in sorted(ranges, key=lambda part: (part.file, part.begin)):
@@ -276,6 +288,8 @@ def _verify_and_place(window: _Window, straight: list[_Part], layout: list[memor
 
 def _verify(window: _Window, layout: list[memoryview]) -> None:
     file = window.file
+    if file.checksums is None:
+        return
     pieces = iter(layout)
     piece = next(pieces)
     for begin in range(window.begin, window.end, file.block_bytes):

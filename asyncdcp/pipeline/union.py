@@ -37,12 +37,15 @@ _BLOCK_LIMITS = (4096, SLAB_BYTES)
 
 
 class FileMap(NamedTuple):
-    """A data file, checked: its decoded size, block size and block checksums, and the chunks in it, sorted by begin."""
+    """A data file, checked: its decoded size, block size and block checksums, and the chunks in it, sorted by begin.
+
+    ``checksums`` are None for a file of another format, which has none; its blocks are then only what is read at once.
+    """
 
     name: str
     size: int
     block_bytes: int
-    checksums: Sequence[int]
+    checksums: Sequence[int] | None
     begins: list[int]
     tensors: list[str]
 

@@ -71,6 +71,13 @@ class LocalStorage:
         """The same directory for another process; None where ``posix`` is a stand-in, which cannot travel."""
         return LocalSpec(os.fsencode(self._path), self._direct_io) if self._posix is SYSTEM else None
 
+    def is_file(self) -> bool:
+        """Whether there is a file where the directory would be. Blocks for a moment."""
+        try:
+            return stat.S_ISREG(self._posix.stat(self._path).mode)
+        except OSError:
+            return False
+
     async def create(self, name: str, length_hint: int) -> LocalWriter:
         path = self._join(name)
         writer = LocalWriter(path, self._posix, self._limiter)

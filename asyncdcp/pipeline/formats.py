@@ -1,0 +1,81 @@
+"""Opening a place for reading, whatever format it holds: asyncdcp's own, or one whose reader is installed.
+
+A reader of another format is an entry point of the group ``asyncdcp.readers``: a coroutine function that is given a
+``ForeignPlace`` and returns a ``ReadableCheckpoint``, or None if the place is not of its format. The entry point's name
+is the format's, for messages. Readers are asked in the order of their names, and only where there is no checkpoint of
+asyncdcp's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Protocol, TypeAlias
+
+from anyio import to_thread
+
+from asyncdcp.errors import CheckpointNotFound
+from asyncdcp.metadata import Metadata
+from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
+from asyncdcp.storage.foreign import ForeignPlace, foreign_place
+from asyncdcp.storage.port import Storage
+from asyncdcp.trace import Trace
+
+GROUP = "asyncdcp.readers"
+
+
+class ReadableCheckpoint(Protocol):
+    """A checkpoint open for loading.
+
+    A reader of another format makes ``metadata`` of what it found, checked: every tensor's chunks cover it exactly and
+    each has a location. ``ChunkLocation.file`` may be any name that the reader itself knows; a location's bytes are the
+    chunk's elements, row-major and little-endian. ``tree`` and ``values`` are as ``state_dict.flatten`` makes them.
+    """
+
+    @property
+    def metadata(self) -> Metadata: ...
+
+    async def read(self, ranges: Sequence[ReadRange], trace: Trace) -> None:
+        """Reads ranges of the locations of ``metadata``. Each has ``into`` or ``deliver``, see ``ReadRange``.
+
+        What the format has checksums for is verified before ``deliver`` sees it, or before this returns. On return and
+        on raise no buffer is in use any more.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Closes what is open; safe to call twice. Done whole even where the caller is cancelled already."""
+        ...
+
+
+ForeignReader: TypeAlias = Callable[[ForeignPlace], Awaitable[ReadableCheckpoint | None]]
+"""What an entry point names. It raises ``CorruptCheckpoint`` and its kin for a place that is of its format and damaged,
+and reads no tensor yet."""
+
+
+async def open_checkpoint(storage: Storage) -> ReadableCheckpoint:
+    """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
+
+    Raises as ``CheckpointReader.open`` does; ``CheckpointNotFound`` names readers that could not be loaded.
+    """
+    place = await to_thread.run_sync(foreign_place, storage)
+    location = storage.info.location
+    missing = CheckpointNotFound(f"no checkpoint at {location}", path=location)
+    if place.name is None:
+        try:
+            return await CheckpointReader.open(storage)
+        except CheckpointNotFound as error:
+            missing = error
+    broken = []
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            reader: ForeignReader = await to_thread.run_sync(entry.load)
+        except Exception as error:  # noqa: BLE001  # one that is broken must not hide the others
+            broken.append(f"the reader of {entry.name} could not be loaded: {type(error).__name__}: {error}")
+            continue
+        found = await reader(place)
+        if found is not None:
+            return found
+    if not broken:
+        raise missing
+    raise CheckpointNotFound("; ".join((str(missing), *broken)), path=location)
