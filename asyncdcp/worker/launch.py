@@ -45,6 +45,12 @@ class Launched(NamedTuple):
     stderr: int
     """A memfd that the child writes to until it is ready: what went wrong, if it never is."""
 
+    def close(self) -> None:
+        """Closes them; the child finds its trainer gone, and ends."""
+        self.sock.close()
+        os.close(self.pidfd)
+        os.close(self.stderr)
+
 
 def launch() -> Launched:
     """Starts the child; it has not run yet when this returns. Its session is its own. Raises ``WorkerCrashed``."""

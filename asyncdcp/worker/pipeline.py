@@ -25,6 +25,7 @@ class ProcessPipeline:
         self._options = options
         self._processes: list[CheckpointProcess] = []
         """The one in use is the last; those before it were killed and have not died yet."""
+        self._start: anyio.CancelScope | None = None
         self._told: set[str] = set()
         self._closed = False
 
@@ -57,16 +58,20 @@ class ProcessPipeline:
         warnings.warn(message, ThreadPipelineWarning, stacklevel=3)
 
     async def acquire(self) -> CheckpointProcess:
-        """The process, started if there is none that lives. ``WorkerCrashed`` if that fails."""
+        """The process, started if there is none that lives. ``WorkerCrashed`` if that fails, ``Closed`` if ``aclose``
+        was called before it was there.
+        """
         async with self._starting:
-            if self._closed:
-                raise Closed("the checkpointer is closed")
-            process = self.process
-            if process is None:
-                process = await CheckpointProcess.start(self._options)
-                self._processes = [old for old in self._processes if not old.died.is_set()]
-                self._processes.append(process)
-            return process
+            if not self._closed:
+                with anyio.CancelScope() as self._start:
+                    return self.process or await self._started()
+            raise Closed("the checkpointer is closed")
+
+    async def _started(self) -> CheckpointProcess:
+        process = await CheckpointProcess.start(self._options)
+        self._processes = [old for old in self._processes if not old.died.is_set()]
+        self._processes.append(process)
+        return process
 
     async def start(self) -> None:
         """Starts the process ahead of the first save."""
@@ -78,9 +83,15 @@ class ProcessPipeline:
             self._processes[-1].drop_closed_arenas()
 
     async def aclose(self) -> None:
-        """Ends the process: at once if it has nothing to do, within about half of ``settle_seconds`` in any case."""
+        """Ends the process: at once if it has nothing to do or is still starting, within about half of
+        ``settle_seconds`` in any case.
+        """
         self._closed = True
+        if self._start is not None:
+            self._start.cancel()
         try:
+            async with self._starting:  # so that one that has just started is among them
+                pass
             for process in self._processes:
                 await process.aclose(self._options.settle_seconds / 2)
         finally:

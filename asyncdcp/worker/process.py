@@ -91,7 +91,7 @@ class CheckpointProcess:
         """Starts one, and returns it when it is ready. ``WorkerCrashed`` if it is not within
         ``options.worker_start_deadline``; it is killed then.
         """
-        process = cls(launch())
+        process = cls._watched(launch())
         try:
             affinity = None if options.worker_affinity is None else sorted(options.worker_affinity)
             level = _logger.getEffectiveLevel()
@@ -103,12 +103,23 @@ class CheckpointProcess:
                 raise process._not_started(options.worker_start_deadline)
         except BaseException:
             process.kill()
-            with anyio.CancelScope(shield=True):
-                if not await process.wait_dead(_KILL_SECONDS):
-                    process.leave_behind()
+            try:
+                with anyio.CancelScope(shield=True):
+                    await process.wait_dead(_KILL_SECONDS)
+            finally:  # a shield is none against a task's own cancel()
+                process.leave_behind()
             raise
         process._drop_stderr()
         return process
+
+    @classmethod
+    def _watched(cls, launched: Launched) -> CheckpointProcess:
+        try:
+            return cls(launched)
+        except OSError as error:
+            asyncio.get_running_loop().remove_reader(launched.sock)
+            launched.close()
+            raise WorkerCrashed(f"the background process could not be watched: {error}") from error
 
     def _not_started(self, deadline: float) -> WorkerCrashed:
         self._drop_stderr()
@@ -121,9 +132,9 @@ class CheckpointProcess:
     @property
     def usable(self) -> bool:
         """Whether it takes a save. Looks at the system, so that one that has just died is not used."""
-        if self._machine.state is WorkerState.READY and _is_readable(self._pidfd):
+        if self._machine.state is WorkerState.READY and self._pidfd >= 0 and _is_readable(self._pidfd):
             self._on_exit()
-        return self._machine.state is WorkerState.READY
+        return self._machine.state is WorkerState.READY and self._pidfd >= 0
 
     @property
     def condemned(self) -> bool:
@@ -216,7 +227,8 @@ class CheckpointProcess:
                 self._send_kill()
 
     def _send_kill(self) -> None:
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait_dead(self, seconds: float) -> bool:
         """Whether it has died, within ``seconds``."""
@@ -252,14 +264,14 @@ class CheckpointProcess:
 
     def leave_behind(self) -> None:
         """Closes what is open here, of a process that does not die. It finds its trainer gone when it wakes."""
-        if self._machine.state is not WorkerState.DEAD:
+        if self._machine.state is not WorkerState.DEAD and self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             self._release()
 
     def _release(self) -> None:
         self._connection.close()
         self._drop_stderr()
-        if self._machine.state is WorkerState.DEAD and self._pidfd >= 0:
+        if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
 

@@ -26,7 +26,7 @@ def _run(program: str, folder: Path, *arguments: str) -> subprocess.CompletedPro
         ],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 

@@ -102,7 +102,11 @@ def test_numpy_is_not_imported_to_look_at_it():
         "print(sorted([*flat.tensors, *flat.values]))\n"
     )
     output = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
     assert output.stdout.strip() == "['rng.python', 'rng.torch', 'x']", output.stderr
 

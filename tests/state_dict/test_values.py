@@ -175,7 +175,7 @@ def test_sets_are_encoded_in_one_order_in_every_process():
             capture_output=True,
             text=True,
             check=True,
-            timeout=50,
+            timeout=150,
         ).stdout
         for seed in ("1", "2")
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -13,13 +16,15 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import asyncdcp
 from asyncdcp import AsyncCheckpointer, Options
-from asyncdcp.errors import InvalidOption, WorkerCrashed
+from asyncdcp.errors import Closed, InvalidOption, WorkerCrashed
 from asyncdcp.worker import launch
+from asyncdcp.worker.process import CheckpointProcess
 from asyncdcp.worker.protocol import IGNORED, Inspection
 from tests.worker.conftest import LONG, Opened, has_ended, state, worker_of
 
@@ -168,22 +173,85 @@ def test_one_that_cannot_start_says_why(opened: Opened, tmp_path: Path, monkeypa
     checkpointer.save(tmp_path, state(1)).result(LONG)
 
 
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
+    """The pids of the processes that are started, as they are."""
+    pids, spawn = queue.Queue[int](), os.posix_spawn
+
+    def spawn_and_tell(*args: Any, **kwargs: Any) -> int:
+        pids.put(pid := spawn(*args, **kwargs))
+        return pid
+
+    monkeypatch.setattr(os, "posix_spawn", spawn_and_tell)
+    return pids
+
+
+def is_there(pid: int) -> bool:
+    """Whether it is there, if only as a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_one_that_hangs_at_its_start_has_a_deadline(
-    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spawned: queue.Queue[int]
 ) -> None:
-    pids: list[int] = []
-    spawn = os.posix_spawn
-
-    def spawned(*args: object, **kwargs: object) -> int:
-        pids.append(spawn(*args, **kwargs))  # type: ignore[arg-type]
-        return pids[-1]
-
-    monkeypatch.setattr(os, "posix_spawn", spawned)
     monkeypatch.setattr(launch, "_BOOT", "import signal; signal.pause()")
     with pytest.raises(WorkerCrashed, match=r"not ready within 0\.2 s"):
         opened(worker_start_deadline=0.2).save(tmp_path, state(1)).result(LONG)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
+    assert not is_there(spawned.get(timeout=LONG))
+
+
+def test_one_that_starts_while_its_checkpointer_closes_leaves_nothing(spawned: queue.Queue[int]) -> None:
+    before = descriptors()
+    checkpointer = AsyncCheckpointer(process=True)
+    prepared = checkpointer.prepare(state(1))
+    pid = spawned.get(timeout=LONG)
+    checkpointer.close()
+    with pytest.raises(Closed):
+        prepared.result(LONG)
+    assert not is_there(pid)
+    del checkpointer, prepared
+    assert descriptors() == before
+
+
+async def test_a_start_that_is_cancelled_again_as_it_cleans_up_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, spawned: queue.Queue[int]
+) -> None:
+    """And the process does not die at once, as in an uninterruptible wait of the kernel."""
+    before = descriptors()
+    monkeypatch.setattr(CheckpointProcess, "_send_kill", lambda _: None)
+    start = asyncio.create_task(CheckpointProcess.start(Options()))
+    pid = await asyncio.to_thread(spawned.get, timeout=LONG)
+    for _ in range(2):
+        start.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED)  # it finds the socket closed
+    assert descriptors() == before
+
+
+async def test_one_that_cannot_be_watched_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, spawned: queue.Queue[int]
+) -> None:
+    before = descriptors()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no more watches")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", full)
+    with pytest.raises(WorkerCrashed, match="no more watches"):
+        await CheckpointProcess.start(Options())
+    await asyncio.to_thread(os.waitid, os.P_PID, spawned.get(), os.WEXITED)
+    assert descriptors() == before
+
+
+def descriptors() -> list[str]:
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd"))
 
 
 # ── forks of the trainer ──

@@ -272,7 +272,6 @@ def open_descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.timeout(180)
 def test_many_saves_leak_nothing(opened: Opened, tmp_path: Path) -> None:
     checkpointer = opened()
 
@@ -303,7 +302,6 @@ def test_grown_arenas_are_given_back_there_too(opened: Opened, tmp_path: Path) -
     assert maps.count("asyncdcp-arena") == 1
 
 
-@pytest.mark.timeout(180)
 def test_twenty_at_once(tmp_path: Path) -> None:
     checkpointers = [AsyncCheckpointer(process=True) for _ in range(20)]
     handles = [each.save(tmp_path / str(number), state(number, 1)) for number, each in enumerate(checkpointers)]

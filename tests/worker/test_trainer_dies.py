@@ -77,7 +77,6 @@ def test_not_staged_is_aborted(
     assert no_leftovers(tmp_path / "new")
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("hold", [False, True], ids=["while it stages", "when it has staged"])
 def test_at_every_call_that_the_worker_makes(
     trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, tmp_path: Path, hold: bool

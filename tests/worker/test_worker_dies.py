@@ -64,7 +64,6 @@ def check_crash(error: BaseException | None, handle: SaveHandle, number: int = s
     assert str(int(number)) in str(error)
 
 
-@pytest.mark.timeout(240)
 def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, tmp_path: Path) -> None:
     checkpointer = opened()
     committed = failed = 0

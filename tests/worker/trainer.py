@@ -43,7 +43,7 @@ def train(order: dict[str, Any]) -> None:
     checkpointer = AsyncCheckpointer(Options(**order.get("options", {})), process=True)
     pipeline = checkpointer._lanes.pipeline
     assert isinstance(pipeline, ProcessPipeline)
-    worker = checkpointer._engine.submit(pipeline.acquire).result(30).pid
+    worker = checkpointer._engine.submit(pipeline.acquire).result(150).pid
     say(worker=worker)
     if order.get("c_fork"):
         child = ctypes.PyDLL(None).fork()  # as a library would: no handler of Python runs
@@ -58,13 +58,13 @@ def train(order: dict[str, Any]) -> None:
     if order.get("hold"):
         os.kill(worker, signal.SIGSTOP)
     handle = checkpointer.save(storage, state, overwrite=True)
-    handle.staged.result(30)
+    handle.staged.result(150)
     if order.get("hold"):
         os.kill(worker, signal.SIGCONT)
     if order.get("kill_when_staged"):
         os.kill(os.getpid(), signal.SIGKILL)
     say(staged=True)
-    handle.result(30)
+    handle.result(150)
     say(committed=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
