@@ -188,7 +188,7 @@ class CheckpointReader(RangeReader):
             raise CorruptCheckpoint(
                 f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name
             )
-        indexes = [await _read_listed(storage, record, rank) for rank in world]
+        indexes = [await read_listed(storage, record, rank) for rank in world]
         union = await to_thread.run_sync(unite, indexes)
         check_sizes(union, await storage.list())
         meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
@@ -201,7 +201,7 @@ async def _resolve(storage: Storage) -> Record:
     return choose_commit(await read_records(storage, await storage.list()), storage.info.location)
 
 
-async def _read_listed(storage: Storage, record: Record, rank: int) -> Index:
+async def read_listed(storage: Storage, record: Record, rank: int) -> Index:
     """The Index of a rank, if it is the one that the Record lists."""
     ref = record.indexes[rank]
     found = await read_index(storage, record.save_id, rank, ref.size)

@@ -22,6 +22,7 @@ from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.pipeline.writer import CheckpointWriter
 from asyncdcp.planning import ChunkSpec, SavePlan, Structure, TensorSpec, Want, plan_load, plan_save
 from asyncdcp.storage import MemoryStorage, Storage
+from asyncdcp.testing.storage import page_buffer
 from asyncdcp.trace import Trace
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -73,10 +74,11 @@ class Slabs:
     def __init__(self, plan: SavePlan, images: Sequence[bytes | bytearray]) -> None:
         self.ready = deque[SlabReady]()
         self.given_back: list[int] = []
-        self._slots: list[bytearray] = []
+        self._slots: list[memoryview] = []
         for slot, slab in enumerate(plan.slabs):
             self.ready.append(SlabReady(slab.file, slab.begin // SLAB, slot, slab.length))
-            self._slots.append(bytearray(images[slab.file][slab.begin : slab.begin + slab.length]).ljust(SLAB, b"?"))
+            part = bytes(images[slab.file][slab.begin : slab.begin + slab.length])
+            self._slots.append(page_buffer(part.ljust(SLAB, b"?")))
 
     async def receive(self) -> SlabReady:
         await anyio.lowlevel.checkpoint()
@@ -85,7 +87,7 @@ class Slabs:
         return self.ready.popleft()
 
     def view(self, slot: int) -> memoryview:
-        return memoryview(self._slots[slot])
+        return self._slots[slot]
 
     def done(self, slot: int) -> None:
         self.given_back.append(slot)
