@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from asyncdcp.config import Options
     from asyncdcp.errors import AsyncDCPError
     from asyncdcp.futures import CheckpointFuture
-    from asyncdcp.results import LoadReport, Progress, SaveResult
+    from asyncdcp.results import LoadReport, Progress, SaveResult, VerifyReport
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
 
@@ -32,6 +32,7 @@ _HOMES = {
     "SaveResult": "results",
     "Stateful": "stateful",
     "SyncCheckpointer": "checkpointer",
+    "VerifyReport": "results",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SaveResult",
     "Stateful",
     "SyncCheckpointer",
+    "VerifyReport",
 ]
 
 

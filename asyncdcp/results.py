@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from asyncdcp.trace import Span
 
@@ -52,6 +52,45 @@ class LoadReport:
     def bytes_per_second(self) -> float:
         """Bytes read, verified and delivered per second."""
         return self.read_bytes / max(self.seconds, 1e-9)
+
+
+DamageKind = Literal["record", "index", "missing", "size", "checksum", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a checkpoint.
+
+    ``block`` is the number of a block of the data file ``file``, None where the whole file is meant; ``tensors`` are
+    the FQNs of what lies there, as far as they are known.
+    """
+
+    kind: DamageKind
+    file: str
+    message: str
+    block: int | None = None
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What ``verify`` found. ``files``, ``blocks`` and ``bytes`` count the data that was read; ``seconds`` is the time.
+
+    ``save_id`` is None where damage hides which commit is the checkpoint.
+    """
+
+    path: str
+    save_id: str | None
+    files: int
+    blocks: int
+    bytes: int
+    seconds: float
+    damages: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was written."""
+        return not self.damages
 
 
 class Progress(NamedTuple):

@@ -9,7 +9,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -19,8 +19,9 @@ import torch
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.jobs import make_job, plain_json
-from asyncdcp.checkpointer.loading import LoadRequest, LoadTask
+from asyncdcp.checkpointer.loading import LoadRequest, load_state
 from asyncdcp.checkpointer.pending import PendingSaves
+from asyncdcp.checkpointer.reading import ReadTask
 from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
@@ -36,6 +37,7 @@ from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.session import ThreadPipeline
+from asyncdcp.pipeline.verify import VerifyReport, verify
 from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
@@ -53,6 +55,7 @@ PROCESS_BY_DEFAULT = is_supported()
 """On Linux, unless the system is so old or so confined that a process cannot be watched there."""
 
 StateT = TypeVar("StateT")
+T = TypeVar("T")
 Place: TypeAlias = str | os.PathLike[str] | Storage
 OnProgress: TypeAlias = Callable[[Progress], object]
 
@@ -351,9 +354,32 @@ class AsyncCheckpointer:
         flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
         staged = None if state is None else self._all_staged()
         request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress), staged)
-        task = LoadTask(request, self._engine, self._options.load_deadline)
-        self._engine.submit(task.run, name=f"load of {storage.info.location}")
+        hint = "; tensors loaded in place may still be written to"
+        return self._read("load", storage, partial(load_state, request), hint)
+
+    def _read(
+        self, verb: str, storage: Storage, work: Callable[[], Awaitable[tuple[T, object]]], hint: str = ""
+    ) -> CheckpointFuture[T]:
+        location = storage.info.location
+        task = ReadTask(verb, location, work, self._engine)
+        self._engine.submit(partial(task.run, self._options.load_deadline, hint), name=f"{verb} of {location}")
         return task.future
+
+    def verify(self, path: Place, *, on_progress: OnProgress | None = None) -> CheckpointFuture[VerifyReport]:
+        """Begins to read every byte of the checkpoint at ``path`` and to hold it against its checksums.
+
+        Damage is not raised: the report lists all of it, by file, block and tensors; ``report.ok`` says that there is
+        none. No key and no extension is needed. Raises ``CheckpointNotFound``, ``AmbiguousCheckpoint``,
+        ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded`` (by ``options.load_deadline``), ``Cancelled``.
+        """
+        self._enter()
+        storage = open_storage(path)
+        trace = self._trace(0, on_progress)
+
+        async def work() -> tuple[VerifyReport, None]:
+            return await verify(storage, trace), None
+
+        return self._read("verify", storage, work)
 
     # ── the end ──
 

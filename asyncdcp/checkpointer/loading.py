@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
 import msgspec
 from anyio import to_thread
 
-from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, CorruptCheckpoint, DeadlineExceeded
+from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.pipeline.formats import open_checkpoint
@@ -46,62 +43,12 @@ class LoadRequest:
     after: CheckpointFuture[None] | None
 
 
-class LoadTask:
-    """Carries one load out on the engine's loop, and resolves ``future``."""
-
-    def __init__(self, request: LoadRequest, engine: Engine, deadline: float) -> None:
-        self._request = request
-        self._deadline = deadline
-        self._path = request.storage.info.location
-        self._scope: anyio.CancelScope | None = None
-        self._given_up = False
-        self.future: CheckpointFuture[Any] = engine.future(f"load of {self._path}", cancel=self._cancel)
-
-    async def run(self) -> None:
-        """Never raises but for cancellation, at the engine's end."""
-        timer = asyncio.get_running_loop().call_later(self._deadline, self._expire)
-        try:
-            with anyio.CancelScope() as self._scope:
-                if self._given_up:
-                    self._scope.cancel()
-                if self._request.after is not None:
-                    await self._request.after
-                state, report = await _load(self._request)
-                self.future.report = report
-                self.future.resolve(state)
-        except AsyncDCPError as error:
-            self.future.fail(error)
-        except Exception as error:  # noqa: BLE001  # it belongs to whoever awaits the load
-            known = AsyncDCPError(f"the load of {self._path} failed: {type(error).__name__}: {error}", path=self._path)
-            known.__cause__ = error
-            self.future.fail(known)
-        finally:
-            timer.cancel()
-            self.future.fail(Cancelled(f"the load of {self._path} was cancelled", path=self._path))
-
-    def _cancel(self) -> None:
-        self._given_up = True
-        if self._scope is not None:
-            self._scope.cancel()
-
-    def _expire(self) -> None:
-        """A read that never returns must not keep the caller: the future fails now, the read is left to end when it
-        can.
-        """
-        self.future.fail(
-            DeadlineExceeded(
-                f"the load of {self._path} was not done within {self._deadline:g} s (option load_deadline); tensors "
-                "loaded in place may still be written to",
-                path=self._path,
-            )
-        )
-        self._cancel()
-
-
-async def _load(request: LoadRequest) -> tuple[Any, LoadReport]:
+async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     """Everything is matched before a byte of data is read, and every byte is verified before ``load_state_dict`` is
     called.
     """
+    if request.after is not None:
+        await request.after
     begun = time.monotonic()
     async with aclosing(await open_checkpoint(request.storage)) as reader:
         into: _InPlace | _Anew = (

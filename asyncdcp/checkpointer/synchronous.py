@@ -44,6 +44,7 @@ class SyncCheckpointer:
     save = _blocking(AsyncCheckpointer.save)
     prepare = _blocking(AsyncCheckpointer.prepare)
     load = _blocking(AsyncCheckpointer.load)
+    verify = _blocking(AsyncCheckpointer.verify)
 
     def close(self) -> None:
         """As ``AsyncCheckpointer.close``."""

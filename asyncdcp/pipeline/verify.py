@@ -9,9 +9,8 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import anyio
 from anyio import to_thread
@@ -24,51 +23,16 @@ from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.pipeline.reader import read_listed
 from asyncdcp.pipeline.records import choose_commit, read_record
 from asyncdcp.pipeline.union import FileMap, enumerated, unite
+from asyncdcp.results import Damage, DamageKind, VerifyReport
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
+__all__ = ["Damage", "VerifyReport", "verify"]
+
 READS_IN_FLIGHT = 4
 _BLOCK_LIMIT = SLAB_BYTES + (1 << 20)
 """The most bytes that a block may be stored in: a transform that cannot shrink one may add a little."""
-
-Kind = Literal["record", "index", "missing", "size", "checksum", "unreadable"]
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One thing that is wrong with a checkpoint.
-
-    ``block`` is the number of a block of the data file ``file``, None where the whole file is meant; ``tensors`` are
-    the FQNs of what lies there, as far as they are known.
-    """
-
-    kind: Kind
-    file: str
-    message: str
-    block: int | None = None
-    tensors: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What ``verify`` found. ``files``, ``blocks`` and ``bytes`` count the data that was read; ``seconds`` is the time.
-
-    ``save_id`` is None where damage hides which commit is the checkpoint.
-    """
-
-    path: str
-    save_id: str | None
-    files: int
-    blocks: int
-    bytes: int
-    seconds: float
-    damages: tuple[Damage, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every byte is as it was written."""
-        return not self.damages
 
 
 class _Table(NamedTuple):
@@ -210,7 +174,7 @@ class _Pass:
             return True
         what = "is missing" if size is None else f"has {size} bytes"
         message = f"{table.name} {what}, and had {table.size} bytes; it holds {enumerated(table.tensors)}"
-        kind: Kind = "missing" if size is None else "size"
+        kind: DamageKind = "missing" if size is None else "size"
         self.damages.append(Damage(kind, table.name, message, None, tuple(table.tensors)))
         return False
 
@@ -248,12 +212,12 @@ class _Pass:
         else:
             self._block("unreadable", run.table, run.first, f"block {run.first} cannot be read: {error}")
 
-    def _block(self, kind: Kind, table: _Table, block: int, what: str) -> None:
+    def _block(self, kind: DamageKind, table: _Table, block: int, what: str) -> None:
         tensors = table.tensors_of(block)
         message = f"{table.name}: {what}; it holds {enumerated(tensors)}"
         self.damages.append(Damage(kind, table.name, message, block, tensors))
 
-    def _found(self, kind: Kind, file: str, error: AsyncDCPError) -> None:
+    def _found(self, kind: DamageKind, file: str, error: AsyncDCPError) -> None:
         self.damages.append(Damage(kind, file, str(error), None, error.tensors))
 
 
