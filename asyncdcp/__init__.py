@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asyncdcp.config import Options
     from asyncdcp.errors import AsyncDCPError
     from asyncdcp.futures import CheckpointFuture
+    from asyncdcp.ranks import Ranks, SoleRank
     from asyncdcp.results import LoadReport, Progress, SaveResult, VerifyReport
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
@@ -28,8 +29,10 @@ _HOMES = {
     "PerRank": "stateful",
     "Progress": "results",
     "RNGState": "stateful",
+    "Ranks": "ranks",
     "SaveHandle": "checkpointer",
     "SaveResult": "results",
+    "SoleRank": "ranks",
     "Stateful": "stateful",
     "SyncCheckpointer": "checkpointer",
     "VerifyReport": "results",
@@ -46,8 +49,10 @@ __all__ = [
     "PerRank",
     "Progress",
     "RNGState",
+    "Ranks",
     "SaveHandle",
     "SaveResult",
+    "SoleRank",
     "Stateful",
     "SyncCheckpointer",
     "VerifyReport",

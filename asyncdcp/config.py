@@ -32,6 +32,9 @@ class Options:
     save_deadline: float = 1800.0
     """From the moment a save's turn comes until it is durable."""
     load_deadline: float = 1800.0
+    agreement_deadline: float = 300.0
+    """How long the ranks of a job wait for each other where they agree: when a checkpointer is made, at the first save
+    or ``prepare``, and at a load. All ranks give the same."""
     close_deadline: float = 1800.0
     """How long ``close`` (and the interpreter's exit) waits for pending saves before it gives them up."""
     settle_seconds: float = 30.0
@@ -62,6 +65,7 @@ class Options:
             "guard_deadline",
             "save_deadline",
             "load_deadline",
+            "agreement_deadline",
             "close_deadline",
             "settle_seconds",
             "worker_start_deadline",

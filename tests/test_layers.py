@@ -25,7 +25,7 @@ LEVELS: list[set[str]] = [
     {"pipeline"},
     {"worker"},
     # ── the torch line: nothing above imports torch ──
-    {"stateful"},
+    {"stateful", "ranks"},
     {"state_dict"},
     {"staging"},
     {"checkpointer"},

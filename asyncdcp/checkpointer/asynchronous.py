@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
+from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.jobs import make_job, plain_json
@@ -39,6 +40,7 @@ from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.pipeline.verify import VerifyReport, verify
 from asyncdcp.planning import PlanCache, SavePlan, Structure
+from asyncdcp.ranks import Ranks, find_ranks
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import flatten
@@ -77,10 +79,21 @@ class AsyncCheckpointer:
     ``process=True``, the default on Linux, runs the pipeline in a background process that outlives this one: what was
     ``staged`` is committed even if this process is killed. ``process=False`` runs it on a thread. Saves to a storage
     that the background process cannot open run on the thread, and ``ThreadPipelineWarning`` says so once.
+
+    ``process_group`` says which ranks save and load together: None stands for torch's default group where there is one,
+    else for this process alone; ``SoleRank()`` for this process alone in any case. ``ranks`` are these ranks, for
+    agreements of the program's own.
     """
 
-    def __init__(self, options: Options | None = None, *, process: bool = PROCESS_BY_DEFAULT) -> None:
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        process: bool = PROCESS_BY_DEFAULT,
+        process_group: ProcessGroup | Ranks | None = None,
+    ) -> None:
         self._options = options or Options()
+        self.ranks = find_ranks(process_group, self._options.agreement_deadline)
         self._lock = threading.Lock()
         self._structures = StructureCache()
         self._plans = PlanCache()

@@ -7,8 +7,11 @@ from functools import update_wrapper
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Protocol, Self, TypeVar
 
+from torch.distributed import ProcessGroup
+
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, AsyncCheckpointer
 from asyncdcp.config import Options
+from asyncdcp.ranks import Ranks
 
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
@@ -38,8 +41,15 @@ class SyncCheckpointer:
     ``save`` returns the ``SaveResult`` when the checkpoint is durable, ``load`` the state, ``prepare`` nothing.
     """
 
-    def __init__(self, options: Options | None = None, *, process: bool = PROCESS_BY_DEFAULT) -> None:
-        self._inner = AsyncCheckpointer(options, process=process)
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        process: bool = PROCESS_BY_DEFAULT,
+        process_group: ProcessGroup | Ranks | None = None,
+    ) -> None:
+        self._inner = AsyncCheckpointer(options, process=process, process_group=process_group)
+        self.ranks = self._inner.ranks
 
     save = _blocking(AsyncCheckpointer.save)
     prepare = _blocking(AsyncCheckpointer.prepare)

@@ -1,0 +1,12 @@
+"""Agreements among the ranks of a job: few, small, each with a deadline, and none of them in a repeated save.
+
+``Ranks`` is the port; ``SoleRank`` is a job of one process, ``StoreRanks`` one whose processes share a
+``torch.distributed.Store``. No collective of a process group is used, so nothing here can hang one, whichever thread it
+runs on.
+"""
+
+from asyncdcp.ranks.group import find_ranks
+from asyncdcp.ranks.port import Decide, Ranks, SoleRank, barrier, first_rank, gather
+from asyncdcp.ranks.store import StoreRanks
+
+__all__ = ["Decide", "Ranks", "SoleRank", "StoreRanks", "barrier", "find_ranks", "first_rank", "gather"]

@@ -1,0 +1,60 @@
+"""Which ranks there are: those of a process group, or this process alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # torch exports them without saying so
+
+from asyncdcp.errors import UsageError
+from asyncdcp.ranks.port import Ranks, SoleRank
+from asyncdcp.ranks.store import StoreRanks
+
+
+def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> Ranks:
+    """The ranks of ``process_group``, None being the default group; ``SoleRank`` where torch.distributed is not in use.
+
+    ``UsageError`` where a launcher has started several processes and there is no process group yet, and where this
+    process is not in the group. Waits for nobody.
+    """
+    if process_group is not None and not isinstance(process_group, ProcessGroup):
+        return process_group
+    if not (dist.is_available() and dist.is_initialized()):
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world.isdecimal() and int(world) > 1:
+            raise UsageError(
+                f"this is one of {world} processes (WORLD_SIZE), and there is no process group yet: call "
+                "torch.distributed.init_process_group() before making a checkpointer, or say that this process "
+                "works alone, with process_group=SoleRank()"
+            )
+        return SoleRank()
+    rank, members = dist.get_rank(process_group), dist.get_process_group_ranks(process_group)
+    if rank < 0:
+        raise UsageError("this process is not one of the process_group that was given")
+    if len(members) == 1:
+        return SoleRank()
+    name = hashlib.blake2b(repr((_name(process_group), members)).encode(), digest_size=8).hexdigest()
+    store = PrefixStore(f"asyncdcp/{name}", _own_connection(_default_store()))
+    number = store.add(f"made/{rank}", 1)  # all ranks make their checkpointers in the same order
+    return StoreRanks(PrefixStore(str(number), store), rank, len(members), deadline=deadline)
+
+
+def _name(group: ProcessGroup | None) -> str:
+    return "" if group is None else str(group.group_name)
+
+
+def _default_store() -> Store:
+    """The store by which the processes have met. torch has no public name for it, and has had this one since 1.8."""
+    store: Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+def _own_connection(store: Store) -> Store:
+    """A connection of our own, so that nothing of torch's waits behind us, nor we behind it; where that can be had."""
+    try:
+        own: Store = store.clone()  # type: ignore[attr-defined]  # since torch 2.9
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+    return own
