@@ -80,6 +80,10 @@ class CheckpointNotFound(UsageError, FileNotFoundError):
     """There is no committed checkpoint at the path."""
 
 
+class CheckpointGone(CheckpointNotFound):
+    """There was a checkpoint, and it was deleted while it was being read, as retention does; a newer one is there."""
+
+
 class CheckpointExists(UsageError, FileExistsError):
     """There is a committed checkpoint at the path, and ``overwrite=True`` was not given."""
 
@@ -146,6 +150,14 @@ class PeerError(AsyncDCPError):
 
 class PeerFailed(PeerError):
     """Another rank gave the save up; ``rank`` is it, and the message names its cause."""
+
+
+class Fenced(PeerError):
+    """Another writer has taken the run over with a newer ``term``; what this one still commits is off the line."""
+
+    def __init__(self, message: str, *, path: str | None = None, term: int | None = None) -> None:
+        super().__init__(message, path=path)
+        self.term = term
 
 
 class WorkerCrashed(PeerError):

@@ -145,7 +145,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A ``commit`` lists every rank's index, and in ``replaces`` the save ids of the commits it takes the place of. An
     ``abort`` says which ``rank`` gave up and the ``cause``. ``time`` is seconds since the epoch, for people only.
-    ``term`` and ``parent`` belong to the lineage of a run.
+    ``term`` and ``parent`` (a save id) belong to the lineage of a run, ``metrics`` are what the training said of
+    itself; None stands for a number that is not finite.
     """
 
     save_id: str
@@ -161,6 +162,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cause: str | None = None
     term: int | None = None
     parent: str | None = None
+    metrics: dict[str, float | None] = {}
 
 
 class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
@@ -220,14 +222,24 @@ def _decode(data: bytes | msgspec.Raw, kind: type[_T], name: str) -> _T:
         raise CorruptCheckpoint(f"{name}: does not fit its schema ({error})", path=name) from error
 
 
+def encode_document(kind: str, content: msgspec.Struct) -> bytes:
+    """The bytes of a small file of this kind: ``content`` in its envelope."""
+    return _seal(kind, msgspec.json.encode(content))
+
+
+def decode_document(kind: str, type_: type[_T], data: bytes, name: str) -> _T:
+    """Such a file's content; ``CorruptCheckpoint`` or ``UnsupportedFormat`` naming ``name`` otherwise."""
+    return _decode(_open_envelope(data, kind, name), type_, name)
+
+
 def encode_record(record: Record) -> bytes:
     """The bytes of a Record's file."""
-    return _seal("record", msgspec.json.encode(record))
+    return encode_document("record", record)
 
 
 def decode_record(data: bytes, name: str) -> Record:
     """A Record from its file's bytes; ``CorruptCheckpoint`` or ``UnsupportedFormat`` naming ``name`` otherwise."""
-    return _decode(_open_envelope(data, "record", name), Record, name)
+    return decode_document("record", Record, data, name)
 
 
 class IndexHead(msgspec.Struct, frozen=True):

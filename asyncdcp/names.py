@@ -6,6 +6,7 @@ import hashlib
 import re
 
 _SAVE_ID = re.compile(r"[0-9a-f]{20}")
+_FILE = re.compile(rf"({_SAVE_ID.pattern})[-.].*")
 _RECORD = re.compile(rf"({_SAVE_ID.pattern})\.json")
 
 
@@ -28,6 +29,12 @@ def record_name(save_id: str) -> str:
 def record_save_id(name: str) -> str | None:
     """The save id of a Record's file name; None if it is not one."""
     match = _RECORD.fullmatch(name)
+    return match.group(1) if match else None
+
+
+def file_save_id(name: str) -> str | None:
+    """The save id of any file of a save: Record, Index or data; None for a foreign name."""
+    match = _FILE.fullmatch(name)
     return match.group(1) if match else None
 
 

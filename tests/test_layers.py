@@ -21,7 +21,7 @@ LEVELS: list[set[str]] = [
     {"boxes", "buffers", "config", "memory_limits", "names", "threads", "trace"},
     {"metadata", "results", "storage", "arena", "futures"},
     {"format", "engine"},
-    {"planning"},
+    {"planning", "runs"},
     {"pipeline"},
     {"worker"},
     # ── the torch line: nothing above imports torch ──

@@ -10,20 +10,30 @@ from urllib.parse import unquote, urlsplit
 from asyncdcp.errors import InvalidOption
 from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.local import LocalStorage
+from asyncdcp.storage.local_place import LocalPlace
 from asyncdcp.storage.memory import MemoryStorage
+from asyncdcp.storage.memory_place import MemoryPlace
+from asyncdcp.storage.place import Contents, Found, Place, Survey
 from asyncdcp.storage.port import Buffer, ObjectReader, ObjectWriter, Storage, StorageInfo, check_name
 from asyncdcp.storage.spec import LocalSpec, StorageSpec, spec_of
 
 __all__ = [
     "Buffer",
+    "Contents",
+    "Found",
+    "LocalPlace",
     "LocalStorage",
+    "MemoryPlace",
     "MemoryStorage",
     "ObjectReader",
     "ObjectWriter",
+    "Place",
     "Storage",
     "StorageInfo",
     "StorageSpec",
+    "Survey",
     "check_name",
+    "open_place",
     "open_spec",
     "open_storage",
     "spec_of",
@@ -43,6 +53,18 @@ def open_storage(target: str | os.PathLike[str] | Storage) -> Storage:
         return LocalStorage(os.path.expanduser(_path_of(path)))
     if not hasattr(target, "claim"):
         raise InvalidOption(f"target is a {type(target).__name__}; it takes a path, a file:// URL or a Storage")
+    return target
+
+
+def open_place(target: str | os.PathLike[str] | Place) -> Place:
+    """The Place of a run: of a path, of a ``file://`` URL, or the given one itself. As ``open_storage``."""
+    if isinstance(target, str | os.PathLike):
+        path = os.fspath(target)
+        if not isinstance(path, str) or not path:
+            raise InvalidOption(f"target is {target!r}; it takes a path, a file:// URL or a Place")
+        return LocalPlace(os.path.expanduser(_path_of(path)))
+    if not hasattr(target, "survey"):
+        raise InvalidOption(f"target is a {type(target).__name__}; it takes a path, a file:// URL or a Place")
     return target
 
 

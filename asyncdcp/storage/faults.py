@@ -15,7 +15,7 @@ from asyncdcp.storage.spec import Fault, FaultySpec
 
 OPERATIONS: Final = (
     *("open", "close", "pwrite", "fallocate", "ftruncate", "fsync"),
-    *("link", "unlink", "mkdir", "scan", "rename_noreplace"),
+    *("link", "unlink", "mkdir", "rmdir", "scan", "rename_noreplace"),
 )
 
 

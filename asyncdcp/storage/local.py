@@ -141,6 +141,10 @@ class LocalStorage:
         with translated("delete from", self._path):
             await on_executor(self._delete, paths)
 
+    def make(self) -> None:
+        """Makes the directory with its ancestors, which the next ``barrier`` makes durable. Blocks; not of the port."""
+        self._place.make()
+
     def _join(self, name: str) -> str:
         return os.path.join(self._path, check_name(name))
 

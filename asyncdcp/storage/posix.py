@@ -33,12 +33,15 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class FileStatus(NamedTuple):
-    """What of ``struct stat`` is looked at: length in bytes, hard links, type and permission bits, inode."""
+    """What of ``struct stat`` is looked at: length in bytes, hard links, type and permission bits, inode, and when the
+    content was last changed (seconds since the epoch, by the clock of whoever keeps the file).
+    """
 
     size: int
     links: int
     mode: int
     inode: int
+    modified: float = 0.0
 
 
 class Posix(Protocol):
@@ -82,6 +85,7 @@ class Posix(Protocol):
     def rename_noreplace(self, source: str, target: str, /) -> None: ...
     def unlink(self, path: str, /) -> None: ...
     def mkdir(self, path: str, /) -> None: ...
+    def rmdir(self, path: str, /) -> None: ...
     def scan(self, path: str, /) -> dict[str, FileStatus]:
         """The directory's entries, symbolic links followed; without those that vanish meanwhile or lead nowhere."""
         ...
@@ -160,6 +164,9 @@ class OS:
     def mkdir(self, path: str, /) -> None:
         os.mkdir(path)
 
+    def rmdir(self, path: str, /) -> None:
+        os.rmdir(path)
+
     def scan(self, path: str, /) -> dict[str, FileStatus]:
         found = {}
         with os.scandir(path) as entries:
@@ -191,7 +198,7 @@ def filesystem_of(path: str, mountinfo: str) -> str:
 
 
 def _status(status: os.stat_result) -> FileStatus:
-    return FileStatus(status.st_size, status.st_nlink, status.st_mode, status.st_ino)
+    return FileStatus(status.st_size, status.st_nlink, status.st_mode, status.st_ino, status.st_mtime)
 
 
 def _error(*names: str | None) -> OSError:

@@ -1,0 +1,53 @@
+"""Deleting a checkpoint so that a crash in the middle leaves it whole or absent, never torn.
+
+The Record decides what is there, so it goes first, and durably, before any other file does: from then on the
+directory holds no checkpoint, only leftovers, which the next writer or ``gc`` takes away. Records of commits that this
+one had replaced go before it, since without it they would count again.
+"""
+
+from __future__ import annotations
+
+from asyncdcp.errors import CheckpointGone
+from asyncdcp.metadata import RECORD_LIMIT
+from asyncdcp.names import file_save_id, record_name, record_save_id
+from asyncdcp.runs.listing import read_outcomes
+from asyncdcp.storage import Place
+
+
+async def delete_checkpoint(place: Place, name: str, save_id: str) -> None:
+    """Deletes the commit ``save_id`` of sub-place ``name``, with all that it replaced. Safe to repeat after a crash.
+
+    Aborts stay: their names must not become free while a save that was given up might still try to commit. With the
+    last file the sub-place goes, too.
+    """
+    survey = await place.survey(lambda child, file: child == name and record_save_id(file) is not None, RECORD_LIMIT)
+    if name not in survey.children:
+        return
+    contents = survey.children[name]
+    records, _ = read_outcomes(contents)
+    own = records.get(save_id)
+    replaced = {each for each in (own.replaces if own else []) if each in records and records[each].outcome == "commit"}
+    storage = place.child(name)
+    if own is not None:
+        await storage.delete([record_name(each) for each in replaced])
+        await storage.barrier()
+        await storage.delete([record_name(save_id)])
+        await storage.barrier()
+    gone = {save_id, *replaced}
+    await storage.delete([file for file in contents.objects if file_save_id(file) in gone])
+    await place.discard(name, [temporary for temporary in contents.temporaries if _is_of(temporary, gone)])
+
+
+async def gone_instead(place: Place, name: str, save_id: str, error: Exception) -> Exception:
+    """What a reader of a checkpoint is told who met ``error``: ``CheckpointGone`` if it was deleted meanwhile."""
+    if record_name(save_id) in await place.child(name).list():
+        return error
+    path = place.child(name).info.location
+    gone = CheckpointGone(f"the checkpoint at {path} was deleted while it was being read; read a newer one", path=path)
+    gone.__cause__ = error
+    return gone
+
+
+def _is_of(temporary: str, save_ids: set[str]) -> bool:
+    """A temporary is called after the object that it was to become."""
+    return file_save_id(temporary.removeprefix(".")) in save_ids
