@@ -21,6 +21,7 @@ class Shape(NamedTuple):
 SHAPES: Final = {
     "gpt2": Shape(768, 12, 50257, 1024),  # GPT-2 small: 124 million parameters, with Adam 1.49 GB
     "small": Shape(384, 6, 5000, 256),  # the same layout, 0.15 GB
+    "tiny": Shape(32, 2, 100, 16),  # 0.4 MB: shows that the programs work, and nothing else
 }
 
 
@@ -37,6 +38,11 @@ def gpt2_adam(shape: Shape) -> dict[str, Any]:
     }
     groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(moments)}]
     return {"model": model, "optimizer": {"state": moments, "param_groups": groups}, "step": 1000}
+
+
+def many_small(count: int, elements: int = 256) -> dict[str, Tensor]:
+    """``count`` tensors of 1 KiB, unless ``elements`` says otherwise, each with its own memory."""
+    return {f"layer.{number}.weight": _random((elements,)) for number in range(count)}
 
 
 def tensors_of(state: Any, prefix: str = "") -> dict[str, Tensor]:
