@@ -165,6 +165,17 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: dict[str, float | None] = {}
 
 
+class RunStamp(msgspec.Struct, frozen=True):
+    """A save's place in a run, for its Record: the run's ``term``, the checkpoint that the training went on from, and
+    what it said of itself. Within its directory, a save with a stamp takes the place of what earlier terms committed
+    there; it is ``Fenced`` where a later term has.
+    """
+
+    term: int
+    parent: str | None
+    metrics: dict[str, float | None]
+
+
 class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
     format: str
     version: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from asyncdcp.trace import Span
@@ -29,6 +29,8 @@ class SaveResult:
     filesystem: str
     replaced: tuple[str, ...] = ()
     """Save ids of the checkpoints at the same path that this one took the place of."""
+    spans: tuple[Span, ...] = field(default=(), repr=False)
+    """What ran when, for ``trace.chrome_trace``; on the clock of ``time.monotonic``."""
 
     @property
     def bytes_per_second(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -60,3 +61,32 @@ class Trace:
         for span in self.spans:
             totals[span.stage] = totals.get(span.stage, 0) + span.bytes
         return totals
+
+
+def chrome_trace(spans: Sequence[Span], name: str) -> bytes:
+    """The spans in Chrome's trace event format (JSON), which Perfetto and chrome://tracing open.
+
+    A track for each stage, and further ones for what ran in it at the same time; times are from the first span's start.
+    The format: "Trace Event Format", complete events (``"ph": "X"``) and names of tracks (``"ph": "M"``).
+    """
+    first = min((span.start for span in spans), default=0.0)
+    events: list[dict[str, object]] = [_named("process_name", 0, name)]
+    ends: list[float] = []
+    rows: dict[str, list[int]] = {}
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        tracks = rows.setdefault(span.stage, [])
+        track = next((number for number in tracks if ends[number] <= span.start), None)
+        if track is None:
+            track = len(ends)
+            tracks.append(track)
+            ends.append(0.0)
+            events.append(_named("thread_name", track, span.stage))
+        ends[track] = span.end
+        begun, lasted = round((span.start - first) * 1e6, 1), round((span.end - span.start) * 1e6, 1)
+        event = {"ph": "X", "name": span.stage, "cat": "save", "pid": 0, "tid": track, "ts": begun, "dur": lasted}
+        events.append({**event, "args": {"bytes": span.bytes}})
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
+
+
+def _named(kind: str, track: int, name: str) -> dict[str, object]:
+    return {"ph": "M", "name": kind, "pid": 0, "tid": track, "args": {"name": name}}

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
+from msgspec import structs
 from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer.handle import SaveHandle
@@ -36,6 +37,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
+from asyncdcp.metadata import RunStamp
 from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.pipeline.verify import VerifyReport, verify
@@ -126,6 +128,7 @@ class AsyncCheckpointer:
         keys: Sequence[str] | None = None,
         allow_pickle: bool = False,
         on_progress: OnProgress | None = None,
+        run: RunStamp | None = None,
     ) -> SaveHandle:
         """Begins to save ``state_dict`` as the checkpoint at ``path``, and returns its handle.
 
@@ -134,7 +137,7 @@ class AsyncCheckpointer:
         deleted then. ``metadata`` is anything that JSON can carry, kept in the checkpoint's Record. ``keys`` are
         globs of FQNs: only these are stored (dicts lose other entries; a list is stored whole if any entry of it is).
         ``allow_pickle=True`` pickles what could not be stored otherwise; it has to be given again at load.
-        ``on_progress`` is called with ``Progress`` on a thread of its own.
+        ``on_progress`` is called with ``Progress`` on a thread of its own. ``run`` is a manager's, which see.
 
         Raises at once, with nothing begun: ``UnsupportedValue`` and ``DuplicateName`` for what cannot be stored;
         ``CheckpointerBusy``; ``Closed``; ``UnseenFailure`` of an earlier save. The futures raise ``CheckpointExists``,
@@ -159,6 +162,7 @@ class AsyncCheckpointer:
             plan = self._plan(described.structure)
             save_id = make_save_id(self._run_id, storage.info.location, attempt)
             job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
+            job = structs.replace(job, run=run)
             trace = self._trace(sum(image.size for image in plan.images), on_progress)
             statefuls = (taken.stateful for taken in flat.statefuls.values())
             sources = Sources(described.sources, self._active_guards(), statefuls, self._eager)

@@ -269,6 +269,7 @@ class SaveTask:
             stage_seconds=frozen({**request.trace.seconds(), **saved.seconds}),
             filesystem=saved.filesystem,
             replaced=tuple(saved.replaced),
+            spans=tuple(request.trace.spans),
         )
 
 

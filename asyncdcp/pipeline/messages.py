@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from asyncdcp.metadata import RunStamp
+
 
 class FileJob(msgspec.Struct, frozen=True):
     """A data file to write: its name and its size before transforms."""
@@ -22,8 +24,8 @@ class FileJob(msgspec.Struct, frozen=True):
 class SaveJob(msgspec.Struct, frozen=True):
     """Everything the pipeline needs to know of a save, but the bytes.
 
-    ``plan`` and ``values`` are encoded parts of the Index. ``metadata`` is the user's, for the Record. ``deadline`` is
-    in seconds from when the job is begun.
+    ``plan`` and ``values`` are encoded parts of the Index. ``metadata`` is the user's, for the Record, as is
+    ``run``. ``deadline`` is in seconds from when the job is begun.
     """
 
     save_id: str
@@ -40,6 +42,7 @@ class SaveJob(msgspec.Struct, frozen=True):
     deadline: float
     metadata: dict[str, Any]
     versions: dict[str, str]
+    run: RunStamp | None = None
 
 
 class SlabReady(msgspec.Struct, frozen=True, tag=True):

@@ -10,7 +10,7 @@ from typing import Literal
 import anyio
 from anyio import to_thread
 
-from asyncdcp.errors import AsyncDCPError, CheckpointExists, CommitUnknown, CorruptCheckpoint, StorageError
+from asyncdcp.errors import AsyncDCPError, CheckpointExists, CommitUnknown, CorruptCheckpoint, Fenced, StorageError
 from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
@@ -141,7 +141,7 @@ class Settlement:
     async def _check(self) -> Event:
         """Checks that the indexes cover the state, and what the commit will replace."""
         await self._check_indexes()
-        commits = await existing_commits(self._storage, overwrite=self._job.overwrite)
+        commits = await existing_commits(self._storage, self._job)
         self._replaces = [record.save_id for record in commits]
         return Event.GIVE_UP if self._give_up.reason else Event.COVERED
 
@@ -194,6 +194,9 @@ class Settlement:
             metadata=job.metadata,
             rank=rank,
             cause=cause,
+            term=job.run.term if job.run else None,
+            parent=job.run.parent if job.run else None,
+            metrics=job.run.metrics if job.run else {},
         )
 
     async def _claim(self, record: Record) -> Event:
@@ -229,15 +232,25 @@ class Settlement:
         return Event.PUBLISHED
 
 
-async def existing_commits(storage: Storage, *, overwrite: bool) -> list[Record]:
+async def existing_commits(storage: Storage, job: SaveJob) -> list[Record]:
     """The commits that a new one at this place takes the place of; ``CheckpointExists`` if there are some and it may
-    not.
+    not, ``Fenced`` if a later term of its run has committed here.
 
     All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too.
     """
     records = await read_records(storage, await storage.list())
-    if not overwrite and live_commits(records):
-        location = storage.info.location
+    location, term = storage.info.location, job.run.term if job.run else 0
+    live = live_commits(records)
+    later = [record.term for record in live if record.term is not None and record.term > term]
+    if job.run is not None and later:
+        raise Fenced(
+            f"term {max(later)} of the run has committed {location}, and this writer has term {term}: another one has "
+            "taken the run over",
+            path=location,
+            term=max(later),
+        )
+    standing = live if job.run is None else [record for record in live if (record.term or 0) == term]
+    if standing and not job.overwrite:
         raise CheckpointExists(
             f"there is a checkpoint at {location} already; save to another path, or with overwrite=True", path=location
         )

@@ -129,7 +129,7 @@ class CheckpointWriter:
 
     async def _write(self) -> None:
         await checkpoint_if_cancelled()
-        await existing_commits(self._storage, overwrite=self._job.overwrite)
+        await existing_commits(self._storage, self._job)
         await self._create_files()
         with self._trace.span("pipeline"):
             encoded: Channel[EncodedSlab] = Channel(WRITES_IN_FLIGHT * self._job.slab_bytes)
