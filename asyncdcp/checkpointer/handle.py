@@ -25,16 +25,18 @@ class SaveHandle:
         path: str,
         staged: CheckpointFuture[None],
         committed: CheckpointFuture[SaveResult],
-        free: threading.Event | None = None,
+        hold: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = path
         self.staged = staged
         self.committed = committed
-        self._free = free
+        self._hold = hold
 
-    def wait_free(self, timeout: float) -> bool:
-        """Blocks until the save reads no tensor of the state any more, whatever became of it; whether that came."""
-        return self._free is None or self._free.wait(min(timeout, threading.TIMEOUT_MAX))
+    def hold(self, timeout: float) -> bool:
+        """Blocks until the calling thread may change tensors, or enqueue work that does; whether that came. See
+        ``Sources.hold``.
+        """
+        return self._hold is None or self._hold(min(timeout, threading.TIMEOUT_MAX))
 
     def __iter__(self) -> Iterator[CheckpointFuture[Any]]:
         return iter((self.staged, self.committed))

@@ -54,15 +54,15 @@ class PendingSaves:
             return [handle for handle in self._handles if not handle.done()]
 
     def hold(self, deadline: float) -> None:
-        """Blocks until no save reads tensors any more. One that still does after ``deadline`` seconds is dropped: the
-        training is worth more.
+        """Blocks until a step of the calling thread changes nothing that a save reads. One that still has to be copied
+        after ``deadline`` seconds is dropped: the training is worth more.
         """
         until = time.monotonic() + deadline
         for handle in self.unsettled():
-            if not handle.wait_free(max(until - time.monotonic(), 0)):
+            if not handle.hold(max(until - time.monotonic(), 0)):
                 _logger.error("the save to %s is dropped: its staging held a step up for %g s", handle.path, deadline)
                 handle.cancel()
-                handle.wait_free(_STOP_SECONDS)
+                handle.hold(_STOP_SECONDS)
 
     def give_up(self, deadline: float, settle_seconds: float) -> list[str]:
         """Waits ``deadline`` seconds for all saves to settle, then gives up those that have not, and waits for that.

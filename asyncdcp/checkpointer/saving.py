@@ -96,7 +96,7 @@ class SaveTask:
             path,
             engine.future(f"staging of the save to {path}", cancel=self.cancel),
             engine.future(f"save to {path}", cancel=self.cancel),
-            request.sources.free,
+            request.sources.hold,
         )
 
     async def run(self) -> None:

@@ -1,17 +1,21 @@
 """Copies from accelerators: after everything the caller has enqueued, beside everything it enqueues next.
 
-A ``DeviceFence`` is taken on the caller's thread when ``save`` is called: an event on the current stream of every
-device that holds a source. The copies run on a side stream per device that waits for the event first, so they see the
-tensors as they were at the call, whatever stream the copying thread would use by itself. Chosen by
-``torch.accelerator``; without one, nothing here does anything.
+A ``DeviceFence`` is taken on the caller's thread when ``save`` is called: a mark on the current stream of every device
+that holds a source. The copies run on a side stream per device that waits for the mark first, so they see the tensors
+as they were at the call, whatever stream the copying thread would use by itself. Slabs are enqueued as far ahead as
+there are slots, so that a guarded step soon waits for a mark on the side streams in place of the host.
 
 Lifetimes: sources are held by the save until every copy has arrived; what a copy needs in between is allocated and
 freed on its side stream, so that nothing else gets that memory before; slots of the arena and bounce buffers are given
-on only after the stream was waited for, whatever went wrong. A capture of a CUDA graph must not *begin* while a save is
-being staged either: call ``wait_staged()`` before it.
+on only after the copies into them were waited for, whatever went wrong.
 
-Untested so far, for want of a device: all of this module. ``tests/staging/test_accelerator.py`` runs where there is
-one. Meant for devices that have streams as CUDA's are (cuda, xpu).
+CUDA graphs: a ``save`` on a stream that is being captured is refused. A capture that begins while a save is being
+staged is not invalidated by it: every call is made from a thread in the relaxed capture mode
+(``devices.beside_captures``). A step within a capture waits on the host, since a graph cannot wait for what is outside
+of it; and a replay runs no hook at all, so ``wait_staged()`` has to come before one that changes what is being saved.
+
+Untested so far, for want of a device: what calls the device itself (``devices.StreamWork``). Their order is tested with
+fakes; ``tests/staging/test_accelerator.py`` has tests that run where there is a device.
 """
 
 from __future__ import annotations
@@ -28,57 +32,83 @@ import torch
 from torch import Tensor
 
 from asyncdcp.errors import UsageError
+from asyncdcp.staging import devices
+from asyncdcp.staging.devices import DeviceWork
 
 _logger = logging.getLogger("asyncdcp")
-_HOST = ("cpu", "meta")
+
+Marks = list[tuple[DeviceWork, Any]]
+"""Points in the work of devices."""
 
 
 class DeviceFence:
     """The point in every device's work up to which a save sees its tensors."""
 
     def __init__(self, sources: Iterable[Tensor]) -> None:
-        devices = {tensor.device for tensor in sources if not tensor.is_cpu and tensor.device.type not in _HOST}
-        for device in devices:
-            _refuse_capture(device)
-        self._events: dict[torch.device, Any] = {
-            device: torch.accelerator.current_stream(device).record_event() for device in devices
-        }
+        found = {tensor.device for tensor in sources if not devices.is_on_host(tensor)}
+        self.work = {device: devices.work_on(device) for device in found}
+        if any(work.capturing() for work in self.work.values()):
+            # No other work may be enqueued then, and captured copies would be replayed.
+            raise UsageError(
+                "save() was called while a CUDA graph is being captured; call it before or after the capture"
+            )
+        self.marks = {device: work.mark() for device, work in self.work.items()}
 
     @property
     def devices(self) -> frozenset[torch.device]:
         """The devices that hold a source."""
-        return frozenset(self._events)
-
-    def wait_on(self, device: torch.device, stream: Any) -> None:
-        """Makes ``stream`` wait; the host does not."""
-        stream.wait_event(self._events[device])
+        return frozenset(self.work)
 
 
 class DeviceCopies:
-    """Side streams for the copies of one save. Used by one thread; several threads each have their own."""
+    """A side stream for each device, for all copies of one save. Thread-safe."""
 
     def __init__(self, fence: DeviceFence) -> None:
         self._fence = fence
         self._streams: dict[torch.device, Any] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
-        """Device and side stream are current in the block; what is enqueued there runs after the fence."""
-        if device.type in _HOST:
-            yield
+    def on(self, device: torch.device) -> Iterator[bool]:
+        """Device and side stream are current in the block, and what is enqueued there runs after the fence. Yields
+        whether copies from there need not be waited for at once.
+        """
+        work = self._fence.work.get(device)
+        if work is None:
+            yield False
             return
-        module = torch.get_device_module(device)
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = module.Stream(device)
-            self._fence.wait_on(device, stream)
-        with module.stream(stream):
-            yield
+        with work.on(self._stream(device, work)):
+            yield work.asynchronous
+
+    def _stream(self, device: torch.device, work: DeviceWork) -> Any:
+        with self._lock:
+            if device not in self._streams:
+                stream = work.side_stream()
+                with work.on(stream):
+                    work.wait(self._fence.marks[device])
+                self._streams[device] = stream
+            return self._streams[device]
+
+    def marks(self) -> Marks:
+        """Where everything enqueued so far will have arrived."""
+        with self._lock:
+            streams = list(self._streams.items())
+        marks: Marks = []
+        for device, stream in streams:
+            work = self._fence.work[device]
+            with work.on(stream):
+                marks.append((work, work.mark()))
+        return marks
 
     def finish(self) -> None:
         """Waits on the host until every copy has arrived; the sources must be held until then."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        wait_on_host(self.marks())
+
+
+def wait_on_host(marks: Marks) -> None:
+    """Blocks until all are reached."""
+    for work, mark in marks:
+        work.wait_on_host(mark)
 
 
 class BounceBuffers:
@@ -98,7 +128,8 @@ class BounceBuffers:
         with self._lock:
             buffer = self._free.pop() if self._free else None
         if buffer is None:  # torch keeps freed pinned memory for the next save
-            buffer = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True)
+            with devices.beside_captures():
+                buffer = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True)
         try:
             yield buffer
             ctypes.memmove(slot.data_ptr(), buffer.data_ptr(), length)
@@ -121,7 +152,7 @@ def register_host_memory(address: int, nbytes: int, device: torch.device) -> Cal
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def register() -> int:
-        with torch.cuda.device(device):
+        with devices.beside_captures(), torch.cuda.device(device):
             return int(runtime.cudaHostRegister(address, nbytes, _PORTABLE))
 
     # A failure stays with the thread as CUDA's last error, which torch would raise at that thread's next kernel.
@@ -132,17 +163,7 @@ def register_host_memory(address: int, nbytes: int, device: torch.device) -> Cal
         return None
 
     def unregister() -> None:
-        with torch.cuda.device(device):
+        with devices.beside_captures(), torch.cuda.device(device):
             runtime.cudaHostUnregister(address)
 
     return unregister
-
-
-def _refuse_capture(device: torch.device) -> None:
-    """While a CUDA graph is being captured no other work may be enqueued, and captured copies would be replayed."""
-    if device.type != "cuda":
-        return
-    with torch.cuda.device(device):
-        capturing = torch.cuda.is_current_stream_capturing()
-    if capturing:
-        raise UsageError("save() was called while a CUDA graph is being captured; call it before or after the capture")

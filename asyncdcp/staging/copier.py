@@ -5,7 +5,8 @@ box.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from asyncdcp.boxes import Box, row_major_boxes
 from asyncdcp.planning import Piece, SavePlan, Slab
-from asyncdcp.staging.accelerator import DeviceCopies, DeviceFence
+from asyncdcp.staging.accelerator import DeviceCopies, DeviceFence, Marks, wait_on_host
 
 SMALL_BYTES = 64 << 10
 """Whole chunks shorter than this are gathered by ``torch.cat``: one release of the GIL for many, where a busy trainer
@@ -45,33 +46,43 @@ class SlabCopier:
     def __init__(self, plan: SavePlan, sources: Sequence[Tensor], fence: DeviceFence) -> None:
         self._plan = plan
         self._fence = fence
+        self._copies = DeviceCopies(fence)
         self._sources = list(sources)
 
-    def copy(self, slab: Slab, into: Tensor) -> None:
+    def copy(self, slab: Slab, into: Tensor) -> Callable[[], None] | None:
         """Copies the header's part and all pieces of ``slab`` to ``into``, a contiguous uint8 tensor of at least the
         slab's length.
+
+        What comes from accelerators may still be on its way: the result, if there is one, waits for it on the host.
+        Where this raises, nothing is on its way.
         """
         header = self._plan.images[slab.file].header[slab.begin : slab.begin + slab.length]
         if header:
             ctypes.memmove(into.data_ptr(), header, len(header))
-        copies = DeviceCopies(self._fence)
+        asynchronous = False
         try:
             with torch.no_grad():
                 for (device, dtype), pieces in groupby(slab.pieces, self._kind):
-                    with copies.on(device):
-                        if dtype is not None:
-                            self._gather(list(pieces), dtype, into)
-                        else:
-                            for piece in pieces:
-                                self._copy_piece(piece, into)
-        finally:
-            copies.finish()
+                    with self._copies.on(device) as on_its_way:
+                        asynchronous = asynchronous or on_its_way
+                        self._copy_group(list(pieces), dtype, into, on_its_way=on_its_way)
+        except BaseException:
+            self.finish()
+            raise
+        return partial(wait_on_host, self._copies.marks()) if asynchronous else None
+
+    def marks(self) -> Marks:
+        """Where, in the work of the devices, all that was copied so far has been read."""
+        return self._copies.marks()
+
+    def finish(self) -> None:
+        """Waits on the host until nothing is on its way."""
+        self._copies.finish()
 
     def from_device(self, slab: Slab) -> bool:
         """Whether something in ``slab`` comes from an accelerator."""
-        if not self._fence.devices:
-            return False
-        return any(not self._sources[self._plan.origins[piece.chunk]].is_cpu for piece in slab.pieces)
+        on = self._fence.devices
+        return bool(on) and any(self._sources[self._plan.origins[piece.chunk]].device in on for piece in slab.pieces)
 
     def _kind(self, piece: Piece) -> tuple[torch.device, torch.dtype | None]:
         """A piece's device, and the dtype to gather it by, None if it is copied alone."""
@@ -79,7 +90,14 @@ class SlabCopier:
         small = piece.length < SMALL_BYTES and piece.length == tensor.nbytes and tensor.dtype in _GATHERED
         return tensor.device, tensor.dtype if small else None
 
-    def _gather(self, pieces: list[Piece], dtype: torch.dtype, into: Tensor) -> None:
+    def _copy_group(self, pieces: list[Piece], dtype: torch.dtype | None, into: Tensor, *, on_its_way: bool) -> None:
+        if dtype is not None:
+            self._gather(pieces, dtype, into, on_its_way=on_its_way)
+            return
+        for piece in pieces:
+            self._copy_piece(piece, into, on_its_way=on_its_way)
+
+    def _gather(self, pieces: list[Piece], dtype: torch.dtype, into: Tensor, *, on_its_way: bool) -> None:
         """Small chunks of one dtype and device, which follow each other in the slab, by one kernel."""
         first, last = pieces[0], pieces[-1]
         out = into[first.offset : last.offset + last.length].view(dtype)
@@ -88,9 +106,9 @@ class SlabCopier:
         if sources[0].device == out.device:
             torch.cat(sources, out=out)
         else:
-            out.copy_(torch.cat(sources), non_blocking=True)
+            out.copy_(torch.cat(sources), non_blocking=on_its_way)
 
-    def _copy_piece(self, piece: Piece, into: Tensor) -> None:
+    def _copy_piece(self, piece: Piece, into: Tensor, *, on_its_way: bool) -> None:
         source = _source(self._plan, piece.chunk, self._sources)
         if source.address:
             ctypes.memmove(into.data_ptr() + piece.offset, source.address + piece.start, piece.length)
@@ -101,7 +119,7 @@ class SlabCopier:
         out = into[piece.offset : piece.offset + piece.length].view(tensor.dtype)
         for first, box in row_major_boxes(tensor.shape, begin, begin + piece.length // size):
             part = out[first - begin : first - begin + box.volume].view(box.sizes)
-            part.copy_(tensor[_slices(box)], non_blocking=True)
+            part.copy_(tensor[_slices(box)], non_blocking=on_its_way)
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

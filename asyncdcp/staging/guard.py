@@ -17,10 +17,11 @@ from asyncdcp.errors import InvalidOption
 class Guard:
     """Holds optimizers back while their tensors are being staged. Made by ``AsyncCheckpointer.guard``.
 
-    Under a guard the optimizers' parameters and states cannot change while a save copies them: ``step`` waits on the
-    host. So it does for parameters that are stepped in the backward pass, by optimizers of their own, if all of these
-    are guarded. A step that is captured in a CUDA graph and replayed runs no hook: wait with ``wait_staged()`` before
-    the replay.
+    Under a guard the optimizers' parameters and states cannot change while a save copies them: ``step`` waits until all
+    is copied. What is on an accelerator need only be enqueued there: from then on the current streams wait for it, and
+    the host goes on. So it does for parameters that are stepped in the backward pass, by optimizers of their own, if
+    all of these are guarded. A step that is captured in a CUDA graph and replayed runs no hook: wait with
+    ``wait_staged()`` before the replay.
 
     ``remove()`` ends it; a context manager does so on exit. ``waited`` is how many seconds steps have waited in all.
     """

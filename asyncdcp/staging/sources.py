@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from asyncdcp.staging.accelerator import DeviceFence
+from asyncdcp.staging.accelerator import DeviceFence, Marks
 from asyncdcp.staging.eager import EagerBudget, clone_unguarded
 from asyncdcp.staging.guard import Guard, frozen_parameters
 from asyncdcp.staging.torn import Witness, versions
@@ -17,7 +18,7 @@ class Sources:
     """The tensors of one save, one for each chunk of the plan's structure; taken on the caller's thread.
 
     With ``guards``, what they do not protect is cloned now, up to the budget. ``watched`` are the numbers of the
-    tensors that somebody could change during staging. ``free`` is set once no tensor of the state is read any more.
+    tensors that somebody could change during staging.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class Sources:
             self.watched, self._eager = clone_unguarded(tensors, guarded, budget)
         self.fence = DeviceFence(tensors)
         self._versions = versions(tensors)
-        self.free = threading.Event()
+        self._marks: Marks = []
+        self._passable, self._free = threading.Event(), threading.Event()
 
     def witness(self) -> Callable[[], list[int]]:
         """Looks at the watched tensors as copying begins; the result tells which have changed since the save was
@@ -41,9 +43,32 @@ class Sources:
         """
         return Witness(self.tensors, self._versions, self.watched).changed
 
+    def enqueued(self, marks: Marks) -> None:
+        """All is copied but for what accelerators have been told to copy, which has been read at ``marks``."""
+        self._marks = marks
+        self._passable.set()
+
+    def hold(self, timeout: float) -> bool:
+        """Blocks until what the calling thread does, or enqueues on its current streams, from now on changes nothing
+        that the save still reads; whether that came.
+
+        The streams wait for copies under way there, and the host does not. A stream that is being captured cannot wait
+        for anything outside of its graph, so then the host does.
+        """
+        until = time.monotonic() + timeout
+        if not self._passable.wait(timeout):
+            return False
+        marks = [] if self._free.is_set() else self._marks
+        if any(work.capturing() for work, _ in marks):
+            return self._free.wait(max(min(until - time.monotonic(), timeout), 0))
+        for work, mark in marks:
+            work.wait(mark)
+        return True
+
     def drop(self) -> None:
         """Lets go of the tensors: they are copied, or never will be. Safe to call twice."""
         self.tensors.clear()
         self._budget.give(self._eager)
         self._eager = 0
-        self.free.set()
+        self._free.set()
+        self._passable.set()

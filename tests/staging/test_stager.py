@@ -135,9 +135,8 @@ async def test_a_copy_that_fails_ends_staging(arenas: Arenas, monkeypatch: pytes
     async def announce(_: SlabReady) -> None:
         pytest.fail("announced though it failed")
 
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(ZeroDivisionError):
         await stager.stage(held(sources), announce)
-    assert all(isinstance(error, ZeroDivisionError) for error in caught.value.exceptions)
     arenas.release(arena)
 
 
