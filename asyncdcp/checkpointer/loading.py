@@ -123,7 +123,7 @@ class _InPlace:
         tree, values = decoded(metadata)
         nodes = TreeNodes(tree, options.renamed)
         found = match(self._flat, metadata, nodes, options)
-        made = new_tensors(metadata, found.fresh)
+        made = new_tensors(metadata, found.fresh, found.alike)
         found.add_fresh(made)
         self._restorer = Restorer(self._flat, found, nodes, values, options)
         return targets_of(metadata, [*found.fill, *made.items()])

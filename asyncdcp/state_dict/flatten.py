@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asyncdcp.errors import DuplicateName, UnsupportedValue
 from asyncdcp.state_dict.arrays import is_numpy
+from asyncdcp.state_dict.chunks import is_checkpointable
 from asyncdcp.state_dict.keys import encode_key
 from asyncdcp.state_dict.leaves import Refusal
 from asyncdcp.state_dict.subclasses import Subclass, describe_kind, is_subclass, take_apart
@@ -122,7 +123,7 @@ class _Flattener:
     def visit(self, value: Any, fqn: str, frame: _Frame, key: Any, depth: int) -> dict[str, Any]:
         """The node of ``value``, which stands at ``key`` in the container of ``frame``."""
         kind = type(value)
-        if kind in self._tensor_kinds:
+        if kind in self._tensor_kinds or (isinstance(value, Tensor) and is_checkpointable(value)):
             if fqn in self._leaves:
                 raise _duplicate(fqn, self._leaves[fqn], frame, key)
             self._leaves[fqn] = frame

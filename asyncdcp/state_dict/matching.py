@@ -19,6 +19,7 @@ from torch import Tensor
 
 from asyncdcp.errors import StateMismatch
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
+from asyncdcp.state_dict.chunks import is_dtensor
 from asyncdcp.state_dict.composed import compare
 from asyncdcp.state_dict.flatten import FlatState, Taken
 from asyncdcp.state_dict.nodes import TreeNodes
@@ -41,6 +42,8 @@ class Match:
     """Stored tensors and the targets that they fill in place."""
     fresh: dict[str, torch.device] = field(default_factory=dict)
     """Stored tensors for which new ones are made, and where."""
+    alike: dict[str, Tensor] = field(default_factory=dict)
+    """For stored tensors of ``fresh``: the sharded tensor whose placement the new one gets."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """By the checkpoint's name, aliases too: the tensor that will hold its content. ``add_fresh`` completes it."""
     ties: dict[str, str] = field(default_factory=dict)
@@ -209,16 +212,29 @@ class _Matcher:
         return None
 
     def _add_fresh(self) -> None:
-        """New tensors for all that is loaded and has no target: parts of Statefuls, and everything with ``assign``."""
+        """New tensors for all that is loaded and has no target: parts of Statefuls, and everything with ``assign``.
+        They are where their predecessors are, those of an optimizer's state where its parameters are.
+        """
         wanted = set(self._match.sources.values())
         wanted |= {source for name, source in self._have.items() if self._owner(name) is not None}
         sources = self._match.sources
-        devices = {sources[name]: tensor.device for name, tensor in self._targets.items() if name in sources}
-        for name in self._have.values():
+        models = {sources[name]: tensor for name, tensor in self._targets.items() if name in sources}
+        parameters = optimizer_parameters(self._flat)
+        for own, name in self._have.items():
             if name in wanted and name not in self._match.tensors and self._is_tensor(name):
-                device = devices.get(name, self._options.device)
+                model = models.get(name)
+                device = self._options.device if model is None else model.device
                 stored = self._match.ties[name] = self._origin(name)
                 self._match.fresh[stored] = self._options.device if device.type == "meta" else device
+                self._place(stored, model if model is not None else parameters.get(own.rpartition(".")[0]))
+
+    def _place(self, stored: str, model: Tensor | None) -> None:
+        """Has the new tensor placed as ``model``, if that is sharded."""
+        entry = self._metadata.state_dict_metadata[stored]
+        assert isinstance(entry, TensorStorageMetadata)
+        if model is not None and is_dtensor(model) and tuple(model.shape) == entry.size:
+            self._match.alike[stored] = model
+            self._match.fresh[stored] = model.device
 
     def _origin(self, name: str) -> str:
         return self._metadata.aliases.get(name, name)
@@ -241,6 +257,17 @@ class _Matcher:
             unexpected=self._unexpected,
             mismatched=list(self._different),
         )
+
+
+def optimizer_parameters(flat: FlatState) -> dict[str, Tensor]:
+    """The parameters of the state's optimizers, by the FQN under which ``Optimizer.state_dict()`` has their states."""
+    found: dict[str, Tensor] = {}
+    for fqn, taken in flat.statefuls.items():
+        if isinstance(taken.stateful, torch.optim.Optimizer):
+            parameters = [parameter for group in taken.stateful.param_groups for parameter in group["params"]]
+            prefix = f"{fqn}.state" if fqn else "state"
+            found.update({f"{prefix}.{number}": parameter for number, parameter in enumerate(parameters)})
+    return found
 
 
 def _shares_memory(tensor: Tensor) -> bool:

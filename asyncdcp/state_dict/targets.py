@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from asyncdcp.boxes import Box, intersect, row_major_boxes, whole
+from asyncdcp.boxes import Box, intersect, row_major_boxes
 from asyncdcp.errors import UnsupportedFormat
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.planning import Want
+from asyncdcp.state_dict.chunks import empty_like, local_chunks
 from asyncdcp.state_dict.structure import DTYPES
 
 
@@ -75,16 +76,24 @@ def _memory(tensor: Tensor) -> memoryview | None:
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def new_tensors(metadata: Metadata, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
-    """An uninitialised tensor for each stored one, where it is to be."""
-    return {
-        name: torch.empty(_stored(metadata, name).size, dtype=_dtype(metadata, name), device=device)
-        for name, device in devices.items()
-    }
+def new_tensors(
+    metadata: Metadata, devices: Mapping[str, torch.device], alike: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """An uninitialised tensor for each stored one, where it is to be; placed as the one that ``alike`` has for it."""
+    made = {}
+    for name, device in devices.items():
+        dtype, model = _dtype(metadata, name), (alike or {}).get(name)
+        made[name] = (
+            torch.empty(_stored(metadata, name).size, dtype=dtype, device=device)
+            if model is None
+            else empty_like(model, dtype, device)
+        )
+    return made
 
 
 def targets_of(metadata: Metadata, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[Want], list[TensorTarget]]:
-    """Wants and targets for whole tensors, each with the name under which it is stored. Empty tensors need nothing.
+    """Wants and targets for tensors, each with the name under which it is stored: for what this process holds of each,
+    and nothing for what is empty.
 
     Waits until accelerators have done what was enqueued before, on whatever stream: it may use the targets.
     """
@@ -93,10 +102,10 @@ def targets_of(metadata: Metadata, tensors: Iterable[tuple[str, Tensor]]) -> tup
     for device in {tensor.device for _, tensor in tensors if not tensor.is_cpu and not tensor.is_meta}:
         torch.accelerator.synchronize(device)
     for name, tensor in tensors:
-        if tensor.numel():
-            box = whole(tensor.shape)
-            wants.append(Want(name, box))
-            targets.append(TensorTarget(tensor, box, _dtype(metadata, name)))
+        for box, local in local_chunks(tensor):
+            if box.volume:
+                wants.append(Want(name, box))
+                targets.append(TensorTarget(local, box, _dtype(metadata, name)))
     return wants, targets
 
 

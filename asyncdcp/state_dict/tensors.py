@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyncdcp.state_dict.chunks import is_checkpointable
 from asyncdcp.state_dict.leaves import Refusal
 
 _PLAIN: frozenset[type] = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
@@ -80,7 +81,10 @@ class AliasGroups:
             self.aliases[fqn] = holder
 
     def _add_dtensor(self, fqn: str, tensor: Any) -> None:
-        local = tensor._local_tensor
+        local = getattr(tensor, "_local_tensor", tensor)
+        if is_checkpointable(local):
+            self.tensors[fqn] = tensor  # its shards are its own affair, ties among them too
+            return
         if type(local) not in _PLAIN:
             kind = type(local)
             raise Refusal(f"its local tensor is a {kind.__module__}.{kind.__qualname__}")
