@@ -153,6 +153,7 @@ class Settlement:
             self._indexes = [self._own]
             self._summary = Summary(job.tensors, job.tensor_bytes, sum(file.size for file in job.files), [])
             return
+        await self._storage.barrier()  # an index can be seen before its rank has made its name durable
         stored = [await read_index(self._storage, job.save_id, rank) for rank in range(job.world_size)]
         union = await to_thread.run_sync(unite, [found.content for found in stored])
         check_sizes(union, await self._storage.list())

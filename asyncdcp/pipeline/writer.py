@@ -137,9 +137,8 @@ class CheckpointWriter:
                 stages.start_soon(self._transform, encoded)
                 stages.start_soon(self._store, encoded)
         with self._trace.span("sync"):
-            await self._storage.barrier()
             await self._put_index()
-            await self._storage.barrier()
+            await self._storage.barrier()  # of the data's names, too: nobody looks at data whose index is not there
 
     async def _create_files(self) -> None:
         job = self._job

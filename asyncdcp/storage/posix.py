@@ -33,8 +33,8 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class FileStatus(NamedTuple):
-    """What of ``struct stat`` is looked at: length in bytes, hard links, type and permission bits, inode, and when the
-    content was last changed (seconds since the epoch, by the clock of whoever keeps the file).
+    """What of ``struct stat`` is looked at: length in bytes, hard links, type and permission bits, inode, when the
+    content was last changed (seconds since the epoch, by the clock of whoever keeps the file), and the device.
     """
 
     size: int
@@ -42,6 +42,7 @@ class FileStatus(NamedTuple):
     mode: int
     inode: int
     modified: float = 0.0
+    device: int = 0
 
 
 class Posix(Protocol):
@@ -198,7 +199,8 @@ def filesystem_of(path: str, mountinfo: str) -> str:
 
 
 def _status(status: os.stat_result) -> FileStatus:
-    return FileStatus(status.st_size, status.st_nlink, status.st_mode, status.st_ino, status.st_mtime)
+    modified = status.st_mtime
+    return FileStatus(status.st_size, status.st_nlink, status.st_mode, status.st_ino, modified, status.st_dev)
 
 
 def _error(*names: str | None) -> OSError:

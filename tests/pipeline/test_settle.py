@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import selectors
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,35 +20,9 @@ from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement
 from asyncdcp.planning import plan_save
 from asyncdcp.storage import MemoryStorage
 from tests.pipeline.forge import SAVE, job_of, structure_of
+from tests.virtual import run
 
 RECORD = record_name(SAVE)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only where everybody waits, and then at once. So a run is the same every time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        super().__init__(_Selector(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class _Selector(selectors.SelectSelector):
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is not None and timeout > 0:
-            self._loop.now += timeout
-        return super().select(0)
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main)
 
 
 @pytest.fixture(autouse=True)

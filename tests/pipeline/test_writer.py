@@ -159,7 +159,6 @@ FAULTS: list[tuple[str, int]] = [
     ("barrier", 0),
     ("put", 0),
     ("put_done", 0),
-    ("barrier", 1),
     ("list", 1),
 ]
 

@@ -23,16 +23,20 @@ def failure(number: int) -> OSError:
 
 
 class Recorder(OS):
-    """Notes what is made, named and synced, by path relative to ``root``; temporaries as "temp"."""
+    """Notes what is made, named and synced in ``root``, by path relative to it; temporaries as "temp". What is above is
+    in ``above``.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
         self.calls: list[str] = []
+        self.above: list[str] = []
         self.paths: dict[int, str] = {}
 
     def note(self, call: str, path: str) -> None:
         name = os.path.relpath(path, self.root)
-        self.calls.append(f"{call} {'temp' if os.path.basename(name).startswith('.') and name != '.' else name}")
+        calls = self.above if name.startswith("..") else self.calls
+        calls.append(f"{call} {'temp' if os.path.basename(name).startswith('.') and name != '.' else name}")
 
     def open(self, path: str, flags: int, /) -> int:
         fd = super().open(path, flags)
@@ -73,6 +77,38 @@ async def test_the_order_of_syncs(tmp_path: Path) -> None:
     posix.calls.clear()
     assert await storage.claim("record", b"x")
     assert posix.calls == ["fsync temp", "link a/b/record", "unlink temp", "fsync a/b"]
+
+
+async def test_what_was_there_before_is_synced_once(tmp_path: Path) -> None:
+    """Whoever made the directories may have died before they were synced."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    posix = Recorder(tmp_path)
+    storage = LocalStorage(tmp_path / "a" / "b", posix=posix)
+    await storage.barrier()
+    assert posix.calls == ["fsync a/b", "fsync a", "fsync ."]
+    assert posix.above
+    posix.above.clear()
+    await storage.barrier()
+    assert posix.calls[3:] == ["fsync a/b"] and posix.above == []
+
+
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_directory_above_that_may_not_be_read(tmp_path: Path, made: bool) -> None:
+    class Closed(Recorder):
+        def open(self, path: str, flags: int, /) -> int:
+            if path == str(tmp_path):
+                raise failure(errno.EACCES)
+            return super().open(path, flags)
+
+    if not made:
+        (tmp_path / "a").mkdir()
+    storage = LocalStorage(tmp_path / "a", posix=Closed(tmp_path))
+    await storage.put("x", b"")
+    if made:
+        with pytest.raises(StorageError, match="Permission"):
+            await storage.barrier()
+    else:
+        await storage.barrier()
 
 
 async def test_a_claim_in_a_new_place_syncs_its_ancestors(tmp_path: Path) -> None:
