@@ -31,6 +31,7 @@ LEVELS: list[set[str]] = [
     {"checkpointer"},
     {"testing"},
     {"__init__"},
+    {"interop"},
 ]
 """Top-level modules and packages of asyncdcp, lowest first. A package is one sibling: inside it imports are its own."""
 

@@ -289,6 +289,8 @@ def _verify_and_place(window: _Window, straight: list[_Part], layout: list[memor
 def _verify(window: _Window, layout: list[memoryview]) -> None:
     file = window.file
     if file.checksums is None:
+        if file.check is not None:
+            file.check(window.begin, window.end, layout)
         return
     pieces = iter(layout)
     piece = next(pieces)

@@ -8,7 +8,7 @@ thought.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, NoReturn
@@ -39,7 +39,9 @@ _BLOCK_LIMITS = (4096, SLAB_BYTES)
 class FileMap(NamedTuple):
     """A data file, checked: its decoded size, block size and block checksums, and the chunks in it, sorted by begin.
 
-    ``checksums`` are None for a file of another format, which has none; its blocks are then only what is read at once.
+    ``checksums`` are None for a file of another format: its blocks are then only what a read is cut at, and ``check``,
+    if there is one, is called on a worker thread with begin and end of all bytes that are read, and with buffers whose
+    first bytes they are, one after another; no byte comes twice. What it raises fails the read.
     """
 
     name: str
@@ -48,6 +50,7 @@ class FileMap(NamedTuple):
     checksums: Sequence[int] | None
     begins: list[int]
     tensors: list[str]
+    check: Callable[[int, int, Sequence[memoryview]], None] | None = None
 
 
 @dataclass
