@@ -46,6 +46,10 @@ class InvalidOption(UsageError, ValueError):
     """An option has a value that means nothing; the message names the option and what it takes."""
 
 
+class MissingDependency(UsageError, ImportError):
+    """The call needs a package that is not installed; the message names the extra that brings it."""
+
+
 class UnsupportedValue(UsageError, TypeError):
     """The state holds something that cannot be stored; the message names it, its type and the way out."""
 

@@ -31,7 +31,7 @@ async def on_executor(function: Callable[[*Ts], T], *args: *Ts) -> T:
     It is always run, to its end, even if the caller is cancelled already. Under an anyio scope the result is then
     returned, and the cancellation follows at the next await; after ``Task.cancel`` it is raised in its place.
     """
-    return await _ended(asyncio.ensure_future(wrap(function)(*args)))
+    return await ended(asyncio.ensure_future(wrap(function)(*args)))
 
 
 async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -45,7 +45,7 @@ async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *arg
     except asyncio.CancelledError:
         if not job.cancel():
             with suppress(Exception):
-                await _ended(asyncio.wrap_future(job))
+                await ended(asyncio.wrap_future(job))
         raise
     return job.result()
 
@@ -59,7 +59,7 @@ async def uncut(function: Callable[[], T]) -> T:
     if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
         work = asyncio.ensure_future(to_thread.run_sync(function))
         try:
-            return await _ended(work)
+            return await ended(work)
         except asyncio.CancelledError:
             if not work.cancelled() and (error := work.exception()) is not None:
                 _logger.error("it failed, and who waited for it was cancelled", exc_info=error)
@@ -75,8 +75,11 @@ def _perform(job: Future[T], function: Callable[[], T]) -> None:
             job.set_exception(error)
 
 
-async def _ended(work: asyncio.Future[T]) -> T:
-    """The result of what is never cancelled itself; a cancellation of the caller is raised once it has ended."""
+async def ended(work: asyncio.Future[T]) -> T:
+    """The result of what is never cancelled itself; a cancellation of the caller is raised once it has ended.
+
+    Under an anyio scope the result is returned, and the cancellation follows at the next await.
+    """
     cancelled: asyncio.CancelledError | None = None
     with CancelScope(shield=True):
         while not work.done():

@@ -107,7 +107,8 @@ class RangeReader:
         Ranges may overlap. ``into`` buffers may hold unverified bytes when this raises ``ChecksumMismatch``. On return
         and on raise no buffer is in use any more. Files are open only while they are read.
         """
-        windows = _windows(ranges, self._files)
+        info = self._storage.info
+        windows = _windows(ranges, self._files, info.read_gap)
         left = Counter(window.file.name for window in windows)
         waiting, opening = iter(windows), anyio.Lock()
 
@@ -124,7 +125,7 @@ class RangeReader:
         try:
             with ungrouped():
                 async with anyio.create_task_group() as workers:
-                    for _ in range(min(READS_IN_FLIGHT, len(windows))):
+                    for _ in range(min(max(READS_IN_FLIGHT, info.transfers), len(windows))):
                         workers.start_soon(work)
         finally:
             await self.aclose()
@@ -213,8 +214,11 @@ async def read_listed(storage: Storage, record: Record, rank: int) -> Index:
     return found.content
 
 
-def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap]) -> list[_Window]:
-    """Cuts the ranges along a grid of slabs. In each slab, every run of blocks that something wants is a window."""
+def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap], gap: int = 0) -> list[_Window]:
+    """Cuts the ranges along a grid of slabs. In each slab, every run of blocks that something wants is a window.
+
+    Runs no more than ``gap`` bytes apart are one, as long as no more is unwanted in it than wanted.
+    """
     slabs: dict[tuple[str, int], list[_Part]] = {}
     for wanted in sorted(ranges, key=lambda part: (part.file, part.begin)):
         block = files[wanted.file].block_bytes
@@ -223,21 +227,26 @@ def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap]) -> list[
             part = _Part(max(begin, wanted.begin), min(begin + step, wanted.end), max(begin - wanted.begin, 0), wanted)
             slabs.setdefault((wanted.file, begin), []).append(part)
     return [
-        window for (name, _), parts in sorted(slabs.items(), key=itemgetter(0)) for window in _runs(files[name], parts)
+        window
+        for (name, _), parts in sorted(slabs.items(), key=itemgetter(0))
+        for window in _runs(files[name], parts, gap)
     ]
 
 
-def _runs(file: FileMap, parts: list[_Part]) -> Iterator[_Window]:
+def _runs(file: FileMap, parts: list[_Part], gap: int) -> Iterator[_Window]:
     """The windows of one slab, whose parts are given in order of where they begin."""
     block, run = file.block_bytes, list[_Part]()
-    begin = end = 0
+    begin = end = unwanted = 0
     for part in parts:
         first = part.begin // block * block
-        if not run or first > end:
-            if run:
-                yield _Window(file, begin, end, run)
-            run, begin, end = [], first, first
+        apart = max(0, first - end)
+        if run and apart and (apart > gap or 2 * (unwanted + apart) > end - begin + apart):
+            yield _Window(file, begin, end, run)
+            run = []
+        if not run:
+            begin, end, unwanted, apart = first, first, 0, 0
         run.append(part)
+        unwanted += apart
         end = max(end, min(-(-part.end // block) * block, file.size))
     if run:
         yield _Window(file, begin, end, run)

@@ -197,7 +197,7 @@ class CheckpointWriter:
                     file.finished = True
 
         async with anyio.create_task_group() as workers:
-            for _ in range(WRITES_IN_FLIGHT):
+            for _ in range(max(WRITES_IN_FLIGHT, self._storage.info.transfers)):
                 workers.start_soon(work)
         unfinished = [file.job.name for file in self._files if not file.finished]
         if unfinished:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
-from asyncdcp.errors import InvalidOption
+from asyncdcp.errors import InvalidOption, MissingDependency
 from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.local import LocalStorage
 from asyncdcp.storage.local_place import LocalPlace
@@ -15,9 +17,13 @@ from asyncdcp.storage.memory import MemoryStorage
 from asyncdcp.storage.memory_place import MemoryPlace
 from asyncdcp.storage.place import Contents, Found, Place, Survey
 from asyncdcp.storage.port import Buffer, ObjectReader, ObjectWriter, Storage, StorageInfo, check_name
-from asyncdcp.storage.spec import LocalSpec, StorageSpec, spec_of
+from asyncdcp.storage.spec import LocalSpec, ObjectStoreSpec, StorageSpec, spec_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __all__ = [
+    "OBJECT_STORES",
     "Buffer",
     "Contents",
     "Found",
@@ -39,32 +45,40 @@ __all__ = [
     "spec_of",
 ]
 
+OBJECT_STORES: Final = ("s3", "gs", "az", "memory")
+"""URL schemes of object stores."""
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_TAKES: Final = "it takes a path, a URL (file://, s3://, gs://, az://, memory://) or a"
+
 
 def open_storage(target: str | os.PathLike[str] | Storage) -> Storage:
-    """The Storage of a path, of a ``file://`` URL, or the given one itself.
+    """The Storage of a path, of a URL (``file://``, or an object store's), or the given one itself.
 
     A path becomes absolute, a leading ``~`` is expanded; nothing is made or looked at yet. Raises ``InvalidOption``
-    for anything else.
+    for anything else, and ``MissingDependency`` for an object store without its extra.
     """
     if isinstance(target, str | os.PathLike):
-        path = os.fspath(target)
-        if not isinstance(path, str) or not path:
-            raise InvalidOption(f"target is {target!r}; it takes a path, a file:// URL or a Storage")
-        return LocalStorage(os.path.expanduser(_path_of(path)))
+        path = _text_of(target, "Storage")
+        if _is_object_store(path):
+            storage: Storage = _object_stores().ObjectStorage(path)
+            return storage
+        return LocalStorage(os.path.expanduser(_path_of(path, "Storage")))
     if not hasattr(target, "claim"):
-        raise InvalidOption(f"target is a {type(target).__name__}; it takes a path, a file:// URL or a Storage")
+        raise InvalidOption(f"target is a {type(target).__name__}; {_TAKES} Storage")
     return target
 
 
 def open_place(target: str | os.PathLike[str] | Place) -> Place:
-    """The Place of a run: of a path, of a ``file://`` URL, or the given one itself. As ``open_storage``."""
+    """The Place of a run: of a path, of a URL, or the given one itself. As ``open_storage``."""
     if isinstance(target, str | os.PathLike):
-        path = os.fspath(target)
-        if not isinstance(path, str) or not path:
-            raise InvalidOption(f"target is {target!r}; it takes a path, a file:// URL or a Place")
-        return LocalPlace(os.path.expanduser(_path_of(path)))
+        path = _text_of(target, "Place")
+        if _is_object_store(path):
+            place: Place = _object_stores().ObjectPlace(path)
+            return place
+        return LocalPlace(os.path.expanduser(_path_of(path, "Place")))
     if not hasattr(target, "survey"):
-        raise InvalidOption(f"target is a {type(target).__name__}; it takes a path, a file:// URL or a Place")
+        raise InvalidOption(f"target is a {type(target).__name__}; {_TAKES} Place")
     return target
 
 
@@ -72,18 +86,41 @@ def open_spec(spec: StorageSpec, *, kill_trainer: Callable[[], object] = lambda:
     """The Storage that a spec describes. ``kill_trainer`` is for a spec with faults, which may ask for that."""
     if isinstance(spec, LocalSpec):
         return LocalStorage(os.fsdecode(spec.path), direct_io=spec.direct_io)
+    if isinstance(spec, ObjectStoreSpec):
+        storage: Storage = _object_stores().ObjectStorage.from_spec(spec)
+        return storage
     posix = FaultyOS(spec.faults, kill_trainer)
     return LocalStorage(os.fsdecode(spec.path), direct_io=spec.direct_io, posix=posix)
 
 
-def _path_of(target: str) -> str:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", target)
+def _object_stores() -> ModuleType:
+    """The package for object stores, imported at its first use; ``MissingDependency`` without its extra."""
+    try:
+        return import_module("asyncdcp.storage.object_store")
+    except ImportError as error:
+        raise MissingDependency(
+            f"object stores need a package that is not there ({error}): pip install 'asyncdcp[object-store]'"
+        ) from error
+
+
+def _is_object_store(target: str) -> bool:
+    scheme = _SCHEME.match(target)
+    return scheme is not None and scheme[1].lower() in OBJECT_STORES
+
+
+def _text_of(target: str | os.PathLike[str], kind: str) -> str:
+    path = os.fspath(target)
+    if not isinstance(path, str) or not path:
+        raise InvalidOption(f"target is {target!r}; {_TAKES} {kind}")
+    return path
+
+
+def _path_of(target: str, kind: str) -> str:
+    scheme = _SCHEME.match(target)
     if scheme is None:
         return target
     if scheme[1].lower() != "file":
-        raise InvalidOption(
-            f"target is {target!r}; no storage for {scheme[1]}://; it takes a path, file:// or a Storage"
-        )
+        raise InvalidOption(f"target is {target!r}; there is no storage for {scheme[1]}://; {_TAKES} {kind}")
     parts = urlsplit(target)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise InvalidOption(f"target is {target!r}; a file:// URL takes an absolute path: file:///where/it/lies")

@@ -50,12 +50,15 @@ class StorageInfo:
 
     ``location`` is for people, as in error messages. ``filesystem`` is the type as the system names it ("ext4",
     "tmpfs", "nfs4"), "memory", or an object store's scheme. ``volatile`` is true where nothing survives a restart of
-    the machine.
+    the machine. The rest says how it is fastest: with so many writes, or reads, at once, where that is more than usual;
+    and how many unwanted bytes a read had better take along than end and begin again after them.
     """
 
     location: str
     filesystem: str
     volatile: bool
+    transfers: int = 0
+    read_gap: int = 0
 
 
 class ObjectWriter(Protocol):

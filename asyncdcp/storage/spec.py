@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
+from asyncdcp.errors import InvalidOption
 from asyncdcp.storage.port import Storage
 
 
@@ -39,7 +40,43 @@ class FaultySpec(msgspec.Struct, frozen=True, tag="faulty"):
     direct_io: bool = True
 
 
-StorageSpec: TypeAlias = LocalSpec | FaultySpec
+class RequestLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long an object store is given; all in seconds.
+
+    ``connect`` for a connection, ``request`` for one request with its body, ``retry`` from the first try of a request
+    to the last. A conditional PUT gets ``claim_request`` for one try and ``claim`` for all: its outcome is waited for
+    even by who was cancelled.
+    """
+
+    connect: float = 10.0
+    request: float = 120.0
+    retry: float = 180.0
+    claim_request: float = 10.0
+    claim: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise InvalidOption(f"{name} takes a positive number of seconds, not {value!r}")
+
+
+class ObjectStoreSpec(msgspec.Struct, frozen=True, tag="object-store"):
+    """An ``ObjectStorage``. ``config`` may hold secrets, and so is shown by its keys only."""
+
+    url: str
+    config: dict[str, str]
+    profile: str | None = None
+    limits: RequestLimits = RequestLimits()
+
+    def __repr__(self) -> str:
+        return f"ObjectStoreSpec({self.url!r}, config of {', '.join(sorted(self.config)) or 'nothing'})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("url", self.url), ("config", sorted(self.config))]
+
+
+StorageSpec: TypeAlias = LocalSpec | FaultySpec | ObjectStoreSpec
 
 
 @runtime_checkable

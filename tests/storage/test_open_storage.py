@@ -34,10 +34,14 @@ def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "target", ["s3://bucket/x", "file://host/x", "file://", "file:///a?b", "file:///a#b", "", "a\0b"]
+    "target",
+    [
+        *("hdfs://bucket/x", "s3://", "s3://b/x?y", "s3://b/../x", "gs://b//x"),
+        *("file://host/x", "file://", "file:///a?b", "file:///a#b", "", "a\0b"),
+    ],
 )
 def test_what_it_does_not_take(target: str) -> None:
-    with pytest.raises(InvalidOption, match=r"path|query"):
+    with pytest.raises(InvalidOption, match=r"path|query|URL"):
         open_storage(target)
 
 

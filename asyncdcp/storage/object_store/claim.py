@@ -1,0 +1,102 @@
+"""Creating an object exclusively: one conditional PUT (``If-None-Match: *``), and what to make of its answers.
+
+Every request carries a token of its call, which the store keeps as the object's metadata. So a PUT whose answer was
+lost may be sent again: whether the object that stands in its way is its own can be seen. There are three kinds of
+answers. 2xx: won. 412, or 409 for a conflict with another request: read what is there. Anything else: refused for
+certain (it was never sent, or the store says so), or open, and then it is sent again until one of the others comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from obstore.exceptions import AlreadyExistsError, BaseError
+
+from asyncdcp.errors import CommitUnknown
+from asyncdcp.storage.object_store.failures import known, said, status_of, was_refused
+from asyncdcp.storage.object_store.url import ObjectURL
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_TOKEN: Final = "asyncdcp-token"
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
+_PASSING: Final = (408, 409, 425, 429)
+"""Answers that may be others a moment later, though the request was not carried out."""
+
+
+@dataclass(frozen=True)
+class Claimer:
+    """What a conditional PUT needs. ``once`` sends each request once, ``store`` tries again by itself."""
+
+    url: ObjectURL
+    store: ObjectStore
+    once: ObjectStore
+    seconds: float
+
+    async def create(self, operation: str, name: str, data: bytes | memoryview) -> bool:
+        """Creates the object if there is none; True if this call did.
+
+        ``CommitUnknown`` if that cannot be told within ``seconds``; any other error means that it did not. Not to be
+        cancelled: run it by ``threads.ended``.
+        """
+        key, token = self.url.key(name), secrets.token_hex(16)
+        until = asyncio.get_running_loop().time() + self.seconds
+        open_error: Exception | None = None
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self.once.put_async(key, data, mode="create", attributes={_TOKEN: token}, use_multipart=False)
+            except AlreadyExistsError as error:
+                mine = await self._is_mine(key, token, data)
+                if mine is not None:
+                    return mine
+                last: Exception = error
+            except (BaseError, OSError) as error:
+                last = error
+                if was_refused(error):
+                    if open_error is None and not _may_pass(error):
+                        raise known(operation, self.url, name, error) from error
+                else:
+                    open_error = error
+            else:
+                return True
+            if asyncio.get_running_loop().time() + pause > until:
+                break
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return await self._last_look(operation, name, token, data, open_error or last)
+
+    async def _is_mine(self, key: str, token: str, data: bytes | memoryview) -> bool | None:
+        """Whose the object is; None if there is none, or it cannot be read now."""
+        try:
+            found = await self.store.get_async(key)
+            if (theirs := found.attributes.get(_TOKEN)) is not None:
+                return bool(theirs == token)
+            return found.meta["size"] == len(data) and bytes(await found.bytes_async()) == data
+        except (BaseError, OSError):
+            return None
+
+    async def _last_look(
+        self, operation: str, name: str, token: str, data: bytes | memoryview, error: Exception
+    ) -> bool:
+        mine = await self._is_mine(self.url.key(name), token, data)
+        if mine is not None:
+            return mine
+        if was_refused(error):
+            raise known(operation, self.url, name, error) from error
+        path = f"{self.url}/{name}"
+        raise CommitUnknown(
+            f"whether {path} was created cannot be told after {self.seconds:g} s: {said(error)}", path=path
+        ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a refusal may be none at the next try: no connection, or a store that is busy."""
+    status = status_of(error)
+    return (status is None and "builder error" not in str(error)) or status in _PASSING

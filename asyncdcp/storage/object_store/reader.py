@@ -1,0 +1,112 @@
+"""An object being read: one ranged GET for each read, sent again from where it broke off."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from anyio import CapacityLimiter
+from anyio.lowlevel import checkpoint
+from obstore.exceptions import PreconditionError
+
+from asyncdcp.errors import Closed, InvalidOption, StorageError
+from asyncdcp.storage.files import address
+from asyncdcp.storage.object_store.failures import translated
+from asyncdcp.storage.object_store.url import ObjectURL
+from asyncdcp.storage.port import Buffer, T
+from asyncdcp.threads import on_thread
+
+if TYPE_CHECKING:
+    from obstore import Bytes, GetOptions, ObjectMeta
+    from obstore.store import ObjectStore
+
+_LONG: Final = 64 << 10
+"""Copies at least so long are made without the GIL."""
+
+
+class ObjectStoreReader:
+    """An ``ObjectReader``. It reads the object that was there when it was opened, or fails."""
+
+    def __init__(
+        self, url: ObjectURL, name: str, store: ObjectStore, meta: ObjectMeta, limiter: CapacityLimiter
+    ) -> None:
+        self._url = url
+        self._name = name
+        self._path = f"{url}/{name}"
+        self._store = store
+        self._meta = meta
+        self._limiter = limiter
+        self._open = True
+
+    @property
+    def size(self) -> int:
+        return self._meta["size"]
+
+    @property
+    def alignment(self) -> int:
+        return 1
+
+    async def read(self, offset: int, buffers: Sequence[Buffer]) -> int:
+        data = await self._get(offset, sum(map(len, buffers)))
+        await on_thread(self._limiter, scatter, data, buffers)
+        return len(data)
+
+    async def read_cached(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        self._check(offset)
+        await checkpoint()
+        return False
+
+    async def fetch(
+        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+    ) -> T:
+        data = await self._get(offset, sum(map(len, cached)))
+
+        def work() -> T:
+            scatter(data, cached)
+            return then(True)  # noqa: FBT003  # as the port has it
+
+        return await on_thread(self._limiter, work)
+
+    async def aclose(self) -> None:
+        self._open = False
+
+    async def _get(self, offset: int, length: int) -> memoryview:
+        """The bytes from ``offset`` on, as far as there are some."""
+        self._check(offset)
+        end = min(offset + length, self.size)
+        if end <= offset:
+            await checkpoint()
+            return memoryview(b"")
+        options: GetOptions = {"range": (offset, end)}
+        if self._meta["e_tag"] is not None:
+            options["if_match"] = self._meta["e_tag"]
+        data: Bytes | bytes = b""
+        with translated("read", self._url, self._name):
+            try:
+                found = await self._store.get_async(self._url.key(self._name), options=options)
+                data = await found.bytes_async()
+            except PreconditionError as error:
+                message = f"{self._path} is another object than when it was opened"
+                raise StorageError(message, path=self._path) from error
+        if len(data) != end - offset:
+            raise EOFError(f"{self._path} gave {len(data)} bytes at {offset}, and {end - offset} were asked for")
+        return memoryview(data)
+
+    def _check(self, offset: int) -> None:
+        if not self._open:
+            raise Closed(f"{self._path} is closed", path=self._path)
+        if offset < 0:
+            raise InvalidOption(f"offset is {offset}; it takes 0 or more", path=self._path)
+
+
+def scatter(data: memoryview, buffers: Sequence[Buffer]) -> None:
+    """Copies ``data`` to the buffers, one after another."""
+    position = 0
+    for buffer in buffers:
+        piece = data[position : position + len(buffer)]
+        if len(piece) < _LONG:
+            buffer[: len(piece)] = piece
+        else:
+            ctypes.memmove(address(buffer), address(piece), len(piece))
+        position += len(piece)

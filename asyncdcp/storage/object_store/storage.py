@@ -1,0 +1,251 @@
+"""ObjectStorage: a place in a bucket, behind the Storage port.
+
+An object that a PUT created, or whose upload was completed, is whole and durable at once; the stores list and read
+what they have acknowledged. So ``barrier`` has nothing to sync. It looks whether what was finished is there, as long as
+it was sent and with the tag that its sending was answered with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+from anyio import CapacityLimiter
+from anyio.lowlevel import checkpoint
+
+from asyncdcp.errors import CommitUnknown, CorruptCheckpoint, StorageError, ungrouped
+from asyncdcp.storage.object_store.claim import Claimer
+from asyncdcp.storage.object_store.connect import Access, access, connect
+from asyncdcp.storage.object_store.failures import translated
+from asyncdcp.storage.object_store.reader import ObjectStoreReader
+from asyncdcp.storage.object_store.uploads import Uploads
+from asyncdcp.storage.object_store.url import parse_url
+from asyncdcp.storage.object_store.writer import PARTS_IN_FLIGHT, Finished, ObjectStoreWriter
+from asyncdcp.storage.place import Found
+from asyncdcp.storage.port import StorageInfo, check_name
+from asyncdcp.storage.spec import ObjectStoreSpec, RequestLimits, StorageSpec
+from asyncdcp.threads import ended
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_READ_GAP: Final = 1 << 20
+"""About what arrives while a request would be answered."""
+_DELETES_IN_FLIGHT: Final = 16
+_COPIES_IN_FLIGHT: Final = 4
+
+
+class ObjectStorage:
+    """A ``Storage`` at ``s3://bucket/prefix``, ``gs://``, ``az://container/prefix``, or ``memory://name/prefix``.
+
+    ``config`` are options of obstore's store, on top of what the environment says; ``credentials`` is a callable that
+    obstore takes as ``credential_provider`` (such a storage cannot travel). Nothing is sent yet. Raises
+    ``InvalidOption`` for what is no such URL, and for options that the store does not know.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        config: Mapping[str, str] | None = None,
+        credentials: Callable[[], Any] | None = None,
+        limits: RequestLimits | None = None,
+    ) -> None:
+        self.url = parse_url(url)
+        self._access = access(self.url, config or {}, limits or RequestLimits(), credentials)
+        self._writing: set[str] = set()
+        self._unseen: dict[str, Finished] = {}
+        self._lost: StorageError | None = None
+
+    @classmethod
+    def from_spec(cls, spec: ObjectStoreSpec) -> ObjectStorage:
+        """The storage that ``spec()`` described, in whatever process."""
+        storage = cls(spec.url, config=spec.config, limits=spec.limits)
+        storage._access = Access(spec.config, spec.profile, spec.limits)
+        return storage
+
+    def spec(self) -> StorageSpec | None:
+        """As ``Travels``; None for ``memory://``, and where credentials come from a callable."""
+        how = self._access
+        if self.url.scheme == "memory" or how.provider is not None:
+            return None
+        return ObjectStoreSpec(str(self.url), dict(how.config), how.profile, how.limits)
+
+    def child(self, name: str) -> ObjectStorage:
+        """The storage at that name below this one, reached in the same way."""
+        child = ObjectStorage.__new__(ObjectStorage)
+        child.url = self.url.child(check_name(name))
+        child._access = self._access
+        child._writing, child._unseen, child._lost = set(), {}, None
+        return child
+
+    @cached_property
+    def info(self) -> StorageInfo:
+        return StorageInfo(
+            str(self.url),
+            self.url.scheme,
+            volatile=self.url.scheme == "memory",
+            transfers=PARTS_IN_FLIGHT,
+            read_gap=_READ_GAP,
+        )
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        return connect(self.url, self._access)
+
+    @cached_property
+    def _claimer(self) -> Claimer:
+        once = connect(self.url, self._access, single=True)
+        return Claimer(self.url, self._store, once, self._access.limits.claim)
+
+    @cached_property
+    def _uploads(self) -> Uploads:
+        return Uploads(self.url, self._access)
+
+    @cached_property
+    def _limiter(self) -> CapacityLimiter:
+        return CapacityLimiter(_COPIES_IN_FLIGHT)
+
+    async def create(self, name: str, length_hint: int) -> ObjectStoreWriter:
+        check_name(name)
+        if name in self._writing:
+            raise self._exists(name)
+        self._writing.add(name)
+        try:
+            if await self._is_there(name):
+                raise self._exists(name)
+        except BaseException:
+            self._writing.discard(name)
+            raise
+        return ObjectStoreWriter(self._claimer, name, length_hint, partial(self._on_end, name))
+
+    async def _is_there(self, name: str) -> bool:
+        with translated("create", self.url, name):
+            try:
+                await self._store.head_async(self.url.key(name))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def _on_end(self, name: str, finished: Finished | None) -> None:
+        self._writing.discard(name)
+        if finished is not None:
+            self._unseen[name] = finished
+
+    async def put(self, name: str, data: bytes) -> None:
+        try:
+            made = await self._create("write", name, data)
+        except CommitUnknown as error:
+            raise StorageError(str(error), path=error.path) from error
+        if not made:
+            raise self._exists(name)
+        self._unseen[name] = Finished(size=len(data), e_tag=None)
+
+    async def claim(self, name: str, data: bytes) -> bool:
+        return await self._create("claim", name, data)
+
+    async def _create(self, operation: str, name: str, data: bytes) -> bool:
+        check_name(name)
+        return await ended(asyncio.ensure_future(self._claimer.create(operation, name, data)))
+
+    async def barrier(self) -> None:
+        if self._lost is not None:
+            raise StorageError(str(self._lost), path=self._lost.path) from self._lost
+        for name in list(self._unseen):
+            try:
+                await self._look_for(name, self._unseen[name])
+            except StorageError as error:
+                self._lost = error
+                raise
+            del self._unseen[name]
+        await checkpoint()
+
+    async def _look_for(self, name: str, finished: Finished) -> None:
+        path = f"{self.url}/{name}"
+        with translated("verify", self.url, name):
+            try:
+                meta = await self._store.head_async(self.url.key(name))
+            except FileNotFoundError as error:
+                raise StorageError(f"{path} was stored, and is not there", path=path) from error
+        if meta["size"] != finished["size"]:
+            message = f"{path} has {meta['size']} bytes, and {finished['size']} were stored"
+            raise StorageError(message, path=path)
+        if finished["e_tag"] is not None and meta["e_tag"] not in (None, finished["e_tag"]):
+            raise StorageError(f"{path} is not what was stored: its tag differs", path=path)
+
+    async def get(self, name: str, limit: int) -> bytes:
+        reader = await self.open(name)
+        if reader.size > limit:
+            path = f"{self.url}/{name}"
+            message = f"{path} has {reader.size} bytes, more than the {limit} that it may have"
+            raise CorruptCheckpoint(message, path=path)
+        data = bytearray(reader.size)
+        await reader.read(0, [memoryview(data)])
+        return bytes(data)
+
+    async def open(self, name: str) -> ObjectStoreReader:
+        key = self.url.key(check_name(name))
+        with translated("open", self.url, name):
+            meta = await self._store.head_async(key)
+        return ObjectStoreReader(self.url, name, self._store, meta, self._limiter)
+
+    async def list(self) -> dict[str, int]:
+        start = len(self.url.key(""))
+        with translated("list", self.url):
+            found = await self._store.list_with_delimiter_async(self.url.prefix or None)
+        sizes = {meta["path"][start:]: meta["size"] for meta in found["objects"]}
+        return {name: size for name, size in sizes.items() if name and not name.startswith(".")}
+
+    async def temporaries(self) -> dict[str, str]:
+        return {upload.name: upload.object for upload in await self._uploads.here()}
+
+    async def objects_below(self) -> Sequence[tuple[str, Found]]:
+        """Every object below the prefix, at any depth, by its key after the prefix."""
+        start = len(self.url.key(""))
+        with translated("list", self.url):
+            metas = await self._store.list(self.url.prefix or None).collect_async()
+        return [(meta["path"][start:], Found(meta["size"], meta["last_modified"].timestamp())) for meta in metas]
+
+    async def uploads_below(self) -> Sequence[tuple[str, str, Found]]:
+        """Every unfinished upload below the prefix: its place after the prefix, its name there, and when it began."""
+        return [(upload.place, upload.name, Found(0, upload.begun)) for upload in await self._uploads.below()]
+
+    async def overwrite(self, name: str, data: bytes) -> None:
+        """Puts an object in the place of one that may be there. Whoever reads it sees the one or the other."""
+        with translated("write", self.url, name):
+            await self._store.put_async(self.url.key(check_name(name)), data, use_multipart=False)
+
+    async def delete(self, names: Sequence[str]) -> None:
+        uploads = [name for name in names if name.startswith(".")]
+        keys = [self.url.key(check_name(name)) for name in names if name not in uploads]
+        for name in names:
+            self._unseen.pop(name, None)
+        if uploads:
+            await self._uploads.abort(uploads)
+        with translated("delete from", self.url):
+            if self.url.scheme == "s3" and len(keys) > 1:
+                await self._store.delete_async(keys)
+            else:
+                await self._delete_one_by_one(keys)
+
+    async def _delete_one_by_one(self, keys: Sequence[str]) -> None:
+        limiter = CapacityLimiter(_DELETES_IN_FLIGHT)
+
+        async def delete(key: str) -> None:
+            async with limiter:
+                with suppress(FileNotFoundError):
+                    await self._store.delete_async(key)
+
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                for key in keys:
+                    tasks.start_soon(delete, key)
+
+    def _exists(self, name: str) -> FileExistsError:
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.url}/{name}")

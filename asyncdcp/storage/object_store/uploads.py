@@ -1,0 +1,146 @@
+"""Multipart uploads that were begun and never ended: what a process leaves that dies in the middle of one.
+
+No listing of objects shows them, and they are paid for. obstore cannot list them either, so boto3 does, where it is
+installed and the store is S3 or speaks its language; Azure drops blocks that were never committed after a week by
+itself, and for a bucket of Google's a lifecycle rule (AbortIncompleteMultipartUpload) does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+from anyio import CapacityLimiter
+
+from asyncdcp.errors import InvalidOption, StorageError
+from asyncdcp.storage.object_store.connect import Access
+from asyncdcp.storage.object_store.url import ObjectURL
+from asyncdcp.storage.port import NAME_PATTERN
+from asyncdcp.threads import on_thread
+
+_NAME: Final = re.compile(rf"\.{NAME_PATTERN}\.[0-9a-f]{{16}}")
+_CONNECT_SECONDS: Final = 5
+"""boto3 tries again by itself."""
+
+
+class Upload(NamedTuple):
+    """An unfinished upload. ``place`` is that of ``object`` below the prefix that was looked at, "" for it itself;
+    ``begun`` is by the store's clock.
+    """
+
+    key: str
+    id: str
+    place: str
+    object: str
+    begun: float
+
+    @property
+    def name(self) -> str:
+        return f".{self.object}.{hashlib.sha256(self.id.encode()).hexdigest()[:16]}"
+
+
+class Uploads:
+    """The unfinished multipart uploads of objects at one place. Each has a name of ours, which begins with a dot."""
+
+    def __init__(self, url: ObjectURL, how: Access) -> None:
+        self._url = url
+        self._how = how
+        self._limiter = CapacityLimiter(1)
+        self._client: Any = None
+
+    async def here(self) -> list[Upload]:
+        """Those of the place's own objects; none where uploads cannot be seen."""
+        return [upload for upload in await self.below() if not upload.place]
+
+    async def below(self) -> list[Upload]:
+        """Those of sub-places, too."""
+        if self._url.scheme != "s3" or not _has_boto3():
+            return []
+        return await on_thread(self._limiter, self._list)
+
+    async def abort(self, names: Sequence[str]) -> None:
+        """Aborts them; those that are gone are passed over."""
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise InvalidOption(f"not the name of an object or an upload: {name!r}")
+        if self._url.scheme == "s3" and _has_boto3():
+            await on_thread(self._limiter, self._abort, names)
+
+    # ── on a thread ──
+
+    def _list(self) -> list[Upload]:
+        prefix, found = self._url.key(""), list[Upload]()
+        with self._translated("list the uploads of"):
+            pages = self._connected().get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._url.bucket, Prefix=prefix):
+                for upload in page.get("Uploads", []):
+                    key = upload["Key"]
+                    if key.startswith(prefix):
+                        place, _, name = key[len(prefix) :].rpartition("/")
+                        found.append(Upload(key, upload["UploadId"], place, name, upload["Initiated"].timestamp()))
+        return found
+
+    def _abort(self, names: Sequence[str]) -> None:
+        uploads = [upload for upload in self._list() if not upload.place and upload.name in names]
+        with self._translated("abort uploads of"):
+            for upload in uploads:
+                try:
+                    self._connected().abort_multipart_upload(
+                        Bucket=self._url.bucket, Key=upload.key, UploadId=upload.id
+                    )
+                except self._connected().exceptions.NoSuchUpload:
+                    pass
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            from botocore.config import Config
+
+            config, session = self._how.config, _session(self._how.profile or None)
+            self._client = session.client(
+                "s3",
+                endpoint_url=config.get("aws_endpoint_url_s3") or config.get("endpoint"),
+                region_name=config.get("region") or config.get("default_region") or session.region_name or "us-east-1",
+                config=Config(connect_timeout=_CONNECT_SECONDS, read_timeout=self._how.limits.claim_request),
+                **self._keys(),
+            )
+        return self._client
+
+    def _keys(self) -> dict[str, str]:
+        """Keys that are given; boto3 looks for others itself."""
+        config = dict(self._how.config)
+        if self._how.provider is not None:
+            given = self._how.provider()
+            config = {name: given.get(name) for name in ("access_key_id", "secret_access_key")}
+            config["session_token"] = given.get("token")
+        names = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
+        names["aws_session_token"] = "session_token"
+        return {key: config[name] for key, name in names.items() if config.get(name)}
+
+    @contextmanager
+    def _translated(self, operation: str) -> Iterator[None]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
+
+
+@lru_cache(maxsize=4)
+def _session(profile: str | None) -> Any:
+    """One for each profile: reading the description of S3 takes a tenth of a second."""
+    import boto3
+
+    return boto3.Session(profile_name=profile)
+
+
+def _has_boto3() -> bool:
+    try:
+        import boto3  # noqa: F401
+    except ImportError:
+        return False
+    return True
