@@ -29,7 +29,7 @@ LEVELS: list[set[str]] = [
     {"state_dict"},
     {"staging"},
     {"checkpointer"},
-    {"testing"},
+    {"cli", "testing"},
     {"__init__"},
     {"interop"},
 ]

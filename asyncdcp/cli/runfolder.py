@@ -1,0 +1,35 @@
+"""From what a person typed to a look at a run, with a way out where it is none."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from asyncdcp.cli.targets import open_folder
+from asyncdcp.names import record_save_id
+from asyncdcp.runs import Run, look
+from asyncdcp.storage import Place, open_place
+
+
+async def open_run(target: str) -> tuple[Place, Run]:
+    """The place of a run and what is in it; an error if there is nothing of a run."""
+    open_folder(target, "run")
+    place = open_place(target)
+    run = await look(place)
+    if not run.checkpoints and not run.term:
+        raise click.ClickException(_no_run(target, run))
+    return place, run
+
+
+def _no_run(target: str, run: Run) -> str:
+    if any(record_save_id(name) for name in run.survey.own.objects):
+        return f"{target} is a checkpoint, and no run; asyncdcp inspect {target} shows what is in it"
+    others = [name for name, found in run.survey.children.items() if any(map(record_save_id, found.objects))]
+    if others:
+        names = ", ".join(sorted(others)[:3]) + (" …" if len(others) > 3 else "")
+        return (
+            f"{target} holds checkpoints ({names}), but none named step_<number> as those of a run are; "
+            f"to look into one: asyncdcp inspect {os.path.join(target, min(others))}"
+        )
+    return f"{target} holds no run: there is no folder step_<number> with a checkpoint in it"

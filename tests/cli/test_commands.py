@@ -1,0 +1,215 @@
+"""What the commands find in a run that was really saved."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from asyncdcp.runs import Saved
+from tests.cli.conftest import Call, Small
+from tests.cli.test_wrong_input import spoil
+
+
+class TestInspect:
+    def test_the_tree(self, call: Call, checkpoint: Path) -> None:
+        lines = call("inspect", checkpoint).out.splitlines()
+        assert lines[0] == str(checkpoint)
+        text = "\n".join(lines)
+        assert "├─ layers.0…2  3 alike" in text
+        assert "├─ embed.weight" in text and "├─ weight            → model.embed.weight" in text
+        assert "metadata  note = 'small'" in text
+        assert "bfloat16" in text and "('a', 1)" in text and "inf" in text
+
+    def test_all_and_depth(self, call: Call, checkpoint: Path) -> None:
+        everything = call("inspect", checkpoint, "--all").out
+        assert "alike" not in everything and "model.layers" not in everything
+        one = call("inspect", checkpoint, "--depth", 1).out
+        assert len(one.splitlines()) < len(everything.splitlines()) and "… more inside" in one
+
+    def test_json_has_every_entry(self, call: Call, checkpoint: Path) -> None:
+        found = call("inspect", checkpoint, "--json").json
+        entries = {entry["name"]: entry for entry in found["entries"]}
+        assert found["metadata"] == {"note": "small"} and found["world_size"] == 1
+        assert entries["progress.step"] == {"name": "progress.step", "kind": "value", "value": 10}
+        assert entries["half"]["dtype"] == "bfloat16" and entries["half"]["bytes"] == 80
+        assert {entries[name]["alias_of"] for name in ("model.embed.weight", "model.head.weight")} == {
+            None,
+            "model.embed.weight",
+        }
+
+    def test_statistics(self, call: Call, checkpoint: Path) -> None:
+        (bias, half) = call("inspect", checkpoint, "-t", "model.head.bias", "-t", "half", "--json").json
+        expected = Small().head.bias.detach().numpy().astype("f8") + 0.5
+        assert bias["mean"] == pytest.approx(expected.mean(), rel=1e-6)
+        assert bias["first"] == pytest.approx(expected[:4], rel=1e-6)
+        assert half["max"] == pytest.approx(expected.max(), rel=1e-2)
+        table = call("inspect", checkpoint, "-t", "model.head.*").out
+        assert "MEAN" in table and "model.head.weight" in table
+
+    def test_a_hostile_name_cannot_steer_the_terminal(self, call: Call, tmp_path: Path) -> None:
+        import torch
+
+        from asyncdcp import SyncCheckpointer
+
+        with SyncCheckpointer(process=False) as checkpointer:
+            checkpointer.save(tmp_path / "c", {"a\x1b[2Jb\n": torch.ones(2), "v": "\x1b]0;title\x07"})
+        for command in (("inspect",), ("inspect", "-t", "*"), ("diff", tmp_path / "c", "--values")):
+            out = call(command[0], tmp_path / "c", *command[1:]).out
+            assert "\x1b" not in out and "\x07" not in out
+        assert "a\\x1b[2Jb\\n" in call("inspect", tmp_path / "c").out
+
+
+class TestCat:
+    def test_npy(self, call: Call, checkpoint: Path, tmp_path: Path) -> None:
+        ran = call("cat", checkpoint, "model.head.weight", "-o", tmp_path / "w.npy")
+        assert (ran.status, ran.out) == (0, "") and "float32 [40, 16]" in ran.err
+        np.testing.assert_array_equal(np.load(tmp_path / "w.npy"), Small().head.weight.detach().numpy())
+        assert os.listdir(tmp_path) == ["w.npy"] or not list(tmp_path.glob("*.partial"))
+
+    def test_npy_to_the_standard_output(self, checkpoint: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+        from asyncdcp.cli.main import main
+
+        assert main(["cat", str(checkpoint), "half", "-o", "-"]) == 0
+        array = np.load(io.BytesIO(capfdbinary.readouterr().out))
+        assert array.dtype == np.float32 and array.shape == (40,)
+
+    def test_text_and_json(self, call: Call, checkpoint: Path) -> None:
+        assert call("cat", checkpoint, "half").out.startswith("half  bfloat16 [40]\n[")
+        assert call("cat", checkpoint, "half", "--json").json == pytest.approx(
+            call("cat", checkpoint, "model.head.bias", "--json").json, rel=1e-2
+        )
+        assert call("cat", checkpoint, "progress.tags").out == "('a', 1)\n"
+        assert call("cat", checkpoint, "progress.tags", "--json").json == {"tuple": ["a", 1]}
+
+    def test_a_full_disk_leaves_no_file(self, call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("asyncdcp.cli.commands.cat._save", full)
+        before = sorted(tmp_path.iterdir())
+        assert call("cat", checkpoint, "half", "-o", tmp_path / "h.npy").error == "No space left on device"
+        assert sorted(tmp_path.iterdir()) == before
+
+
+class TestDiff:
+    def test_itself(self, call: Call, checkpoint: Path) -> None:
+        ran = call("diff", checkpoint, checkpoint, "--values")
+        assert ran.status == 0
+        assert "the same" in ran.out and "changed:" not in ran.out
+
+    def test_what_changed_and_moved(self, call: Call, run: Path) -> None:
+        ran = call("diff", run / "step_10", run / "step_20", "--values", "--json")
+        assert ran.status == 1
+        assert {"name": "progress.step", "kind": "changed", "a": "10", "b": "20"} in ran.json["differences"]
+        moved = {each["name"]: each for each in ran.json["values"]}
+        assert moved["model.head.bias"]["max"] == pytest.approx(0.5, rel=1e-6)
+        assert moved["model.embed.weight"]["changed"] == 0
+        text = call("diff", run / "step_10", run / "step_20", "--values").out
+        assert "~ progress.step  10 → 20" in text and "model.head.bias" in text
+
+    def test_structure(self, call: Call, checkpoint: Path, tmp_path: Path) -> None:
+        import torch
+
+        from asyncdcp import SyncCheckpointer
+
+        with SyncCheckpointer(process=False) as checkpointer:
+            checkpointer.save(tmp_path / "other", {"half": torch.ones(3), "more": torch.ones(1)})
+        ran = call("diff", checkpoint, tmp_path / "other", "--values")
+        assert ran.status == 1
+        assert "+ more  float32 [1]" in ran.out and "- model.embed.weight  float32 [40, 16]" in ran.out
+        assert "~ half  bfloat16 [40] → float32 [3]" in ran.out
+        assert call("diff", checkpoint, tmp_path / "other", "-t", "rng.p*", "--json").json["differences"]
+
+
+class TestVerify:
+    def test_whole_and_damaged(self, call: Call, run: Path) -> None:
+        spoil(run / "step_20")
+        ran = call("verify", run / "step_10", run / "step_20")
+        assert ran.status == 1
+        whole, damaged, why = ran.out.splitlines()
+        assert whole.startswith(f"whole    {run}/step_10") and damaged.startswith(f"damaged  {run}/step_20")
+        assert "block 0" in why and "model.embed.weight" in why
+        (report,) = call("verify", run / "step_20", "--json").json
+        assert not report["ok"] and report["damages"][0]["kind"] == "checksum"
+
+    def test_one_that_cannot_be_looked_at_keeps_no_other(self, call: Call, run: Path) -> None:
+        ran = call("verify", run / "step_15", run / "step_10")
+        assert ran.status == 2 and "whole" in ran.out and "there is no" in ran.err
+
+
+class TestLs:
+    def test_states(self, call: Call, run: Path) -> None:
+        _cut_off(run, "step_20", "step_30")
+        (next((run / "step_20").glob("*.safetensors"))).unlink()
+        out = call("ls", run).out.splitlines()
+        assert [line.split()[:2] for line in out[1:4]] == [["10", "committed"], ["20", "damaged"], ["30", "partial"]]
+        assert "of its data files are missing" in out[2]
+        assert out[4].startswith("1 checkpoint to resume from, the latest is step 10")
+        found = call("ls", run, "--json").json
+        assert [(each["step"], each["state"], each["latest"]) for each in found] == [
+            (10, "committed", True),
+            (20, "damaged", False),
+            (30, "partial", False),
+        ]
+        assert found[0]["metadata"] == {"note": "small"} and found[0]["time"].endswith("Z")
+
+
+class TestGc:
+    def test_a_dry_run_changes_nothing(self, call: Call, run: Path) -> None:
+        _cut_off(run, "step_20", "step_30", age=7200)
+        before = sorted(run.rglob("*"))
+        out = call("gc", run).out
+        assert "dead save" in out and "step_30" in out
+        assert out.endswith(f"could be deleted, and nothing was: asyncdcp gc {run} --delete\n")
+        assert sorted(run.rglob("*")) == before
+
+    def test_what_may_be_under_way_is_left_alone(self, call: Call, run: Path) -> None:
+        _cut_off(run, "step_20", "step_30")
+        out = call("gc", run, "--delete").out
+        assert out == "nothing to delete\nleft alone: 1 that something was written to within 3600 s (--older-than)\n"
+        assert call("gc", run, "--older-than", 0).out.endswith(f"asyncdcp gc {run} --older-than 0 --delete\n")
+
+    def test_delete(self, call: Call, run: Path) -> None:
+        _cut_off(run, "step_20", "step_30", age=7200)
+        assert call("gc", run, "--delete", "--json").json[0]["deleted"]
+        assert not list((run / "step_30").glob("*.safetensors"))
+        assert call("verify", run / "step_10", run / "step_20").status == 0
+
+
+class TestHistory:
+    def test_a_table_and_a_line_for_each_metric(self, call: Call, run: Path) -> None:
+        self._write(run, [1.0, 0.5, 0.25])
+        *rows, loss = call("history", run).out.splitlines()
+        assert len(rows) == 4 and "LOSS" in rows[0] and rows[1].split()[0] == "10"
+        assert loss == "loss  █▃▁  1 → 0.25  least 0.25, greatest 1"
+        assert len(call("history", run, "--last", 1, "--json").json) == 1
+        assert call("history", run, "-m", "lsos").error == "nothing is named lsos; did you mean loss?"
+
+    def test_none(self, call: Call, run: Path) -> None:
+        assert call("history", run).out.startswith("no history:")
+
+    @staticmethod
+    def _write(run: Path, losses: list[float]) -> None:
+        saves = [
+            Saved(step=10 * n, term=1, save_id="0" * 20, time=1e9, metrics={"loss": loss})
+            for n, loss in enumerate(losses, 1)
+        ]
+        (run / "history.jsonl").write_bytes(b"".join(msgspec.json.encode(saved) + b"\n" for saved in saves))
+
+
+def _cut_off(run: Path, step: str, name: str, age: float = 0) -> None:
+    """Leaves what a save that was cut off leaves, under another name."""
+    (run / name).mkdir()
+    for path in (run / step).iterdir():
+        if path.suffix == ".safetensors":
+            copy = run / name / path.name
+            copy.write_bytes(path.read_bytes())
+            then = time.time() - age
+            os.utime(copy, (then, then))

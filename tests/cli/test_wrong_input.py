@@ -1,0 +1,128 @@
+"""What a new user gets wrong is answered by one line that says what to do, and status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Call
+
+_ON_CHECKPOINTS = [("inspect",), ("verify",), ("cat", ...), ("diff", ...)]
+_ON_RUNS = [("ls",), ("gc",), ("history",)]
+
+
+def _arguments(command: tuple[object, ...], path: Path | str) -> list[object]:
+    name, *rest = command
+    return [name, path, *(("progress.step",) if name == "cat" else (path,) if rest else ())]
+
+
+@pytest.mark.parametrize("command", [*_ON_CHECKPOINTS, *_ON_RUNS], ids=str)
+class TestEveryCommand:
+    def test_no_such_path(self, call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
+        error = call(*_arguments(command, tmp_path / "no" / "where")).error
+        assert error == f"there is no {tmp_path}/no/where; what there is of it is {tmp_path}"
+
+    def test_an_empty_path(self, call: Call, command: tuple[object, ...]) -> None:
+        assert "an empty path" in call(*_arguments(command, "")).error
+
+    def test_a_file(self, call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
+        (tmp_path / "it.txt").write_text("x")
+        assert "a file" in call(*_arguments(command, tmp_path / "it.txt")).error
+
+    def test_an_empty_folder(self, call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
+        assert "checkpoint" in call(*_arguments(command, tmp_path)).error
+
+    def test_an_unknown_scheme(self, call: Call, command: tuple[object, ...]) -> None:
+        assert "ftp://" in call(*_arguments(command, "ftp://there/run")).error
+
+
+@pytest.mark.parametrize("command", _ON_CHECKPOINTS, ids=str)
+def test_a_run_in_place_of_a_checkpoint(call: Call, command: tuple[object, ...], run: Path) -> None:
+    error = call(*_arguments(command, run)).error
+    assert error.endswith(f"but in folders of it, such as {run}/step_20; to list them: asyncdcp ls {run}")
+
+
+@pytest.mark.parametrize("command", _ON_CHECKPOINTS, ids=str)
+def test_a_save_that_was_cut_off(call: Call, command: tuple[object, ...], checkpoint: Path) -> None:
+    _record(checkpoint).unlink()
+    assert call(*_arguments(command, checkpoint)).error.endswith(": a save was cut off there, or is still under way")
+
+
+@pytest.mark.parametrize("command", _ON_RUNS, ids=str)
+def test_a_checkpoint_in_place_of_a_run(call: Call, command: tuple[object, ...], checkpoint: Path) -> None:
+    assert f"asyncdcp inspect {checkpoint}" in call(*_arguments(command, checkpoint)).error
+
+
+def test_a_run_whose_folders_have_other_names(call: Call, run: Path) -> None:
+    for name in ("step_10", "step_20"):
+        (run / name).rename(run / name.replace("step", "epoch"))
+    error = call("ls", run).error
+    assert "(epoch_10, epoch_20)" in error and f"asyncdcp inspect {run}/epoch_10" in error
+
+
+def test_a_damaged_record(call: Call, checkpoint: Path) -> None:
+    record = _record(checkpoint)
+    record.write_bytes(record.read_bytes()[:-10])
+    assert call("inspect", checkpoint).error.startswith(f"{record.name}: not a JSON envelope of asyncdcp")
+
+
+def test_a_missing_data_file(call: Call, checkpoint: Path) -> None:
+    (data,) = checkpoint.glob("*.safetensors")
+    data.unlink()
+    assert call("inspect", checkpoint).error.startswith(f"the data file {data.name} is missing")
+
+
+def test_damaged_bytes(call: Call, checkpoint: Path) -> None:
+    spoil(checkpoint)
+    error = call("cat", checkpoint, "model.embed.weight").error
+    assert "block 0" in error and "model.embed.weight" in error
+
+
+def test_no_right_to_read(call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("asyncdcp.cli.targets.open_storage", refuse)
+    assert call("inspect", checkpoint).error == f"Permission denied: {checkpoint}; you need the right to read it"
+
+
+def test_names_that_fit_nothing(call: Call, checkpoint: Path) -> None:
+    assert "did you mean model.embed.weight" in call("cat", checkpoint, "model.embed.wieght").error
+    assert "did you mean" in call("inspect", checkpoint, "-t", "model.embed.wieght*").error
+    assert "names are such as model.embed.weight" in call("inspect", checkpoint, "-t", "qqq").error
+    assert "did you mean" in call("diff", checkpoint, checkpoint, "-t", "model.*.bais").error
+
+
+def test_misspelled_commands_and_options(call: Call, checkpoint: Path) -> None:
+    assert call("inpsect").error == "there is no command 'inpsect'; did you mean inspect?"
+    assert call("frobnicate").error == "there is no command 'frobnicate'; see asyncdcp --help"
+    assert "see asyncdcp inspect --help" in call("inspect", checkpoint, "--jsno").error
+    assert "Missing argument 'RUN'" in call("ls").error
+    assert "give one of them" in call("cat", checkpoint, "half", "--json", "-o", "x.npy").error
+    assert "is a plain value" in call("cat", checkpoint, "progress.step", "-o", "x.npy").error
+
+
+def test_a_bug_is_a_line_too(call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("it")
+
+    monkeypatch.setattr("asyncdcp.cli.commands.inspect.entries_of", broken)
+    error = call("inspect", checkpoint).error
+    assert error.startswith("a bug in asyncdcp: KeyError: 'it'; with ASYNCDCP_TRACEBACK=1")
+    monkeypatch.setenv("ASYNCDCP_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        call("inspect", checkpoint)
+
+
+def _record(checkpoint: Path) -> Path:
+    (record,) = (path for path in checkpoint.glob("*.json") if "index" not in path.name)
+    return record
+
+
+def spoil(checkpoint: Path) -> None:
+    """Flips a bit in the middle of the data."""
+    (data,) = checkpoint.glob("*.safetensors")
+    content = bytearray(data.read_bytes())
+    content[5000] ^= 1
+    data.write_bytes(content)
