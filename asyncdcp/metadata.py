@@ -82,7 +82,8 @@ class IndexPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``names``, ``dtypes`` and ``shapes`` are of the whole (unsharded) tensors. ``aliases`` maps the FQN of a tied tensor
     to the one that is stored. ``held`` are the chunks this rank had in memory, None where they are exactly the written
-    ones. ``tree`` is the container structure, with the FQNs at its leaves.
+    ones. ``tree`` is the container structure, with the FQNs at its leaves. ``own`` are the names of tensors, aliases
+    and values that are this rank's own (``PerRank``): on other ranks they mean something else.
     """
 
     names: list[str]
@@ -93,6 +94,7 @@ class IndexPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: list[ImageShape]
     held: ChunkColumns | None
     tree: msgspec.Raw
+    own: list[str] = []
 
 
 class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,11 +23,10 @@ import xxhash
 from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
-from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError, ungrouped
+from asyncdcp.errors import ChecksumMismatch, StorageError, ungrouped
 from asyncdcp.format.blocks import SLAB_BYTES
-from asyncdcp.metadata import Index, Metadata, Record, StorageMeta
-from asyncdcp.names import record_name
-from asyncdcp.pipeline.records import choose_commit, read_index, read_records
+from asyncdcp.metadata import Metadata, Record, StorageMeta
+from asyncdcp.pipeline.descriptions import Description, Viewer, read_description, with_commit
 from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, enumerated, unite
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.trace import Trace
@@ -160,58 +159,36 @@ class RangeReader:
 class CheckpointReader(RangeReader):
     """An open checkpoint of asyncdcp's own format. Made by ``open``."""
 
-    def __init__(self, storage: Storage, record: Record, metadata: Metadata, files: dict[str, FileMap]) -> None:
+    def __init__(self, storage: Storage, record: Record, metadata: Metadata, files: Mapping[str, FileMap]) -> None:
         super().__init__(storage, files)
         self.record = record
         self.metadata = metadata
 
     @classmethod
-    async def open(cls, storage: Storage) -> CheckpointReader:
+    async def open(cls, storage: Storage, viewer: Viewer | None = None) -> CheckpointReader:
         """Finds the checkpoint at ``storage`` and checks its Record, its indexes and the sizes of its files.
 
         ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat`` or ``CorruptCheckpoint`` otherwise,
-        naming file and tensor. No data file is read yet.
+        naming file and tensor. No data file is read yet. Of what ranks have for themselves, the reader has what
+        ``viewer`` says, by default rank 0's.
         """
-        record = await _resolve(storage)
-        while True:
-            try:
-                return await cls._open(storage, record)
-            except CorruptCheckpoint:
-                before, record = record, await _resolve(storage)
-                if record.save_id == before.save_id:  # else a new save has just replaced what was being opened
-                    raise
+
+        async def opened(record: Record) -> CheckpointReader:
+            reader = await cls.of(storage, await read_description(storage, record), viewer or Viewer())
+            check_sizes(reader._files.values(), await storage.list())
+            return reader
+
+        return await with_commit(storage, opened)
 
     @classmethod
-    async def _open(cls, storage: Storage, record: Record) -> CheckpointReader:
-        location, world = storage.info.location, range(record.world_size)
-        if not 0 < record.world_size == len(record.indexes):
-            name = record_name(record.save_id)
-            raise CorruptCheckpoint(
-                f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name
-            )
-        indexes = [await read_listed(storage, record, rank) for rank in world]
-        union = await to_thread.run_sync(unite, indexes)
-        check_sizes(union, await storage.list())
+    async def of(cls, storage: Storage, found: Description, viewer: Viewer) -> CheckpointReader:
+        """A reader of a checkpoint that is described already, as by ``describe``; its data files are not looked for."""
+        record, indexes = await to_thread.run_sync(found.decoded)
+        location = storage.info.location
+        union = await to_thread.run_sync(unite, indexes, viewer.looks_as(record.world_size, indexes, location))
         meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
-        plan = indexes[0].plan
-        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, plan.tree, indexes[0].values)
+        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, union.tree, union.values)
         return cls(storage, record, metadata, union.files)
-
-
-async def _resolve(storage: Storage) -> Record:
-    return choose_commit(await read_records(storage, await storage.list()), storage.info.location)
-
-
-async def read_listed(storage: Storage, record: Record, rank: int) -> Index:
-    """The Index of a rank, if it is the one that the Record lists."""
-    ref = record.indexes[rank]
-    found = await read_index(storage, record.save_id, rank, ref.size)
-    if found.ref != ref:
-        name = found.ref.name
-        raise CorruptCheckpoint(
-            f"{name} is not the file that the Record lists (its name, size or digest differ)", path=name
-        )
-    return found.content
 
 
 def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap], gap: int = 0) -> list[_Window]:

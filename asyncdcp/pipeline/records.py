@@ -47,15 +47,29 @@ class StoredIndex(NamedTuple):
 
 async def read_index(storage: Storage, save_id: str, rank: int, limit: int = INDEX_LIMIT) -> StoredIndex:
     """The Index of a rank, of at most ``limit`` bytes; ``CorruptCheckpoint`` if it is missing or another's."""
+    data, ref = await read_index_bytes(storage, save_id, rank, limit)
+    index = await to_thread.run_sync(decode_index, data, ref.name)
+    return StoredIndex(check_index_of(index, save_id, rank), ref)
+
+
+async def read_index_bytes(
+    storage: Storage, save_id: str, rank: int, limit: int = INDEX_LIMIT
+) -> tuple[bytes, IndexRef]:
+    """The bytes of a rank's Index, not looked at yet."""
     name = index_name(save_id, rank)
     try:
         data = await storage.get(name, min(limit, INDEX_LIMIT))
     except FileNotFoundError as error:
         raise CorruptCheckpoint(f"the index {name} is missing", path=name) from error
-    index = await to_thread.run_sync(decode_index, data, name)
+    return data, IndexRef(name, len(data), digest(data))
+
+
+def check_index_of(index: Index, save_id: str, rank: int) -> Index:
+    """The Index itself, if it is of this save and rank; else ``CorruptCheckpoint``."""
     if (index.save_id, index.rank) != (save_id, rank):
+        name = index_name(save_id, rank)
         raise CorruptCheckpoint(f"{name} says it is the index of another save or rank", path=name)
-    return StoredIndex(index, IndexRef(name, len(data), digest(data)))
+    return index
 
 
 def live_commits(records: Sequence[Record]) -> list[Record]:

@@ -156,7 +156,7 @@ class Settlement:
         await self._storage.barrier()  # an index can be seen before its rank has made its name durable
         stored = [await read_index(self._storage, job.save_id, rank) for rank in range(job.world_size)]
         union = await to_thread.run_sync(unite, [found.content for found in stored])
-        check_sizes(union, await self._storage.list())
+        check_sizes(union.files.values(), await self._storage.list())
         self._indexes = [found.ref for found in stored]
         self._summary = Summary(
             len(union.tensors), union.tensor_bytes, sum(file.size for file in union.files.values()), []

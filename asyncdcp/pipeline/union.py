@@ -8,10 +8,12 @@ thought.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, NoReturn
+
+import msgspec
 
 from asyncdcp.boxes import Box, contains, tiles, whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
@@ -30,6 +32,7 @@ from asyncdcp.metadata import (
     WrittenColumns,
 )
 from asyncdcp.names import data_name, index_name
+from asyncdcp.pipeline.trees import merge_trees, merge_values
 
 _LIMIT = 1 << 62
 _MAX_DIMENSIONS = 64
@@ -55,13 +58,18 @@ class FileMap(NamedTuple):
 
 @dataclass
 class Union:
-    """All indexes as one. ``tensor_bytes`` counts every tensor once; files are by name."""
+    """All indexes as one, as one rank sees it. ``tensor_bytes`` counts every tensor once, and what is each rank's own
+    for each; files are by name. ``own`` are the names of what is a rank's own.
+    """
 
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = field(default_factory=dict)
     storage: dict[MetadataIndex, ChunkLocation] = field(default_factory=dict)
     files: dict[str, FileMap] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     tensor_bytes: int = 0
+    values: dict[str, msgspec.Raw] = field(default_factory=dict)
+    tree: msgspec.Raw = field(default_factory=msgspec.Raw)
+    own: frozenset[str] = frozenset()
 
 
 class _Chunk(NamedTuple):
@@ -72,9 +80,9 @@ class _Chunk(NamedTuple):
     length: int
 
 
-def check_sizes(union: Union, sizes: dict[str, int]) -> None:
+def check_sizes(files: Iterable[FileMap], sizes: dict[str, int]) -> None:
     """Holds the data files of an union against a listing of the storage."""
-    for file in union.files.values():
+    for file in files:
         size = sizes.get(file.name)
         if size != file.size:
             raise damaged(file, "is missing" if size is None else f"has {size} bytes")
@@ -100,54 +108,79 @@ class _Tensor(NamedTuple):
     chunks: dict[Box, ChunkLocation]
 
 
-def unite(indexes: Sequence[Index]) -> Union:
+def unite(indexes: Sequence[Index], viewer: int | None = 0) -> Union:
     """The union of all ranks' indexes, each checked, in the order of ranks. Of identical duplicates the lowest rank's
-    counts.
+    counts. Of what is each rank's own the union has that of rank ``viewer``, or nothing if that is None.
     """
-    union = Union()
+    union = Union(own=frozenset(name for index in indexes for name in index.plan.own))
     tensors: dict[str, _Tensor] = {}
     for index in indexes:
-        _gather(union, tensors, index)
+        _gather(union, tensors, index, visible=index.rank == viewer)
     for name, tensor in tensors.items():
         _place(union, name, tensor)
     for alias in union.aliases.keys() & union.tensors.keys():
         _corrupt(index_name(indexes[0].save_id, 0), f"{alias} is stored, and is also tied to another", alias)
+    _unite_values(union, indexes, viewer)
     return union
 
 
-def _gather(union: Union, tensors: dict[str, _Tensor], index: Index) -> None:
-    """Adds one Index: files, aliases and values to the union, chunks (but for empty ones) to ``tensors``."""
+def _unite_values(union: Union, indexes: Sequence[Index], viewer: int | None) -> None:
+    """Values and tree: those of the viewer first, then what other ranks have besides."""
+    ordered = sorted(indexes, key=lambda index: index.rank != viewer)
+    hidden = [frozenset[str]() if index.rank == viewer else frozenset(index.plan.own) for index in ordered]
+    union.values = merge_values((index.values, gone) for index, gone in zip(ordered, hidden, strict=True))
+    union.tree = merge_trees([index.plan.tree for index in ordered], hidden)
+    for name in union.values.keys() & union.tensors.keys():
+        _corrupt(index_name(indexes[0].save_id, 0), f"{name} is stored both as a tensor and as a value", name)
+    union.tensors.update({name: BytesStorageMetadata(len(value)) for name, value in union.values.items()})
+
+
+def _gather(union: Union, tensors: dict[str, _Tensor], index: Index, *, visible: bool) -> None:
+    """Adds one Index: files and aliases to the union, chunks (but for empty ones) to ``tensors``. What is the rank's
+    own, and not ``visible``, is only checked.
+    """
     name, plan = index_name(index.save_id, index.rank), index.plan
+    own, hidden = set(plan.own), dict[str, _Tensor]()
     chunks = check_index(index)
     for tensor, dtype, shape in zip(plan.names, plan.dtypes, plan.shapes, strict=True):
-        first = tensors.setdefault(tensor, _Tensor(name, dtype, shape, {}))
+        if tensor in union.own and tensor not in own:
+            _corrupt(name, f"{tensor} is one rank's own, and this one shares it", tensor)
+        known = hidden if tensor in own and not visible else tensors
+        first = known.setdefault(tensor, _Tensor(name, dtype, shape, {}))
         if (first.dtype, first.shape) != (dtype, shape):
             _corrupt(name, f"{tensor} is {dtype}{list(shape)}, and another in {first.source}", tensor)
     for chunk in chunks:
         if chunk.length:
             location = ChunkLocation(index.files[chunk.file].name, chunk.begin, chunk.length)
-            tensors[plan.names[chunk.tensor]].chunks.setdefault(chunk.box, location)
+            tensor = plan.names[chunk.tensor]
+            (hidden if tensor in hidden else tensors)[tensor].chunks.setdefault(chunk.box, location)
+    for tensor, content in hidden.items():
+        union.tensor_bytes += _check_cover(tensor, content)
     for alias, target in plan.aliases.items():
+        if alias in own and not visible:
+            continue
         if union.aliases.setdefault(alias, target) != target:
             _corrupt(name, f"{alias} is tied to {target}, and to {union.aliases[alias]} on a lower rank", alias)
     union.files.update({file.name: file for file in _file_maps(index, chunks)})
-    union.tensors.update({key: BytesStorageMetadata(len(value)) for key, value in index.values.items()})
 
 
 def _place(union: Union, name: str, tensor: _Tensor) -> None:
     """Adds one tensor to the union, once its chunks are seen to cover it without overlapping."""
-    if name in union.tensors:
-        _corrupt(tensor.source, f"{name} is stored both as a tensor and as a value", name)
+    union.tensor_bytes += _check_cover(name, tensor)
+    for box, location in tensor.chunks.items():
+        union.storage[MetadataIndex(name, box.offsets)] = location
+    stored = tuple(ChunkStorageMetadata(box.offsets, box.sizes) for box in tensor.chunks)
+    union.tensors[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, stored)
+
+
+def _check_cover(name: str, tensor: _Tensor) -> int:
+    """The tensor's bytes, if its chunks cover it without overlapping."""
     target = whole(tensor.shape)
     if list(tensor.chunks) != [target] and not tiles(target, tensor.chunks):
         held = sum(box.volume for box in tensor.chunks)
         fault = "leave a hole in it" if held < target.volume else "overlap"
         _corrupt(tensor.source, f"{name}: its chunks {fault} (shape {list(tensor.shape)})", name)
-    for box, location in tensor.chunks.items():
-        union.storage[MetadataIndex(name, box.offsets)] = location
-    stored = tuple(ChunkStorageMetadata(box.offsets, box.sizes) for box in tensor.chunks)
-    union.tensors[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, stored)
-    union.tensor_bytes += target.volume * DTYPE_SIZES[tensor.dtype]
+    return target.volume * DTYPE_SIZES[tensor.dtype]
 
 
 def check_index(index: Index) -> list[_Chunk]:

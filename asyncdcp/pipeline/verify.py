@@ -20,7 +20,7 @@ from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StorageError, Unsu
 from asyncdcp.format.blocks import SLAB_BYTES, block_count, checksum, unpack_checksums
 from asyncdcp.metadata import FileTable, Index, Record
 from asyncdcp.names import index_name, record_name, record_save_id
-from asyncdcp.pipeline.reader import read_listed
+from asyncdcp.pipeline.descriptions import read_listed
 from asyncdcp.pipeline.records import choose_commit, read_record
 from asyncdcp.pipeline.union import FileMap, enumerated, unite
 from asyncdcp.results import Damage, DamageKind, VerifyReport

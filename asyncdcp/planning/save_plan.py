@@ -41,7 +41,7 @@ class Structure:
     """Everything a plan depends on; equal structures share a plan.
 
     ``tree`` is the JSON-able container structure. ``aliases`` map tied FQNs to the stored one, so untying weights makes
-    a new plan.
+    a new plan. ``own`` are the names, values' too, that belong to this rank alone.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -49,6 +49,7 @@ class Structure:
     aliases: dict[str, str]
     tree: Any
     rank: int = 0
+    own: frozenset[str] = frozenset()
 
 
 class Piece(NamedTuple):
@@ -173,5 +174,6 @@ def _encode(structure: Structure, chunks: Sequence[ChunkSpec], images: Sequence[
         images=[ImageShape(image.size, len(image.header)) for image in images],
         held=None,
         tree=msgspec.Raw(msgspec.json.encode(structure.tree)),
+        own=sorted(structure.own),
     )
     return msgspec.json.encode(plan)

@@ -48,6 +48,18 @@ def leaves(tree: Any) -> set[str]:
     return {name for node in nodes for name in leaves(node)}
 
 
+def own_leaves(tree: Any) -> set[str]:
+    """The FQNs of the leaves that are inside a ``PerRank``."""
+    tag = next(iter(tree))
+    content = tree[tag]
+    if tag == "per_rank":
+        return leaves(content)
+    if tag in ("t", "v", "subclass"):
+        return set()
+    nodes = content[1] if tag in _KEYED else content if tag in _LISTED else [content]
+    return {name for node in nodes for name in own_leaves(node)}
+
+
 def select(flat: FlatState, keys: Sequence[str]) -> FlatState:
     """The part of a flattened state whose leaves match one of the globs ``keys``. A tied tensor is stored under the
     first name kept.

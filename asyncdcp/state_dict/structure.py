@@ -13,6 +13,7 @@ from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
 from asyncdcp.state_dict.chunks import LocalChunk, layout, local_chunks
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.leaves import Refusal
+from asyncdcp.state_dict.pruning import own_leaves
 from asyncdcp.state_dict.values import unsupported
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -39,7 +40,10 @@ def describe(flat: FlatState) -> Described:
     )
     held = [(number, chunk) for number, item in enumerate(flat.tensors.items()) for chunk in _chunks(*item)]
     chunks = tuple(ChunkSpec(number, chunk.box) for number, chunk in held)
-    return Described(Structure(specs, chunks, flat.aliases, flat.tree), [chunk.tensor for _, chunk in held])
+    own = own_leaves(flat.tree)
+    own |= {alias for alias, name in flat.aliases.items() if name in own}
+    structure = Structure(specs, chunks, flat.aliases, flat.tree, own=frozenset(own))
+    return Described(structure, [chunk.tensor for _, chunk in held])
 
 
 def _chunks(name: str, tensor: Tensor) -> list[LocalChunk]:
