@@ -18,7 +18,7 @@ from asyncdcp.errors import DuplicateName, StateMismatch
 from asyncdcp.state_dict.flatten import flatten, is_plain_sequence
 
 _ROUND = settings(
-    max_examples=200,
+    max_examples=120,
     deadline=None,
     derandomize=True,
     database=None,
