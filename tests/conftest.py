@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 # torch's pools spin while they wait for work, one for every thread that calls it. Where as many processes run tests as
-# there are cores, that costs more than all the tests. Programs that tests start inherit it.
+# there are cores, that costs more than all the tests. Read as torch is imported; programs that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402  # torch reads the environment as it is imported
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
 Same = Callable[[Any, Any], bool]
 

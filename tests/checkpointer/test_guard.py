@@ -62,7 +62,7 @@ def test_every_guarded_save_is_of_one_step(checkpointer: AsyncCheckpointer) -> N
     state = {"model": model, "optimizer": optimizer, "average": average}
     saves = []
     with checkpointer.guard(optimizer):
-        for _ in range(20):
+        for _ in range(10):
             optimizer.step()
             average.fill_(optimizer.steps)
             saves.append((optimizer.steps, storage := MemoryStorage(), checkpointer.save(storage, state)))
