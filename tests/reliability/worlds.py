@@ -5,15 +5,15 @@ power, whenever it happens.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from asyncdcp.boxes import Box, whole
-from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CommitUnknown, CorruptCheckpoint
 from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.records import choose_commit, read_records
 from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
@@ -47,6 +47,9 @@ def structure(rank: int, world: int) -> Structure:
     return Structure(tensors, tuple(chunks), {}, {"t": "w"}, rank)
 
 
+ENDLESS: Final = 1 << 60
+
+
 class Killed(OSError):
     """What calls of a dead process come to: nothing."""
 
@@ -57,11 +60,16 @@ class Process:
     ``intercept(operation, path, call)`` stands between, if given; it makes the call, or does not.
     """
 
-    def __init__(self, disk: SimulatedDisk, budget: int = 1 << 60, intercept: Interceptor | None = None) -> None:
+    def __init__(self, disk: SimulatedDisk, budget: int = ENDLESS, intercept: Interceptor | None = None) -> None:
         self._disk = disk
         self._intercept = intercept
         self._paths: dict[int, str] = {}
         self.left = budget
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was not killed."""
+        return self.left > 0
 
     def __getattr__(self, operation: str) -> Callable[..., Any]:
         real = getattr(self._disk, operation)
@@ -84,9 +92,19 @@ class Process:
 
 
 Interceptor = Callable[[str, str, Callable[[], Any]], Any]
+Seen = set[tuple[bytes, frozenset[int]]]
 CHANGES: Final = frozenset(
     {"open", "pwrite", "fallocate", "ftruncate", "fsync", "link", "rename_noreplace", "unlink", "mkdir", "rmdir"}
 )
+
+
+class ProcessStorage(LocalStorage):
+    """The place as one process has it."""
+
+    def __init__(self, process: Process) -> None:
+        posix: Any = process  # its calls are found by name
+        super().__init__(PLACE, posix=posix)
+        self.process = process
 
 
 class Loss(NamedTuple):
@@ -99,27 +117,30 @@ class Loss(NamedTuple):
 
 class World:
     """A disk and the runs on it. ``losses`` are all different states that a loss of power could have left, at most
-    about ``limit`` looked at for each call; none are looked for with 0.
+    about ``limit`` looked at for each call; none are looked for with 0. What is in ``seen`` is not looked at again.
     """
 
-    def __init__(self, *, ranks: int = 1, limit: int = 0, intercept: Interceptor | None = None) -> None:
-        self.disk = SimulatedDisk({"/runs": None}, after=self._after)
+    def __init__(
+        self, *, ranks: int = 1, limit: int = 0, seen: Seen | None = None, intercept: Interceptor | None = None
+    ) -> None:
+        self.disk = SimulatedDisk(after=self.lose_power)
         self.ranks = ranks
+        self.lag = 0.0
+        """How many (virtual) seconds a rank begins a save after the one before it."""
         self.calls = 0
         self.expected = frozenset({NOTHING})
         self.losses: list[Loss] = []
-        self.points = 0
         self._limit = limit
         self._intercept = intercept
-        self._seen: set[tuple[bytes, frozenset[int]]] = set()
+        self._seen = seen if seen is not None else set()
         self._interned: dict[bytes, bytes] = {}
         self._attempts = 0
 
-    def _after(self, operation: str, path: str) -> None:
+    def lose_power(self, operation: str, path: str) -> None:
+        """Looks at what a loss of power would leave now, after an operation."""
         self.calls += 1
-        if not self._limit:
+        if not self._limit or path.rpartition("/")[2].startswith("."):  # nobody sees a temporary
             return
-        self.points += 1
         for image in remains(self.disk, self._limit, seed=self.calls):
             key = fingerprint(image), self.expected
             if key not in self._seen:
@@ -130,28 +151,29 @@ class World:
     def _intern(self, data: bytes) -> bytes:
         return self._interned.setdefault(data, data)
 
-    def storage(self, budget: int = 1 << 60) -> LocalStorage:
+    def storage(self, budget: int = ENDLESS) -> ProcessStorage:
         """As a new process opens it."""
-        posix: Any = Process(self.disk, budget, self._intercept)
-        return LocalStorage(PLACE, posix=posix)
+        return ProcessStorage(Process(self.disk, budget, self._intercept))
 
-    async def save(self, budgets: list[int] | None = None) -> None:
-        """Saves the next version by all ranks, over what is there. With ``budgets``, each rank's process is killed
-        after so many calls.
-        """
-        self._attempts += 1
-        version = self._attempts
-        self.expected |= {version}
-        jobs = [self._rank_saves(rank, version, budgets[rank] if budgets else 1 << 60) for rank in range(self.ranks)]
-        results = await asyncio.gather(*jobs, return_exceptions=True)
-        for error in results:
-            if isinstance(error, BaseException) and not budgets:
+    async def save(self) -> None:
+        """Saves the next version by all ranks, over what is there. Raises what one of them raised."""
+        for error in await self.try_to_save([ENDLESS] * self.ranks):
+            if error is not None:
                 raise error
 
+    async def try_to_save(self, budgets: Sequence[int]) -> list[BaseException | None]:
+        """As ``save``, but each rank's process is killed after ``budgets`` calls; returns what each raised."""
+        self._attempts += 1
+        self.expected |= {self._attempts}
+        jobs = [self._rank_saves(rank, self._attempts, budget) for rank, budget in enumerate(budgets)]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
     async def _rank_saves(self, rank: int, version: int, budget: int) -> None:
+        await asyncio.sleep(rank * self.lag)
         save_id = make_save_id("run", "here", version)
+        storage = self.storage(budget)
         writer, _ = writer_of(
-            self.storage(budget),
+            storage,
             state(version),
             structure=structure(rank, self.ranks),
             save_id=save_id,
@@ -159,15 +181,23 @@ class World:
             world_size=self.ranks,
             overwrite=True,
         )
-        await writer.run()
+        try:
+            await writer.run()
+        except AsyncDCPError as error:
+            if storage.process.alive and not isinstance(error, CommitUnknown):
+                self.expected -= {version}  # said to be given up: it must never be there
+            raise
         self.expected = frozenset({version})  # acknowledged, by one rank at least
 
     async def delete(self) -> None:
-        """Removes the checkpoint as retention does."""
-        posix: Any = Process(self.disk, intercept=self._intercept)
-        parent, _, name = PLACE.rpartition("/")
-        place, storage = LocalPlace(parent, posix=posix), LocalStorage(PLACE, posix=posix)
-        record = choose_commit(await read_records(storage, await storage.list()), PLACE)
+        """Removes the checkpoint, if there is one, as retention does."""
+        storage, (parent, _, name) = self.storage(), PLACE.rpartition("/")
+        posix: Any = storage.process
+        place = LocalPlace(parent, posix=posix)
+        try:
+            record = choose_commit(await read_records(storage, await storage.list()), PLACE)
+        except CheckpointNotFound:
+            return
         self.expected |= {NOTHING}
         await delete_checkpoint(place, name, record.save_id)
         self.expected = frozenset({NOTHING})
@@ -185,7 +215,7 @@ def visible(image: Image) -> Iterator[tuple[str, bytes | None]]:
 
 def fingerprint(image: Image) -> bytes:
     """Equal for equal content of what is visible."""
-    hasher = hashlib.blake2b(digest_size=16)
+    hasher = xxhash.xxh3_128()
     for path, data in sorted(visible(image)):
         hasher.update(f"{path}\0{-1 if data is None else len(data)}\0".encode())
         hasher.update(data or b"")
