@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -56,10 +56,10 @@ async def open_dcp(place: ForeignPlace) -> DcpCheckpoint | None:
     values: dict[str, Any] = {}
 
     async def take(entry: Entry, source: ObjectReader) -> None:
-        data = await _bytes(source, entry.offset, entry.length)
+        data = await read_entry(source, entry.offset, entry.length)
         values[entry.name] = await to_thread.run_sync(_value, entry, data)
 
-    await _each(storage, catalog.values.values(), lambda entry: entry, take)
+    await for_each(storage, catalog.values.values(), lambda entry: entry, take)
     ordered = {name: values[name] for name in catalog.values}
     return DcpCheckpoint(storage, sizes, await to_thread.run_sync(describe, catalog, ordered))
 
@@ -78,10 +78,11 @@ async def _metadata(storage: Storage) -> dict[str, bytes]:
 class DcpCheckpoint:
     """A ``ReadableCheckpoint`` over the files of DCP."""
 
-    def __init__(self, storage: Storage, sizes: dict[str, int], described: Described) -> None:
+    def __init__(self, storage: Storage, sizes: Mapping[str, int], described: Described, registry: Any = None) -> None:
         self._storage = storage
         self._sizes = sizes
         self._described = described
+        self._registry = registry
 
     @property
     def metadata(self) -> Metadata:
@@ -113,10 +114,10 @@ class DcpCheckpoint:
                     records[entry.path].append(Record(*found.record, found.crc, entry.name))
                 return
             with trace.span("read", entry.length):
-                data = await _bytes(source, entry.offset, entry.length)
-            await to_thread.run_sync(lambda: _place(parts, decode_tensor(entry, chunk, data)))
+                data = await read_entry(source, entry.offset, entry.length)
+            await to_thread.run_sync(lambda: _place(parts, decode_tensor(entry, chunk, data, self._registry)))
 
-        await _each(self._storage, (self._described.entries[key] for key in wanted), lambda item: item[0], take)
+        await for_each(self._storage, (self._described.entries[key] for key in wanted), lambda item: item[0], take)
         async with RangeReader(self._storage, self._maps(plain, records)) as reader:
             await reader.read(plain, trace)
 
@@ -135,7 +136,7 @@ class DcpCheckpoint:
         return maps
 
 
-async def _each(
+async def for_each(
     storage: Storage,
     items: Iterable[T],
     entry_of: Callable[[T], Entry],
@@ -166,12 +167,12 @@ async def _each(
 async def _locate(entry: Entry, chunk: Chunk, source: ObjectReader) -> Place | None:
     if entry.transforms or entry.length <= _SMALL:
         return None
-    head = await _bytes(source, entry.offset, EDGE_BYTES)
-    tail = await _bytes(source, entry.offset + entry.length - EDGE_BYTES, EDGE_BYTES)
+    head = await read_entry(source, entry.offset, EDGE_BYTES)
+    tail = await read_entry(source, entry.offset + entry.length - EDGE_BYTES, EDGE_BYTES)
     return await to_thread.run_sync(locate, entry, chunk, Edges(entry.length, head, tail))
 
 
-async def _bytes(source: ObjectReader, offset: int, length: int) -> bytearray:
+async def read_entry(source: ObjectReader, offset: int, length: int) -> bytearray:
     data = bytearray(length)
     try:
         count = await source.read(offset, [memoryview(data)])

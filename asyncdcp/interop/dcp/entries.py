@@ -216,9 +216,9 @@ class NotPlain(Exception):
     """A value of objects that only running the checkpoint's code would make."""
 
 
-def decode_tensor(entry: Entry, chunk: Chunk, data: bytes | bytearray) -> bytes | memoryview:
+def decode_tensor(entry: Entry, chunk: Chunk, data: bytes | bytearray, registry: Any = None) -> bytes | memoryview:
     """A chunk's elements, packed and row-major; ``CorruptCheckpoint`` if the entry holds anything else."""
-    plain = undo(entry, data, chunk.nbytes + _SLACK)
+    plain = undo(entry, data, chunk.nbytes + _SLACK, registry)
     try:
         tensor = _load(entry, plain)
     except NotPlain as error:
@@ -233,21 +233,25 @@ def decode_value(entry: Entry, data: bytes | bytearray) -> Any:
     return _load(entry, undo(entry, data, VALUE_LIMIT))
 
 
-def undo(entry: Entry, data: bytes | bytearray, limit: int) -> bytes | bytearray:
-    """An entry's bytes as ``torch.save`` wrote them, ``limit`` of them at most."""
+def undo(entry: Entry, data: bytes | bytearray, limit: int, registry: Any = None) -> bytes | bytearray:
+    """An entry's bytes as ``torch.save`` wrote them, ``limit`` of them at most.
+
+    ``registry`` is a DCP ``ExtensionRegistry`` that knows the transforms; None for the one that knows torch's own.
+    """
     if not entry.transforms:
         return data
     stream: Any = io.BytesIO(data)
     try:
         from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
-        for extension in ExtensionRegistry().from_descriptor_list(entry.transforms):
+        known = ExtensionRegistry() if registry is None else registry
+        for extension in known.from_descriptor_list(entry.transforms):
             if isinstance(extension, StreamTransformExtension):
                 stream = extension.transform_from(stream)
     except (ImportError, ValueError) as error:
-        known = ", ".join(entry.transforms)
+        names = ", ".join(entry.transforms)
         raise UnsupportedFormat(
-            f"{entry.path}: {entry.name} was transformed by {known}: {error}", path=entry.path, tensors=[entry.name]
+            f"{entry.path}: {entry.name} was transformed by {names}: {error}", path=entry.path, tensors=[entry.name]
         ) from error
     try:
         plain: bytes = stream.read(limit + 1)

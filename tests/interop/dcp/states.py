@@ -23,7 +23,7 @@ def training_state() -> State:
     model(torch.randn(4, 40)).sum().backward()
     optimizer.step()
     return {
-        "model": model.state_dict(),
+        "model": dict(model.state_dict()),
         "optimizer": optimizer.state_dict(),
         "big": torch.randn(300, 1000),
         "transposed": torch.randn(200, 300).t(),
