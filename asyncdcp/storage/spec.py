@@ -43,9 +43,9 @@ class FaultySpec(msgspec.Struct, frozen=True, tag="faulty"):
 class RequestLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long an object store is given; all in seconds.
 
-    ``connect`` for a connection, ``request`` for one request with its body, ``retry`` from the first try of a request
-    to the last. A conditional PUT gets ``claim_request`` for one try and ``claim`` for all: its outcome is waited for
-    even by who was cancelled.
+    ``connect`` for a connection, ``request`` for one request with its body, ``retry`` from a request's first try to its
+    last. A conditional PUT gets ``claim_request`` for one try and ``claim`` for all: its outcome is waited for even by
+    who was cancelled. ``pause`` is about what lies between the first two tries; it doubles from one to the next.
     """
 
     connect: float = 10.0
@@ -53,6 +53,7 @@ class RequestLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry: float = 180.0
     claim_request: float = 10.0
     claim: float = 60.0
+    pause: float = 0.1
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

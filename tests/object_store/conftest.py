@@ -4,7 +4,10 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -14,32 +17,47 @@ from asyncdcp.storage.spec import RequestLimits
 
 BUCKET = "checkpoints"
 KEYS = {"access_key_id": "test", "secret_access_key": "not-to-be-seen", "region": "us-east-1"}
-LIMITS = RequestLimits(connect=2.0, request=5.0, retry=5.0, claim_request=2.0, claim=5.0)
+LIMITS = RequestLimits(connect=2.0, request=5.0, retry=5.0, claim_request=2.0, claim=5.0, pause=0.01)
 
 Make = Callable[..., ObjectStorage]
 
 
+@contextmanager
+def serving(*arguments: str) -> Iterator[str]:
+    """A server with one bucket, and its URL."""
+    script = Path(__file__).with_name("server.py")
+    command = [sys.executable, "-W", "ignore", str(script), *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdin is not None and server.stdout is not None
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        client(url).create_bucket(Bucket=BUCKET)
+        yield url
+        server.stdin.close()
+
+
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """A server that speaks S3, with one bucket."""
-    script = Path(__file__).with_name("server.py")
-    server = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], stdin=-1, stdout=-1)
-    assert server.stdout is not None
-    url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-    client(url).create_bucket(Bucket=BUCKET)
-    yield url
-    server.communicate()
+    """moto's server."""
+    with serving("moto") as url:
+        yield url
 
 
-def client(endpoint: str) -> boto3.client:
+@pytest.fixture(scope="session")
+def small_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """localbucket, which does only what is most needed of S3."""
+    with serving("localbucket", str(tmp_path_factory.mktemp("bucket"))) as url:
+        yield url
+
+
+def client(endpoint: str) -> Any:
     """Another implementation's view of the same store."""
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    return _session().client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
+
+
+@lru_cache(maxsize=1)
+def _session() -> Any:
+    return boto3.Session()
 
 
 _numbers = itertools.count()

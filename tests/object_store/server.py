@@ -1,21 +1,42 @@
-"""moto's S3 server as a process of its own: prints its port, and ends with whoever started it."""
+"""A server that speaks S3, as a process of its own: prints its port, and ends with whoever started it.
+
+``server.py moto`` is moto's, which keeps everything in memory; ``server.py localbucket DIRECTORY`` is a small one
+over files, which has no metadata, deletes one object at a time and cannot list unfinished uploads.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from socketserver import BaseServer
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+
+def moto() -> tuple[BaseServer, int]:
+    """Not started yet."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+    return server, server.port
+
+
+def localbucket(directory: str) -> tuple[BaseServer, int]:
+    """Not started yet."""
+    from localbucket import S3Handler
+
+    S3Handler.data_root = Path(directory)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), S3Handler)
+    return server, server.server_port
 
 
 def main() -> None:
     """Serves until stdin is closed."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    print(server.port, flush=True)  # noqa: T201  # that is how it is told
+    logging.disable(logging.ERROR)
+    server, port = moto() if sys.argv[1] == "moto" else localbucket(sys.argv[2])
+    print(port, flush=True)  # noqa: T201  # that is how it is told
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
 

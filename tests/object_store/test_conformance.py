@@ -1,4 +1,4 @@
-"""What the port promises, of a real S3 server and of obstore's memory."""
+"""What the port promises, of two implementations of S3 and of obstore's memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
 from tests.object_store.conftest import Make
 
 
-@pytest.fixture(params=["s3", "memory"])
+@pytest.fixture(params=["moto", "localbucket", "memory"])
 def kit(request: pytest.FixtureRequest, make: Make) -> StorageKit:
-    if request.param == "s3":
+    if request.param == "moto":
         return StorageKit(make, lambda storage: make(storage.info.location))
+    if request.param == "localbucket":
+        via = request.getfixturevalue("small_endpoint")
+        return StorageKit(lambda: make(via=via), lambda storage: make(storage.info.location, via=via))
     numbers = itertools.count()
 
     def new() -> Storage:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _TOKEN: Final = "asyncdcp-token"
-_FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
 _PASSING: Final = (408, 409, 425, 429)
 """Answers that may be others a moment later, though the request was not carried out."""
@@ -38,6 +37,7 @@ class Claimer:
     store: ObjectStore
     once: ObjectStore
     seconds: float
+    pause: float
 
     async def create(self, operation: str, name: str, data: bytes | memoryview) -> bool:
         """Creates the object if there is none; True if this call did.
@@ -48,7 +48,7 @@ class Claimer:
         key, token = self.url.key(name), secrets.token_hex(16)
         until = asyncio.get_running_loop().time() + self.seconds
         open_error: Exception | None = None
-        pause = _FIRST_PAUSE
+        pause = self.pause
         while True:
             try:
                 await self.once.put_async(key, data, mode="create", attributes={_TOKEN: token}, use_multipart=False)

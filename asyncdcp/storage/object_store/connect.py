@@ -41,6 +41,10 @@ _S3_SOURCES: Final = (
 )
 _UNKNOWN_KEY: Final = re.compile(r"Configuration key: '([^']*)'")
 
+_TRIES: Final = 1000
+"""No limit of its own: the time is."""
+_LONGEST_PAUSE: Final = 15.0
+
 _memories: Final[dict[str, MemoryStore]] = {}  # what lies at memory:// has to be somewhere, for as long as the process
 
 
@@ -77,20 +81,28 @@ def access(url: ObjectURL, config: Mapping[str, str], limits: RequestLimits, pro
 
 
 def connect(url: ObjectURL, how: Access, *, single: bool = False) -> ObjectStore:
-    """A store of the whole bucket. With ``single``, no request is sent a second time."""
+    """A store of the whole bucket. With ``single``, no request is sent a second time; without, each delete of S3 is a
+    request of its own, as every store that speaks its language understands.
+    """
     if url.scheme == "memory":
         return _memories.setdefault(url.bucket, MemoryStore())
     limits = how.limits
-    retries: dict[str, Any] = {"max_retries": 0} if single else {"retry_timeout": timedelta(seconds=limits.retry)}
+    retries: dict[str, Any] = {"max_retries": 0}
+    if not single:
+        backoff = {"init_backoff": timedelta(seconds=limits.pause), "max_backoff": timedelta(seconds=_LONGEST_PAUSE)}
+        retries = {"max_retries": _TRIES, "retry_timeout": timedelta(seconds=limits.retry), "backoff": backoff}
     options = {
         "connect_timeout": timedelta(seconds=limits.connect),
         "timeout": timedelta(seconds=limits.claim_request if single else limits.request),
         "allow_http": any(how.config.get(key, "").startswith("http://") for key in _ENDPOINTS),
     }
+    config = dict(how.config)
+    if url.scheme == "s3" and not single:
+        config["disable_bulk_delete"] = "true"
     provider = how.provider if how.profile is None else _boto3_provider(how.profile)
     try:
         store: ObjectStore = _CLOUDS[url.scheme](
-            url.bucket, config=how.config, client_options=options, retry_config=retries, credential_provider=provider
+            url.bucket, config=config, client_options=options, retry_config=retries, credential_provider=provider
         )
     except (BaseError, ValueError) as error:
         raise InvalidOption(f"{url}: {said(error)}") from error

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
+from obstore.exceptions import BaseError
 
 from asyncdcp.errors import CommitUnknown, CorruptCheckpoint, StorageError, ungrouped
 from asyncdcp.storage.object_store.claim import Claimer
@@ -102,7 +103,7 @@ class ObjectStorage:
     @cached_property
     def _claimer(self) -> Claimer:
         once = connect(self.url, self._access, single=True)
-        return Claimer(self.url, self._store, once, self._access.limits.claim)
+        return Claimer(self.url, self._store, once, self._access.limits.claim, self._access.limits.pause)
 
     @cached_property
     def _uploads(self) -> Uploads:
@@ -229,10 +230,16 @@ class ObjectStorage:
         if uploads:
             await self._uploads.abort(uploads)
         with translated("delete from", self.url):
-            if self.url.scheme == "s3" and len(keys) > 1:
-                await self._store.delete_async(keys)
-            else:
+            if not (len(keys) > 1 and self.url.scheme in ("s3", "az") and await self._delete_together(keys)):
                 await self._delete_one_by_one(keys)
+
+    async def _delete_together(self, keys: Sequence[str]) -> bool:
+        """False where that failed: some stores that otherwise speak S3's language do not know how."""
+        try:
+            await self._claimer.once.delete_async(keys)
+        except BaseError:
+            return False
+        return True
 
     async def _delete_one_by_one(self, keys: Sequence[str]) -> None:
         limiter = CapacityLimiter(_DELETES_IN_FLIGHT)

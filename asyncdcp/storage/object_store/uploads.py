@@ -23,6 +23,8 @@ from asyncdcp.storage.port import NAME_PATTERN
 from asyncdcp.threads import on_thread
 
 _NAME: Final = re.compile(rf"\.{NAME_PATTERN}\.[0-9a-f]{{16}}")
+_NOT_OFFERED: Final = (400, 403, 405, 501)
+"""How stores answer that have no such call, or do not let us make it: then there is nothing to be seen."""
 _CONNECT_SECONDS: Final = 5
 """boto3 tries again by itself."""
 
@@ -104,7 +106,11 @@ class Uploads:
                 "s3",
                 endpoint_url=config.get("aws_endpoint_url_s3") or config.get("endpoint"),
                 region_name=config.get("region") or config.get("default_region") or session.region_name or "us-east-1",
-                config=Config(connect_timeout=_CONNECT_SECONDS, read_timeout=self._how.limits.claim_request),
+                config=Config(
+                    retries={"total_max_attempts": 2},
+                    connect_timeout=_CONNECT_SECONDS,
+                    read_timeout=self._how.limits.claim_request,
+                ),
                 **self._keys(),
             )
         return self._client
@@ -126,7 +132,10 @@ class Uploads:
 
         try:
             yield
-        except (BotoCoreError, ClientError) as error:
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in _NOT_OFFERED:
+                raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
+        except BotoCoreError as error:
             raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
 
 
