@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import msgspec
 import pytest
 
 from asyncdcp.storage.object_store import ObjectStorage
@@ -67,8 +68,9 @@ _numbers = itertools.count()
 def make(endpoint: str) -> Make:
     """Makes a storage at a new place, or at a given one; ``via`` is another way to the same server."""
 
-    def storage(place: str = "", via: str = "") -> ObjectStorage:
+    def storage(place: str = "", via: str = "", **limits: float) -> ObjectStorage:
         place = place or f"s3://{BUCKET}/run {next(_numbers)}/step_1"
-        return ObjectStorage(place, config={**KEYS, "endpoint": via or endpoint}, limits=LIMITS)
+        changed = msgspec.structs.replace(LIMITS, **limits)
+        return ObjectStorage(place, config={**KEYS, "endpoint": via or endpoint}, limits=changed)
 
     return storage

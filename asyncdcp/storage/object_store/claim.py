@@ -31,7 +31,7 @@ _PASSING: Final = (408, 409, 425, 429)
 
 @dataclass(frozen=True)
 class Claimer:
-    """What a conditional PUT needs. ``once`` sends each request once, ``store`` tries again by itself."""
+    """What a conditional PUT needs. ``once`` sends each request once, ``store`` (of the writers) tries again."""
 
     url: ObjectURL
     store: ObjectStore
@@ -75,7 +75,7 @@ class Claimer:
     async def _is_mine(self, key: str, token: str, data: bytes | memoryview) -> bool | None:
         """Whose the object is; None if there is none, or it cannot be read now."""
         try:
-            found = await self.store.get_async(key)
+            found = await self.once.get_async(key)
             if (theirs := found.attributes.get(_TOKEN)) is not None:
                 return bool(theirs == token)
             return found.meta["size"] == len(data) and bytes(await found.bytes_async()) == data

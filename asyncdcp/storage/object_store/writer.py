@@ -82,6 +82,11 @@ class ObjectStoreWriter:
     def alignment(self) -> int:
         return 1
 
+    @property
+    def parts_lent(self) -> int:
+        """How many parts are with obstore now, to be sent."""
+        return self._parts.lent
+
     async def write(self, offset: int, buffer: Buffer) -> None:
         self._check_begun()
         if offset < 0:

@@ -1,0 +1,195 @@
+"""Uploads and reads over a network that fails: nothing lost, no false success, and only so much memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import mmap
+import os
+from collections.abc import AsyncIterator, Callable
+
+import anyio
+import pytest
+
+from asyncdcp.errors import StorageError, ungrouped
+from asyncdcp.storage.object_store import ObjectStorage
+from asyncdcp.storage.object_store.writer import PART_BYTES, PARTS_IN_FLIGHT
+from tests.object_store.conftest import BUCKET, Make, client
+from tests.object_store.proxy import Proxy, proxied
+
+PART = PART_BYTES
+
+
+@pytest.fixture
+async def proxy(endpoint: str) -> AsyncIterator[Proxy]:
+    async with proxied(endpoint) as proxy:
+        yield proxy
+
+
+def shared(data: bytes) -> memoryview:
+    """Memory as the arena's: writable, and no Python object's own."""
+    view = memoryview(mmap.mmap(-1, len(data)))
+    view[:] = data
+    return view
+
+
+async def upload(storage: ObjectStorage, data: memoryview, order: Callable[[list[int]], list[int]] = list) -> None:
+    """By parts, all at once."""
+    writer = await storage.create("a", len(data))
+    try:
+        with_offsets = order(list(range(0, len(data), PART)))
+        async with asyncio.TaskGroup() as group:
+            for offset in with_offsets:
+                group.create_task(writer.write(offset, data[offset : offset + PART]))
+        await writer.finish(len(data))
+    except BaseException:
+        await writer.abort()
+        raise
+
+
+def unfinished(endpoint: str, storage: ObjectStorage) -> list[str]:
+    found = client(endpoint).list_multipart_uploads(Bucket=BUCKET, Prefix=storage.url.key(""))
+    return [upload["Key"] for upload in found.get("Uploads", [])]
+
+
+@pytest.mark.parametrize("order", [list, lambda offsets: offsets[::-1]], ids=["in order", "last first"])
+async def test_parts_of_any_order_become_one_object(make: Make, order: Callable[[list[int]], list[int]]) -> None:
+    storage, data = make(), shared(os.urandom(3 * PART + 12345))
+    await upload(storage, data, order)
+    await storage.barrier()
+    assert await storage.get("a", len(data)) == data
+
+
+async def test_a_write_returns_when_its_part_was_sent(make: Make, proxy: Proxy) -> None:
+    """So whoever changes the buffer then changes nothing that is stored."""
+    storage, first = make(via=proxy.url, request=30.0), os.urandom(PART)
+    proxy.choose = lambda request: "stall" if request.is_part and not proxy.release.is_set() else ""
+    writer = await storage.create("a", 2 * PART)
+    buffer = shared(first)
+    write = asyncio.create_task(writer.write(0, buffer))
+    await proxy.stalled.wait()
+    assert not write.done()
+    proxy.release.set()  # the connection closes, and the part is sent again
+    await write
+    buffer[:] = bytes(PART)
+    await writer.write(PART, buffer)
+    await writer.finish(2 * PART)
+    assert await storage.get("a", 2 * PART) == first + bytes(PART)
+
+
+async def test_parts_that_meet_with_faults_are_sent_again(make: Make, proxy: Proxy) -> None:
+    faults = ["500", "", "reset", "503", "after reset", "", "stall", "after 500"]
+    storage, data = make(via=proxy.url, request=1.0, retry=20.0), shared(os.urandom(4 * PART + 1))
+    proxy.choose = lambda request: faults.pop(0) if request.is_part and faults else ""
+    await upload(storage, data)
+    await storage.barrier()
+    assert not faults
+    assert await storage.get("a", len(data)) == data
+
+
+async def test_an_upload_that_fails_leaves_nothing(make: Make, proxy: Proxy, endpoint: str) -> None:
+    storage = make(via=proxy.url, retry=0.3)
+    proxy.choose = lambda request: "500" if request.is_part and "partNumber=2" in request.target else ""
+    with pytest.raises(StorageError, match="500 InternalError"), ungrouped():
+        await upload(storage, shared(bytes(3 * PART)))
+    assert await storage.list() == {}
+    assert unfinished(endpoint, storage) == []
+
+
+async def test_a_cancelled_upload_gives_its_buffers_back_and_leaves_nothing(
+    make: Make, proxy: Proxy, endpoint: str
+) -> None:
+    storage = make(via=proxy.url, request=30.0)
+    proxy.choose = lambda request: "stall" if request.is_part else ""
+    memory = mmap.mmap(-1, 2 * PART)
+    view = memoryview(memory)
+    with anyio.CancelScope() as scope:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(upload(storage, view))
+            await proxy.stalled.wait()
+            scope.cancel()
+    view.release()
+    gc.collect()  # of what the cancelled tasks had in hand
+    memory.close()  # raises if anybody still uses it
+    assert await storage.list() == {}
+    assert unfinished(endpoint, storage) == []
+
+
+@pytest.mark.parametrize("piece", [PART, PART // 2], ids=["lent", "copied"])
+async def test_so_many_parts_are_under_way_and_no_more(make: Make, proxy: Proxy, endpoint: str, piece: int) -> None:
+    """Whoever writes more waits: by whole parts, each from a task of its own, and by halves, one after another."""
+    storage = make(via=proxy.url, request=30.0)
+    proxy.choose = lambda request: "stall" if request.is_part else ""
+    proxy.stalls_wanted = PARTS_IN_FLIGHT + 1
+    writer = await storage.create("a", 30 * PART)
+    data, written = shared(bytes(piece)), 0
+
+    async def write(*numbers: int) -> None:
+        nonlocal written
+        for number in numbers:
+            await writer.write(number * piece, data)
+            written += piece
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            if piece == PART:
+                for number in range(PARTS_IN_FLIGHT + 1):
+                    tasks.start_soon(write, number)
+            else:
+                tasks.start_soon(write, *range(60))
+            await proxy.stalled.wait()
+            tasks.cancel_scope.cancel()
+    assert written <= (PARTS_IN_FLIGHT + 1) * PART
+    await writer.abort()
+    assert writer.parts_lent == 0 and unfinished(endpoint, storage) == []
+
+
+async def test_an_object_that_is_not_what_was_sent_is_found_before_the_commit(make: Make, endpoint: str) -> None:
+    for data in (b"shorter", os.urandom(2 * PART + 1)):
+        storage = make()
+        await upload(storage, shared(os.urandom(2 * PART + 1)))
+        await storage.put("b", b"index")
+        client(endpoint).put_object(Bucket=BUCKET, Key=storage.url.key("a"), Body=data)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"/a (has 7 bytes|is not what was stored)"):
+                await storage.barrier()
+    storage = make()
+    await storage.put("b", b"index")
+    client(endpoint).delete_object(Bucket=BUCKET, Key=storage.url.key("b"))
+    with pytest.raises(StorageError, match="is not there"):
+        await storage.barrier()
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "truncate", "stall"])
+async def test_a_read_that_breaks_off_is_resumed(make: Make, proxy: Proxy, fault: str) -> None:
+    storage, data = make(via=proxy.url, request=1.0, retry=10.0), os.urandom(1 << 20)
+    await storage.put("a", data)
+    reader = await storage.open("a")
+    faults = [fault]
+    proxy.choose = lambda request: faults.pop() if request.method == "GET" and faults else ""
+    into = memoryview(bytearray(500_000))
+    assert await reader.read(1000, [into]) == 500_000
+    assert into == data[1000:501_000] and not faults
+    ranges = [request.headers["range"] for request in proxy.seen if request.method == "GET"]
+    assert ranges[0] == "bytes=1000-500999"
+    resumed = int(ranges[-1].removeprefix("bytes=").split("-")[0])
+    assert resumed > 1000 if fault == "truncate" else resumed == 1000
+
+
+async def test_an_object_that_changed_while_it_was_open_is_not_mixed(make: Make, endpoint: str) -> None:
+    storage = make()
+    await storage.put("a", b"first")
+    reader = await storage.open("a")
+    client(endpoint).put_object(Bucket=BUCKET, Key=storage.url.key("a"), Body=b"other")
+    with pytest.raises(StorageError, match="another object"):
+        await reader.read(0, [memoryview(bytearray(5))])
+
+
+async def test_what_a_dead_process_left_is_found_and_removed(make: Make, endpoint: str) -> None:
+    storage = make()
+    key = storage.url.key("data.safetensors")
+    client(endpoint).create_multipart_upload(Bucket=BUCKET, Key=key)
+    [(name, of)] = (await storage.temporaries()).items()
+    assert name.startswith(".data.safetensors.") and of == "data.safetensors"
+    await storage.delete([name, f".gone.{'0' * 16}"])
+    assert await storage.temporaries() == {} and unfinished(endpoint, storage) == []
