@@ -1,0 +1,127 @@
+"""From any checkpoint that can be opened to any format that can be written: streamed, all or nothing, verified."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption
+from asyncdcp.interop.selection import Selection, select
+from asyncdcp.interop.streaming import Digests, read_ahead, whole_tensor
+from asyncdcp.interop.targets import SHARD_BYTES, Written, write_huggingface, write_native, write_torch
+from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
+from asyncdcp.storage import LocalStorage, Storage, open_storage
+from asyncdcp.trace import Trace
+
+Format: TypeAlias = Literal["native", "dcp", "hf", "torch", "safetensors"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of a checkpoint on the way. ``keys`` are globs of names to take; ``rename`` maps names, or prefixes
+    of them up to a dot ("" is all), to new ones; ``dtype`` is what floating point numbers become, such as "bfloat16".
+    ``shard_bytes`` bounds a Hugging Face shard. ``allow_pickle`` is for values that were stored with it.
+    """
+
+    keys: Sequence[str] | None = None
+    rename: Mapping[str, str] | None = None
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, str):
+            raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
+        if self.shard_bytes < 1:
+            raise InvalidOption(f"shard_bytes takes 1 or more, not {self.shard_bytes!r}")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: tensors, their bytes, how many plain values, and the names of values that the format cannot
+    hold.
+    """
+
+    path: str
+    format: Format
+    tensors: int
+    tensor_bytes: int
+    values: int
+    left_out: tuple[str, ...]
+
+
+async def convert(
+    source: str | os.PathLike[str] | Storage,
+    target: str | os.PathLike[str] | Storage,
+    to: Format = "native",
+    changes: Changes | None = None,
+) -> Conversion:
+    """Writes the checkpoint at ``source`` anew at ``target``.
+
+    Guaranteed: ``target`` is there whole or not at all; what it holds was read again and compared with what was read
+    from ``source``; memory holds some windows of 64 MiB, or the largest tensors. "safetensors" and "hf" are one format:
+    a directory of ``model.safetensors``, or of shards with an index, tensors only.
+
+    Raises ``CheckpointNotFound``, ``CheckpointExists``, ``InvalidOption``, ``UnsupportedFormat`` for what the format
+    cannot hold, ``CorruptCheckpoint``, ``StorageError``. Runs on asyncio.
+    """
+    changes = changes or Changes()
+    if to not in FORMATS:
+        raise InvalidOption(f"to takes one of {', '.join(FORMATS)}, not {to!r}")
+    storage = open_storage(source)
+    async with aclosing(await open_checkpoint(storage)) as reader:
+        selection = select(reader.metadata, changes.keys, changes.rename, changes.dtype)
+        written = await _write(reader, selection, target, to, changes)
+    place = open_storage(target)
+    async with aclosing(await open_checkpoint(place)) as reader:
+        await _verify(reader, selection, written, place.info.location)
+    only_tensors = to in ("hf", "safetensors")
+    sizes = [whole_tensor(tensor).nbytes for tensor in selection.tensors]
+    left_out = tuple(selection.values) if only_tensors else ()
+    kept = 0 if only_tensors else len(selection.values)
+    return Conversion(place.info.location, to, len(sizes), sum(sizes), kept, left_out)
+
+
+async def _write(
+    reader: ReadableCheckpoint,
+    selection: Selection,
+    target: str | os.PathLike[str] | Storage,
+    to: Format,
+    changes: Changes,
+) -> Written:
+    storage = open_storage(target)
+    if to == "native":
+        metadata = {"converted_from": reader.metadata.storage_meta.checkpoint_id}
+        return await write_native(reader, selection, storage, {**reader.metadata.storage_meta.user, **metadata})
+    if not isinstance(storage, LocalStorage):
+        raise InvalidOption(f"{storage.info.location}: the format {to} is written to local paths only")
+    path = Path(storage.info.location)
+    if to == "dcp":
+        from asyncdcp.interop.dcp_target import write_dcp
+
+        return await write_dcp(reader, selection, path, allow_pickle=changes.allow_pickle)
+    if to == "torch":
+        return await write_torch(reader, selection, path, allow_pickle=changes.allow_pickle)
+    return await write_huggingface(reader, selection, path, changes.shard_bytes)
+
+
+async def _verify(reader: ReadableCheckpoint, selection: Selection, written: Written, path: str) -> None:
+    """Reads everything back. What fails here is the fault of the disk, or of this program."""
+    stored = select(reader.metadata, None, None, None)
+    found = {tensor.name: tensor for tensor in stored.tensors}
+    found |= {alias: found[name] for alias, name in stored.aliases.items()}
+    wrong = [t.name for t in selection.tensors if t.name not in found or found[t.name][3:] != t[3:]]
+    if not wrong:
+        names = [name for name in written if name in found]
+        digests = Digests()
+        async with read_ahead(reader, [whole_tensor(found[name]) for name in names], Trace()) as ahead:
+            async for window in ahead:
+                digests.add(window)
+        wrong = [name for number, name in enumerate(names) if digests.found[number] != written[name]]
+    if wrong:
+        raise CorruptCheckpoint(f"{path} does not hold what was written to it: {', '.join(wrong[:5])}", path=path)

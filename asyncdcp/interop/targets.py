@@ -1,0 +1,294 @@
+"""What a conversion can write: a checkpoint of asyncdcp's own, Hugging Face's files, a ``.pt`` file, a DCP directory.
+
+Nothing has the target's name before it is complete and durable. A native checkpoint is committed as any other; the
+rest is written beside its place under a name that ends in ``.partial``, and renamed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import torch
+from anyio import to_thread
+from torch import Tensor
+
+from asyncdcp.arena import Arena, SlotRing
+from asyncdcp.boxes import whole
+from asyncdcp.buffers import io_buffer
+from asyncdcp.checkpointer.jobs import make_job
+from asyncdcp.config import Options
+from asyncdcp.errors import AsyncDCPError, CheckpointExists, InvalidOption, UnsupportedFormat, UsageError, ungrouped
+from asyncdcp.format.blocks import SLAB_BYTES
+from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
+from asyncdcp.interop.huggingface import INDEX_SUFFIX, encode_weight_index, shard_names
+from asyncdcp.interop.selection import Selection
+from asyncdcp.interop.streaming import Digests, Fill, known_dtype, read_ahead, whole_tensor, write_plan
+from asyncdcp.names import make_save_id
+from asyncdcp.pipeline.formats import ReadableCheckpoint
+from asyncdcp.pipeline.messages import SlabReady
+from asyncdcp.pipeline.session import LocalSession
+from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
+from asyncdcp.planning.save_plan import plan_save
+from asyncdcp.state_dict.flatten import flatten
+from asyncdcp.state_dict.unflatten import unflatten
+from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
+from asyncdcp.trace import Trace
+
+SHARD_BYTES: Final = 5 * 10**9
+"""The size of a shard where none is asked for: Hugging Face's own default."""
+_SLOTS: Final = 6
+
+Written = dict[str, bytes]
+"""XXH3-128 of the bytes of each tensor that was written, by its name."""
+
+
+class _Ring:
+    """A few slots of one slab each, in shared memory."""
+
+    def __init__(self) -> None:
+        self.arena = Arena(_SLOTS, SLAB_BYTES)
+        self.slots = SlotRing(_SLOTS)
+
+
+# ── asyncdcp's own ──
+
+
+async def write_native(
+    reader: ReadableCheckpoint, selection: Selection, storage: Storage, metadata: dict[str, Any]
+) -> Written:
+    """Commits a checkpoint of one rank. Raises as a save does."""
+    plan = _plan(selection, None)
+    location = storage.info.location
+    job = make_job(
+        make_save_id(uuid.uuid4().hex, location, 1),
+        plan,
+        selection.values,
+        Options().save_deadline,
+        overwrite=False,
+        metadata=metadata,
+    )
+    ring = _Ring()
+    session = LocalSession(job, storage, ring.arena, ring.slots.release, Trace())
+    sink = _SessionSink(session, ring)
+    found: list[Digests] = []
+
+    async def feed() -> None:
+        try:
+            found.append(await write_plan(reader, plan, selection.tensors, sink))
+        except AsyncDCPError as error:
+            session.give_up("failed", error)  # and ``run`` raises it, once nothing of the save is left
+        else:
+            await session.staging_done()
+
+    try:
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(feed)
+                await session.run()
+    finally:
+        ring.arena.close()
+    return _by_name(plan, found[0])
+
+
+class _SessionSink:
+    def __init__(self, session: LocalSession, ring: _Ring) -> None:
+        self._session = session
+        self._ring = ring
+
+    async def put(self, slab: Slab, fill: Fill) -> None:
+        _, slot = await self._ring.slots.acquire()
+        await to_thread.run_sync(fill, self._ring.arena.slot(slot)[: slab.length])
+        await self._session.announce(SlabReady(slab.file, slab.begin // SLAB_BYTES, slot, slab.length))
+
+
+# ── Hugging Face ──
+
+
+async def write_huggingface(
+    reader: ReadableCheckpoint, selection: Selection, path: Path, shard_bytes: int = SHARD_BYTES
+) -> Written:
+    """A directory with ``model.safetensors``, or shards of at most ``shard_bytes`` (or of one larger tensor) with their
+    index. Tensors only: plain values have no place there, and of tied tensors one name is kept.
+    """
+    for tensor in selection.tensors:
+        if tensor.dtype not in SAFETENSORS_DTYPES:
+            raise UnsupportedFormat(
+                f"{tensor.name} has dtype {tensor.dtype}, which safetensors files do not know; leave it out by keys",
+                tensors=[tensor.name],
+            )
+    if not selection.tensors:
+        raise InvalidOption("there is no tensor to write, and Hugging Face's files hold nothing else")
+    plan = _plan(selection, shard_bytes)
+    names = shard_names(len(plan.images))
+    with replacing(path) as scratch:
+        storage = LocalStorage(scratch)
+        async with _FileSink(storage, plan, names) as sink:
+            digests = await write_plan(reader, plan, selection.tensors, sink)
+        if len(plan.images) > 1:
+            places = {
+                selection.tensors[plan.chunks[chunk].tensor].name: name
+                for name, image in zip(names, plan.images, strict=True)
+                for chunk in image.chunks
+            }
+            await storage.put(f"model{INDEX_SUFFIX}", encode_weight_index(places, plan.tensor_bytes))
+        await storage.barrier()
+    return _by_name(plan, digests)
+
+
+class _FileSink:
+    """Writes the images of a plan to files, several slabs at once."""
+
+    def __init__(self, storage: Storage, plan: SavePlan, names: list[str]) -> None:
+        self._storage = storage
+        self._plan = plan
+        self._names = names
+        self._free = [io_buffer(SLAB_BYTES) for _ in range(_SLOTS)]
+        self._limit = anyio.Semaphore(_SLOTS)
+        self._writers: dict[int, ObjectWriter] = {}
+        self._tasks = anyio.create_task_group()
+
+    async def __aenter__(self) -> _FileSink:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            with ungrouped():
+                await self._tasks.__aexit__(kind, error, traceback)
+            if error is None:
+                for file, image in enumerate(self._plan.images):
+                    await self._writers[file].finish(image.size)
+        finally:
+            for writer in self._writers.values():
+                await writer.abort()
+
+    async def put(self, slab: Slab, fill: Fill) -> None:
+        if slab.file not in self._writers:
+            size = self._plan.images[slab.file].size
+            self._writers[slab.file] = await self._storage.create(self._names[slab.file], size)
+        await self._limit.acquire()
+        buffer = self._free.pop()
+        await to_thread.run_sync(fill, buffer[: slab.length])
+        self._tasks.start_soon(self._write, slab, buffer)
+
+    async def _write(self, slab: Slab, buffer: memoryview) -> None:
+        writer = self._writers[slab.file]
+        length = -(-slab.length // writer.alignment) * writer.alignment
+        await writer.write(slab.begin, buffer[:length])
+        self._free.append(buffer)
+        self._limit.release()
+
+
+# ── torch.save ──
+
+
+async def write_torch(reader: ReadableCheckpoint, selection: Selection, path: Path, *, allow_pickle: bool) -> Written:
+    """A ``.pt`` file with the containers and values as they were. The file is made without its tensors' bytes, mapped,
+    and filled in place, so that what it takes of memory is page cache.
+    """
+    with replacing(path) as scratch:
+        tensors = await to_thread.run_sync(partial(_skeleton, scratch, selection, allow_pickle=allow_pickle))
+        digests = Digests()
+        names = [tensor.name for tensor in selection.tensors]
+        async with read_ahead(reader, [whole_tensor(tensor) for tensor in selection.tensors], Trace()) as ahead:
+            async for window in ahead:
+                await to_thread.run_sync(digests.add, window)
+                await to_thread.run_sync(_copy, {names[number]: tensor for number, tensor in window.items()}, tensors)
+        tensors.clear()
+        await to_thread.run_sync(_sync, scratch)
+    return {names[number]: digest for number, digest in digests.found.items()}
+
+
+def _skeleton(path: Path, selection: Selection, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """Makes the file, its storages still holes; returns its tensors, mapped to it, by name."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fakes = {t.name: torch.empty(t.shape, dtype=known_dtype(t.dtype, t.name)) for t in selection.tensors}
+    ties = {alias: fakes[name] for alias, name in selection.aliases.items()}
+    state = unflatten(selection.tree, {**fakes, **ties}, selection.values, allow_pickle=allow_pickle)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(state, path)
+    try:
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            flat = flatten(torch.load(path, mmap=True, weights_only=True))
+            return flat.tensors | {alias: flat.tensors[name] for alias, name in flat.aliases.items()}
+    except pickle.UnpicklingError as error:
+        raise UnsupportedFormat(
+            "the checkpoint holds values that torch.load(weights_only=True) would refuse; leave them out by keys "
+            f"({str(error).strip().splitlines()[0]:.200})",
+            path=str(path),
+        ) from error
+
+
+def _copy(window: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in window.items():
+        tensors[name].copy_(tensor)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+# ── what they share ──
+
+
+def _plan(selection: Selection, file_limit: int | None) -> SavePlan:
+    """One rank's plan of all tensors, each whole; ``file_limit`` is kept but where one tensor is larger."""
+    specs = tuple(TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in selection.tensors)
+    chunks = tuple(ChunkSpec(number, whole(spec.shape)) for number, spec in enumerate(specs))
+    structure = Structure(specs, chunks, selection.aliases, selection.tree)
+    if file_limit is None:
+        return plan_save(structure)
+    largest = max((whole_tensor(tensor).nbytes for tensor in selection.tensors), default=0)
+    return plan_save(structure, file_limit=max(file_limit, largest))
+
+
+def _by_name(plan: SavePlan, digests: Digests) -> Written:
+    """Of tensors that are one chunk; those that had to be split over files are left to their checkpoint's checksums."""
+    parts: dict[int, list[int]] = {}
+    for number, chunk in enumerate(plan.chunks):
+        parts.setdefault(chunk.tensor, []).append(number)
+    names = plan.structure.tensors
+    return {names[tensor].name: digests.found[own[0]] for tensor, own in parts.items() if len(own) == 1}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to. What is there when the block ends well gets the name ``path``; else it is
+    removed. ``CheckpointExists`` if something has that name already.
+    """
+    if path.exists() or path.is_symlink():
+        raise CheckpointExists(f"{path} exists; choose another name, or remove it first", path=str(path))
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path.absolute().parent} is no directory; make it first", path=str(path))
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield scratch
+        os.rename(scratch, path)
+        _sync_directory(path.absolute().parent)
+    except BaseException:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,272 @@
+"""From each format to each that can be written, bit by bit; and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from asyncdcp import AsyncCheckpointer, SyncCheckpointer
+from asyncdcp.errors import (
+    CheckpointExists,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    InvalidOption,
+    UnsupportedFormat,
+    UsageError,
+)
+from asyncdcp.interop import streaming
+from asyncdcp.interop.convert import Changes, Format, convert
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.embed.weight": torch.randn(300, 40, generator=generator),
+        "model.layer.0.weight": torch.randn(7, 5, generator=generator).bfloat16(),
+        "model.layer.0.bias": torch.arange(5),
+        "model.scale": torch.tensor(3.5, dtype=torch.float64),
+        "model.empty": torch.empty(0, 4),
+        "mask": torch.tensor([True, False, True]),
+    }
+
+
+def nested() -> dict[str, Any]:
+    flat = tensors()
+    model = {name.removeprefix("model."): tensor for name, tensor in flat.items() if name.startswith("model.")}
+    return {"model": model, "mask": flat["mask"], "epoch": 3, "lr": 0.25, "names": ["a", "b"]}
+
+
+def write_source(form: str, path: Path) -> Path:
+    """The same tensors as the format's own library writes them."""
+    if form == "native":
+        with SyncCheckpointer(process=False) as checkpointer:
+            checkpointer.save(path, nested())
+    elif form == "dcp":
+        dcp_save(nested(), checkpoint_id=path, no_dist=True)
+    elif form == "torch":
+        path = path.with_suffix(".pt")
+        torch.save(nested(), path)
+    else:
+        path.mkdir()
+        safetensors.torch.save_file(tensors(), path / "model.safetensors")
+    return path
+
+
+def read_back(form: str, path: Path) -> dict[str, Tensor]:
+    """As the format's own library reads them, by name."""
+    if form == "native":
+        with SyncCheckpointer(process=False) as checkpointer:
+            return flat_of(checkpointer.load(path))
+    if form == "dcp":
+        state: dict[str, Any] = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+        dcp_load(state, checkpoint_id=path, no_dist=True)
+        return state
+    if form == "torch":
+        return flat_of(torch.load(path, weights_only=True))
+    return {
+        name: tensor
+        for file in sorted(path.glob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+
+
+def flat_of(state: Any, prefix: str = "") -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, dict):
+            found |= flat_of(value, f"{prefix}{key}.")
+    return found
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+FORMS: tuple[Format, ...] = ("native", "dcp", "hf", "torch")
+
+
+@pytest.mark.parametrize("to", FORMS)
+@pytest.mark.parametrize("form", FORMS)
+async def test_matrix(tmp_path: Path, form: Format, to: Format) -> None:
+    source, target = write_source(form, tmp_path / "source"), tmp_path / "target"
+    done = await convert(source, target, to)
+    same(read_back(to, target), tensors())
+    assert (done.tensors, done.tensor_bytes) == (6, sum(tensor.nbytes for tensor in tensors().values()))
+    assert done.left_out == (("epoch", "lr", "names") if to == "hf" and form != "hf" else ())
+    assert sorted(os.listdir(tmp_path)) == sorted([source.name, "target"])
+
+
+@pytest.mark.parametrize("to", ["native", "torch"])
+async def test_values_and_containers_are_kept(tmp_path: Path, to: Format) -> None:
+    await convert(write_source("native", tmp_path / "source"), tmp_path / "target", to)
+    if to == "torch":
+        state = torch.load(tmp_path / "target", weights_only=True)
+    else:
+        async with AsyncCheckpointer(process=False) as checkpointer:
+            state = await checkpointer.load(tmp_path / "target")
+    assert (state["epoch"], state["lr"], state["names"]) == (3, 0.25, ["a", "b"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_opened_as_they_are(tmp_path: Path, form: Format) -> None:
+    """Without a conversion, in place and anew."""
+    source = write_source(form, tmp_path / "source")
+    async with AsyncCheckpointer(process=False) as checkpointer:
+        same(flat_of(await checkpointer.load(source)), tensors())
+        state: dict[str, Any] = {"model.embed.weight": torch.zeros(300, 40), "mask": torch.zeros(3, dtype=torch.bool)}
+        await checkpointer.load(source, state, strict=False)
+    same(state, {name: tensors()[name] for name in state})
+
+
+async def test_shards_with_their_index(tmp_path: Path) -> None:
+    source = write_source("native", tmp_path / "source")
+    await convert(source, tmp_path / "target", "hf", Changes(shard_bytes=100))
+    names = sorted(path.name for path in (tmp_path / "target").iterdir())
+    assert names[-1] == "model.safetensors.index.json"
+    assert names[0].startswith("model-00001-of-0000")
+    same(read_back("hf", tmp_path / "target"), tensors())
+    await convert(tmp_path / "target", tmp_path / "again", "native")
+    same(read_back("native", tmp_path / "again"), tensors())
+
+
+async def test_keys_rename_and_dtype(tmp_path: Path) -> None:
+    source = write_source("native", tmp_path / "source")
+    changes = Changes(
+        keys=["model.layer.*", "model.embed.*"], rename={"model": "", "model.embed": "wte"}, dtype="float16"
+    )
+    await convert(source, tmp_path / "target", "hf", changes)
+    wanted = tensors()
+    same(
+        read_back("hf", tmp_path / "target"),
+        {
+            "layer.0.weight": wanted["model.layer.0.weight"].half(),
+            "layer.0.bias": wanted["model.layer.0.bias"],
+            "wte.weight": wanted["model.embed.weight"].half(),
+        },
+    )
+    await convert(tmp_path / "target", tmp_path / "native", "native", Changes(rename={"": "model"}))
+    assert set(read_back("native", tmp_path / "native")) == {
+        "model.layer.0.weight",
+        "model.layer.0.bias",
+        "model.wte.weight",
+    }
+
+
+@pytest.mark.parametrize("to", FORMS)
+async def test_tied_tensors(tmp_path: Path, to: Format) -> None:
+    """Under the second name alone, too."""
+    weight = torch.arange(12.0).reshape(3, 4)
+    with SyncCheckpointer(process=False) as checkpointer:
+        checkpointer.save(tmp_path / "source", {"a": weight, "b": weight, "c": torch.ones(2)})
+    await convert(tmp_path / "source", tmp_path / "target", to)
+    await convert(tmp_path / "source", tmp_path / "part", to, Changes(keys=["b", "c"]))
+    with SyncCheckpointer(process=False) as checkpointer:
+        assert set(checkpointer.load(tmp_path / "target")) == ({"a", "c"} if to == "hf" else {"a", "b", "c"})
+        part = checkpointer.load(tmp_path / "part")
+    same(part, {"b": weight, "c": torch.ones(2)})
+
+
+async def test_several_windows_and_slabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1 << 20)
+    state = {str(number): torch.randn(300_000 + number) for number in range(20)}  # 24 MB: three slabs
+    with SyncCheckpointer(process=False) as checkpointer:
+        checkpointer.save(tmp_path / "source", state)
+    for to in FORMS:
+        await convert(tmp_path / "source", tmp_path / to, to)
+        with SyncCheckpointer(process=False) as checkpointer:
+            same(checkpointer.load(tmp_path / to), state)
+
+
+# ── what is refused, and what is left then ──
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"keys": ["nothing"]}, InvalidOption, "match nothing"),
+        ({"rename": {"mode": "x"}}, InvalidOption, "nothing is called 'mode'"),
+        ({"rename": {"epoch": "lr"}}, InvalidOption, "'epoch' and 'lr' the same name 'lr'"),
+        ({"rename": {"mask": ""}}, InvalidOption, "leaves 'mask' without a name"),
+        ({"dtype": "int8"}, InvalidOption, "dtype takes one of"),
+    ],
+)
+async def test_wrong_changes(tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str) -> None:
+    source = write_source("native", tmp_path / "source")
+    with pytest.raises(error, match=said):
+        await convert(source, tmp_path / "target", "torch", Changes(**changes))
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("to", FORMS)
+async def test_what_is_there_is_left_alone(tmp_path: Path, to: Format) -> None:
+    source = write_source("native", tmp_path / "source")
+    await convert(source, tmp_path / "target", to)
+    before = everything(tmp_path)
+    with pytest.raises(CheckpointExists):
+        await convert(source, tmp_path / "target", to)
+    assert everything(tmp_path) == before
+    with pytest.raises(CheckpointNotFound):
+        await convert(tmp_path / "nowhere", tmp_path / "other", to)
+
+
+async def test_wrong_words(tmp_path: Path) -> None:
+    source = write_source("native", tmp_path / "source")
+    with pytest.raises(InvalidOption, match="to takes one of"):
+        await convert(source, tmp_path / "target", "onnx")  # type: ignore[arg-type]  # what the test is about
+    with pytest.raises(UsageError, match="is no directory"):
+        await convert(source, tmp_path / "no" / "target", "torch")
+    with pytest.raises(InvalidOption, match="sequence of patterns"):
+        Changes(keys="model.*")
+    with SyncCheckpointer(process=False) as checkpointer:
+        checkpointer.save(tmp_path / "odd", {"c": torch.ones(2, dtype=torch.complex64), "v": {1, 2}})
+    with pytest.raises(UnsupportedFormat, match="c has dtype complex64"):
+        await convert(tmp_path / "odd", tmp_path / "target", "hf")
+    with pytest.raises(InvalidOption, match="no tensor to write"):
+        await convert(tmp_path / "odd", tmp_path / "target", "hf", Changes(keys=["v"]))
+    assert sorted(os.listdir(tmp_path)) == ["odd", "source"]
+
+
+@pytest.mark.parametrize("to", FORMS)
+async def test_damage_of_the_source_leaves_nothing(tmp_path: Path, to: Format) -> None:
+    source = write_source("native", tmp_path / "source")
+    (data,) = source.glob("*.safetensors")
+    content = bytearray(data.read_bytes())
+    content[9000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CorruptCheckpoint):
+        await convert(source, tmp_path / "target", to)
+    left = [path.name for path in (tmp_path / "target").glob("*")] if (tmp_path / "target").exists() else []
+    assert [name for name in left if not name.endswith(".json")] == [], "of a native save its abort stays, and no data"
+    assert [name for name in os.listdir(tmp_path) if "partial" in name] == []
+
+
+async def test_what_is_written_wrongly_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source("native", tmp_path / "source")
+    real = streaming._fill
+
+    def flip(plan: Any, slab: Any, held: Any, into: memoryview) -> None:
+        real(plan, slab, held, into)
+        into[5000] ^= 1
+
+    monkeypatch.setattr(streaming, "_fill", flip)
+    with pytest.raises(CorruptCheckpoint, match="does not hold what was written to it: model"):
+        await convert(source, tmp_path / "target", "hf")
