@@ -29,9 +29,10 @@ LEVELS: list[set[str]] = [
     {"state_dict"},
     {"staging"},
     {"checkpointer"},
-    {"cli", "testing"},
+    {"testing"},
     {"__init__"},
     {"interop"},
+    {"cli"},
 ]
 """Top-level modules and packages of asyncdcp, lowest first. A package is one sibling: inside it imports are its own."""
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "gc": "Show what of a run is of no use, and with --delete take it away.",
     "cat": "Print one tensor or value, or write it to a .npy file.",
     "diff": "Compare two checkpoints: structure, and how far tensors moved.",
+    "convert": "Write a checkpoint anew, in this or another format.",
     "verify": "Read every byte of checkpoints and say what is damaged.",
     "completion": "Print the completion script of a shell.",
 }

@@ -26,7 +26,7 @@ def load(path: Path, state: Any = None) -> Any:
 
 
 def test_a_training_state_comes_back_and_goes_on(tmp_path: Path) -> None:
-    def training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    def training() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
         return model, torch.optim.AdamW(model.parameters())
@@ -45,7 +45,7 @@ def test_a_training_state_comes_back_and_goes_on(tmp_path: Path) -> None:
 
 def test_views_ties_and_types(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
-    state = {
+    state: dict[Any, Any] = {
         "t": base.t(),
         "part": base[1:3, 2:],
         "same": base,
