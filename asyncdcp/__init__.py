@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from asyncdcp.config import Options
     from asyncdcp.errors import AsyncDCPError
     from asyncdcp.futures import CheckpointFuture
+    from asyncdcp.manager import CheckpointManager, EverySeconds, EverySteps, OnPreemption, Telemetry, follow
     from asyncdcp.ranks import Ranks, SoleRank
     from asyncdcp.results import LoadReport, Progress, SaveResult, VerifyReport
+    from asyncdcp.runs import KeepBest, KeepEvery, KeepLast, list_checkpoints
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
 
@@ -22,9 +24,16 @@ _HOMES = {
     "AsyncCheckpointer": "checkpointer",
     "AsyncDCPError": "errors",
     "CheckpointFuture": "futures",
+    "CheckpointManager": "manager",
+    "EverySeconds": "manager",
+    "EverySteps": "manager",
+    "KeepBest": "runs",
+    "KeepEvery": "runs",
+    "KeepLast": "runs",
     "LoadReport": "results",
     "LocalStorage": "storage",
     "MemoryStorage": "storage",
+    "OnPreemption": "manager",
     "Options": "config",
     "PerRank": "stateful",
     "Progress": "results",
@@ -35,16 +44,26 @@ _HOMES = {
     "SoleRank": "ranks",
     "Stateful": "stateful",
     "SyncCheckpointer": "checkpointer",
+    "Telemetry": "manager",
     "VerifyReport": "results",
+    "follow": "manager",
+    "list_checkpoints": "runs",
 }
 
 __all__ = [
     "AsyncCheckpointer",
     "AsyncDCPError",
     "CheckpointFuture",
+    "CheckpointManager",
+    "EverySeconds",
+    "EverySteps",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
     "LoadReport",
     "LocalStorage",
     "MemoryStorage",
+    "OnPreemption",
     "Options",
     "PerRank",
     "Progress",
@@ -55,7 +74,10 @@ __all__ = [
     "SoleRank",
     "Stateful",
     "SyncCheckpointer",
+    "Telemetry",
     "VerifyReport",
+    "follow",
+    "list_checkpoints",
 ]
 
 

@@ -29,6 +29,7 @@ LEVELS: list[set[str]] = [
     {"state_dict"},
     {"staging"},
     {"checkpointer"},
+    {"manager"},
     {"testing"},
     {"__init__"},
     {"interop"},

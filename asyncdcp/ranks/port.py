@@ -50,6 +50,14 @@ class Ranks(Protocol):
         """What rank 0 says: ``data`` there, which waits for nobody. The others wait for it, and give None."""
         ...
 
+    async def announce(self, name: str, data: bytes) -> None:
+        """Not collective: puts up something small under a name, in the place of what was there."""
+        ...
+
+    async def heard(self, name: str) -> bytes | None:
+        """Not collective: what was announced last under a name; None if nothing was yet. Waits for nobody."""
+        ...
+
 
 class SoleRank:
     """A job of one process: it is of one mind at once. Also for work that one rank of several does by itself, as
@@ -71,6 +79,13 @@ class SoleRank:
         """``data``."""
         assert data is not None
         return data
+
+    async def announce(self, name: str, data: bytes) -> None:
+        """There is nobody to hear it."""
+
+    async def heard(self, name: str) -> bytes | None:
+        """Nobody announces anything."""
+        return None
 
 
 async def gather(ranks: Ranks, topic: str, data: bytes) -> list[bytes]:

@@ -90,6 +90,15 @@ class StoreRanks:
             return await self._hear(key, self.world_size - 1)
         raise self._late(topic, [0])
 
+    async def announce(self, name: str, data: bytes) -> None:
+        """As ``Ranks``."""
+        await self._set(f"announced/{name}", data)
+
+    async def heard(self, name: str) -> bytes | None:
+        """As ``Ranks``."""
+        key = f"announced/{name}"
+        return await self._get_one(key) if await self._there(key) else None
+
     async def _take_part(self, key: str, told: bytes, decide: Decide) -> bytes:
         await self._put(f"{key}/told/{self.rank}", told)
         failure = await self._preside(key, decide) if self.rank == 0 else None

@@ -1,0 +1,78 @@
+"""Readers of a run that goes on: evaluators, generators, exporters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Literal
+
+import anyio
+
+from asyncdcp.errors import InvalidOption
+from asyncdcp.futures import CheckpointFuture
+from asyncdcp.manager.manager import CheckpointManager
+from asyncdcp.ranks import SoleRank
+from asyncdcp.runs import Checkpoint
+from asyncdcp.runs.layout import check_step
+from asyncdcp.storage import Place
+
+
+class Published:
+    """A committed checkpoint that ``follow`` has come upon. ``checkpoint`` says all that a listing knows of it."""
+
+    def __init__(self, checkpoint: Checkpoint, load: Callable[..., CheckpointFuture[Any]]) -> None:
+        self.checkpoint = checkpoint
+        self._load = load
+
+    @property
+    def step(self) -> int:
+        """Its step."""
+        return self.checkpoint.step
+
+    def __repr__(self) -> str:
+        return f"<Published step {self.step}>"
+
+    def load(
+        self,
+        state: Any = None,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+    ) -> CheckpointFuture[Any]:
+        """Begins to load it, into ``state`` or as a new state of CPU tensors, as ``AsyncCheckpointer.load`` does.
+
+        ``CheckpointGone`` if retention has deleted it, even if that happens while it is read: go on to the next one.
+        """
+        return self._load(self.checkpoint, state, strict=strict, cast=cast, keys=keys)
+
+
+async def follow(
+    run: str | os.PathLike[str] | Place,
+    *,
+    after: int | None = None,
+    every: Literal["newest", "all"] = "newest",
+    poll_seconds: float = 1.0,
+) -> AsyncGenerator[Published, None]:
+    """Comes upon the checkpoints of a run as they are committed: ``async for published in asyncdcp.follow(run)``.
+
+    First what is there already, unless it is not beyond the step ``after``; then it looks every ``poll_seconds``, for
+    ever. ``every="newest"`` leaves out what a newer one has overtaken meanwhile; "all" yields each that is on the run's
+    line when it looks, in the order of steps. After a rollback of the run, steps come anew. Nothing is claimed and
+    nothing written, and the run need not exist yet. Who stops before its end closes it, as with
+    ``contextlib.aclosing``.
+    """
+    if every not in ("newest", "all"):
+        raise InvalidOption(f"every takes 'newest' or 'all', not {every!r}")
+    if isinstance(poll_seconds, bool) or not poll_seconds > 0:
+        raise InvalidOption(f"poll_seconds takes a positive number of seconds, not {poll_seconds!r}")
+    before = -1 if after is None else check_step(after)
+    seen: set[str | None] = set()
+    async with CheckpointManager(run, read_only=True, process=False, process_group=SoleRank()) as manager:
+        while True:
+            found = await manager.checkpoints()
+            fresh = [each for each in found if each.save_id not in seen and (seen or each.step > before)]
+            seen = {each.save_id for each in found}
+            for checkpoint in fresh if every == "all" else fresh[-1:]:
+                yield Published(checkpoint, manager.load)
+            await anyio.sleep(poll_seconds)

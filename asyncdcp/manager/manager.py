@@ -1,0 +1,430 @@
+"""CheckpointManager: the checkpoints of a run, by steps instead of paths."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, SupportsFloat, TypeVar
+
+import torch
+from torch.distributed import ProcessGroup
+
+from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
+from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress
+from asyncdcp.config import Options
+from asyncdcp.engine import Engine
+from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
+from asyncdcp.futures import CheckpointFuture
+from asyncdcp.manager.deciding import Decider
+from asyncdcp.manager.policies import EverySeconds, OnPreemption, SaveWhen, check_policies
+from asyncdcp.manager.preemption import Preemption
+from asyncdcp.manager.saves import Called, Saves, surface
+from asyncdcp.manager.session import RunSession
+from asyncdcp.manager.telemetry import Reporter, Telemetry
+from asyncdcp.metadata import RunStamp
+from asyncdcp.ranks import Ranks, find_ranks
+from asyncdcp.runs import Checkpoint, Retention
+from asyncdcp.runs.layout import check_step, step_name
+from asyncdcp.runs.listing import Mode
+from asyncdcp.runs.retention import check_retention
+from asyncdcp.staging import Guard
+from asyncdcp.storage import Place, open_place
+from asyncdcp.threads import uncut
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("asyncdcp.manager")
+
+
+class CheckpointManager:
+    """Saves, restores and keeps the checkpoints of the run in a directory (a path, a ``file://`` URL or a ``Place``).
+
+    Opening for writing claims the run's next *term*, waits for what earlier writers have in flight, and gives up what
+    does not move for ``takeover_seconds``. From then on any earlier writer is ``Fenced``. With ``read_only=True``
+    nothing is claimed and nothing written. A context manager, plain or async, that opens the run on entering; without
+    it, the first verb opens it, and waits for that. Leaving it waits until the last save is durable.
+
+    - Only checkpoints on the run's *line* count: what a rollback left behind, and what a fenced writer committed late,
+      is whole but never ``latest``, and retention neither counts nor deletes it.
+    - ``keep`` says what to keep (``KeepLast(3) | KeepEvery(1000)``), None keeps all. A checkpoint is deleted only after
+      a newer one was committed; the newest good one never is.
+    - ``save_when`` says when ``should_save`` is true: policies or functions of a ``Moment``; every ten minutes if
+      nothing is given.
+    - Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of
+      several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
+
+    On all ranks the same verbs are called in the same order. Verbs start the work and return a future, as those of
+    ``AsyncCheckpointer``, whose ``options``, ``process`` and ``process_group`` these are.
+    """
+
+    def __init__(  # noqa: PLR0913  # each is one word of the user's
+        self,
+        run: str | os.PathLike[str] | Place,
+        *,
+        keep: Retention | None = None,
+        save_when: SaveWhen | None = None,
+        options: Options | None = None,
+        process: bool = PROCESS_BY_DEFAULT,
+        process_group: ProcessGroup | Ranks | None = None,
+        read_only: bool = False,
+        takeover_seconds: float = 5.0,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self._place = open_place(run)
+        self.location = self._place.storage.info.location
+        policies = check_policies(EverySeconds(600.0) if save_when is None else save_when)
+        retention = None if keep is None else check_retention("keep", keep)
+        if isinstance(takeover_seconds, bool) or not takeover_seconds >= 0:
+            raise InvalidOption(f"takeover_seconds takes a number of seconds from 0 up, not {takeover_seconds!r}")
+        self.read_only = read_only
+        self._options = options or Options()
+        ranks = find_ranks(process_group, self._options.agreement_deadline)
+        self._alone, self._leads = ranks.world_size == 1, ranks.rank == 0
+        self._lock = threading.RLock()
+        self._opening: CheckpointFuture[None] | None = None
+        self._asked: tuple[int, bool] | None = None
+        self._closed = False
+        close = weakref.WeakMethod(self.close)
+        deadline = self._options.close_deadline
+        self._engine = Engine("asyncdcp-manager", drain=lambda: _call(close()), exit_deadline=deadline)
+        self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
+        self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds)
+        self._saves = Saves(self._session, self._engine, self._reporter, leads=self._leads)
+        self._checkpointer = AsyncCheckpointer(
+            replace(self._options, on_error=self._saves.collect), process=process, process_group=process_group
+        )
+        self._ending = next((policy for policy in policies if isinstance(policy, OnPreemption)), None)
+        self._preemption = None if self._ending is None else Preemption(self._ending.signals)
+        self._decider = Decider(policies, self._preemption, ranks, self._engine, self._saves.failure_text)
+
+    # ── opening ──
+
+    def open(self) -> CheckpointFuture[None]:
+        """Opens the run, once; every later call returns the same future."""
+        with self._lock:
+            self._check_open()
+            if self._opening is None:
+                if self._preemption is not None:
+                    self._preemption.install()
+                work = self._idle if self.read_only else self._session.open
+                self._opening = self._engine.submit(work, name=f"opening of {self.location}")
+            return self._opening
+
+    async def _idle(self) -> None:
+        """Opening for reading claims nothing."""
+
+    def _check_open(self) -> None:
+        self._engine.check_process()
+        if self._closed:
+            raise Closed("the manager is closed")
+
+    def _enter(self) -> None:
+        """What every verb that writes does first."""
+        self.open().result()
+        if self.read_only:
+            raise InvalidOption(f"this manager of {self.location} is read-only; open it without read_only=True")
+        if self._saves.fenced is not None:
+            raise self._saves.fenced
+        if self._alone:
+            surface(self._saves.failures(), self._options.on_error)
+
+    # ── saving ──
+
+    def should_save(self, step: int) -> bool:
+        """Whether to save at this step, which the training loop asks once a step; alike on all ranks.
+
+        False at a step that the run's line has, or that is being saved. Blocks at most for a decision of rank 0 that
+        has not come yet.
+        """
+        self._enter()
+        if self._asked is not None and self._asked[0] == check_step(step):
+            return self._asked[1]
+        before = self._decider.preempted
+        decision = self._decider.decide(step)
+        if self._decider.preempted and not before:
+            self._reporter.emit("preempted", f"this process is asked to end: step {step} is the last to be saved", step)
+        due = decision.save and step > self._saves.newest()
+        self._asked = (step, due)
+        if decision.failure is not None:
+            failures = self._saves.failures() or [PeerFailed(f"another rank failed: {decision.failure}")]
+            surface(failures, self._options.on_error)
+        return due
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the job is asked to end: true, on all ranks, from the step on at which ``should_save`` said so."""
+        return self._decider.preempted
+
+    def save(  # noqa: PLR0913  # each is one word of the user's
+        self,
+        step: int,
+        state: Mapping[Any, Any],
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        keys: Sequence[str] | None = None,
+        allow_pickle: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> SaveHandle:
+        """Begins to save ``state`` as the checkpoint of ``step``; the rest is as ``AsyncCheckpointer.save`` has it.
+
+        Steps of a run grow: one that is not beyond the newest on the line raises ``CheckpointExists``; ``restore``
+        goes back. ``metrics`` are numbers, kept with the checkpoint and in the run's history; a one-element
+        tensor will do, and waits for its device. Those that are not finite are kept as None.
+        """
+        begun = time.monotonic()
+        self._enter()
+        newest = self._saves.newest()
+        if check_step(step) <= newest:
+            raise CheckpointExists(
+                f"step {step} cannot be saved: the run's line has step {newest} already, and steps only grow; "
+                "restore an earlier one to go back to it",
+                path=self.location,
+            )
+        numbers = _numbers(metrics)
+        if self._leads and not self._session.standing.begun:
+            self._engine.submit(self._session.begin, name="the beginning of a line").result()
+        standing = self._session.standing
+        stamp = RunStamp(standing.term, standing.head, numbers)
+        handle = self._checkpointer.save(
+            self._place.child(step_name(step)),
+            state,
+            metadata=metadata,
+            keys=keys,
+            allow_pickle=allow_pickle,
+            on_progress=on_progress,
+            run=stamp,
+        )
+        self._decider.saved()
+        self._saves.add(Called(step, numbers, time.monotonic() - begun), handle)
+        if self._decider.preempted and self._ending is not None and self._preemption is not None:
+            heard = self._preemption.heard or begun
+            self._saves.limit(handle, heard + self._ending.deadline)
+        return handle
+
+    # ── restoring and looking ──
+
+    def restore_latest(  # noqa: PLR0913  # the vocabulary of loading
+        self,
+        state: Any,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        assign: bool = False,
+        allow_pickle: bool = False,
+    ) -> CheckpointFuture[Checkpoint | None]:
+        """Loads the newest checkpoint on the line into ``state``, and resolves to it; to None where there is none yet.
+
+        One that is damaged is passed over, with an error in the log and a "fallback" event, and an older one loaded;
+        the training then goes on from that. The options are those of ``AsyncCheckpointer.load``. On all ranks alike.
+        """
+        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
+        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
+        restored: CheckpointFuture[Checkpoint | None] = self._restore(None, load)
+        return restored
+
+    def restore(  # noqa: PLR0913  # the vocabulary of loading
+        self,
+        step: int,
+        state: Any,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        assign: bool = False,
+        allow_pickle: bool = False,
+    ) -> CheckpointFuture[Checkpoint]:
+        """Loads the checkpoint of ``step`` into ``state``, and resolves to it; ``CheckpointNotFound`` otherwise.
+
+        For a writer this is a rollback: from now on the line goes on from that step, and those beyond it, which stay
+        where they are, do not count any more and may be saved again.
+        """
+        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
+        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
+        restored: CheckpointFuture[Checkpoint] = self._restore(check_step(step), load)
+        return restored
+
+    def _restore(self, step: int | None, load: partial[CheckpointFuture[Any]]) -> Any:
+        if load.keywords.get("state") is None:
+            raise InvalidOption("restore takes the state to restore into, such as {'model': model}")
+        opened = self.open()
+        return self._engine.submit(self._restored, step, load, opened, name=f"restore from {self.location}")
+
+    async def _restored(
+        self, step: int | None, load: partial[CheckpointFuture[Any]], opened: CheckpointFuture[None]
+    ) -> Checkpoint | None:
+        await opened
+        await self._saves.settle()
+        return await self._session.restore(step, load, writes=not self.read_only)
+
+    def load(  # each is one word of the user's
+        self,
+        checkpoint: int | Checkpoint,
+        state: Any = None,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> CheckpointFuture[Any]:
+        """Loads a step, or a checkpoint of ``checkpoints``, into ``state`` or as a new state, and resolves to that.
+
+        Unlike ``restore`` this changes nothing about the run, and is this rank's own business. ``CheckpointNotFound``;
+        ``CheckpointGone`` if it is deleted meanwhile.
+        """
+        self._check_open()
+        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, device=device)
+        return self._engine.submit(self._session.load, checkpoint, load, name=f"load from {self.location}")
+
+    def checkpoints(self) -> CheckpointFuture[list[Checkpoint]]:
+        """The checkpoints on the line, oldest first, as this rank sees the storage now."""
+        return self._look(self._session.good)
+
+    def steps(self) -> CheckpointFuture[list[int]]:
+        """The steps of ``checkpoints``."""
+        return self._look(self._session.steps)
+
+    def latest(self) -> CheckpointFuture[Checkpoint | None]:
+        """The newest of them; None where there is none."""
+        return self._look(self._session.latest)
+
+    def best(self, metric: str, mode: Mode = "min") -> CheckpointFuture[Checkpoint | None]:
+        """The one whose ``metric`` is the least, or with ``mode="max"`` the greatest; None where none has it."""
+        return self._look(partial(self._session.best, metric, mode))
+
+    def _look(self, work: Callable[[], Awaitable[T]]) -> CheckpointFuture[T]:
+        self._check_open()
+        return self._engine.submit(work, name=f"look at {self.location}")
+
+    # ── waiting ──
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
+        """As ``AsyncCheckpointer.guard``."""
+        return self._checkpointer.guard(*optimizers)
+
+    def wait_staged(self) -> CheckpointFuture[None]:
+        """As ``AsyncCheckpointer.wait_staged``."""
+        return self._checkpointer.wait_staged()
+
+    def prepare(self, state: Mapping[Any, Any]) -> CheckpointFuture[None]:
+        """As ``AsyncCheckpointer.prepare``."""
+        return self._checkpointer.prepare(state)
+
+    def wait(self) -> CheckpointFuture[None]:
+        """Resolves once every save that was called before is settled, history written and retention done.
+
+        Raises what failed unseen, as ``options.on_error`` says; on all ranks, if it failed on one. On all ranks alike.
+        """
+        opened = self.open()
+        return self._engine.submit(self._wait, opened, name=f"the saves to {self.location}")
+
+    async def _wait(self, opened: CheckpointFuture[None]) -> None:
+        await opened
+        await self._saves.settle()
+        failures = self._saves.failures()
+        if self._saves.fenced is not None:
+            failures.append(self._saves.fenced)
+        told = await self._session.tell_failures(failures)
+        if self._saves.fenced is not None:
+            raise self._saves.fenced
+        surface(failures or told, self._options.on_error)
+
+    # ── the end ──
+
+    def close(self) -> None:
+        """Waits until pending saves are durable and what follows from them is done, and ends all threads; safe to call
+        twice. Signals that were taken over are given back.
+
+        Raises as ``AsyncCheckpointer.close`` does, and what failed unseen. After it, verbs raise ``Closed``.
+        """
+        if self._engine.inherited:
+            return
+        if self._preemption is not None:
+            self._preemption.remove()
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        self._decider.close()
+        try:
+            self._checkpointer.close()  # its callbacks, which begin what follows from a save, have run then
+        finally:
+            self._engine.close(self._options.close_deadline)
+        self._reporter.emit("closed", "closed")
+        opening = self._opening
+        if opening is not None and opening.unseen_failure is not None:
+            self._saves.collect(opening.unseen_failure)
+        failures = self._saves.failures()
+        if self._saves.fenced is not None and not failures:
+            raise self._saves.fenced
+        surface(failures, self._options.on_error)
+
+    async def aclose(self) -> None:
+        """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
+        if self._preemption is not None:
+            self._preemption.remove()  # here, on the caller's thread
+        await uncut(self.close)
+
+    def __enter__(self) -> Self:
+        try:
+            self.open().result()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            _logger.exception("closing failed while another error is on its way")
+            error.add_note(f"and closing the manager failed: {failure}")
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.open()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._preemption is not None:
+            self._preemption.remove()
+        await uncut(partial(self.__exit__, kind, error, traceback))
+
+
+def _numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | None]:
+    """The metrics as they will be read back; ``InvalidOption`` for what is no number."""
+    found: dict[str, float | None] = {}
+    for name, value in (metrics or {}).items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidOption(f"metrics[{name!r}] is {value!r:.80}; metrics take numbers: {error}") from error
+        if not isinstance(name, str):
+            raise InvalidOption(f"metrics take names, not {name!r}")
+        found[name] = number if math.isfinite(number) else None
+    return found
+
+
+def _call(method: Callable[[], object] | None) -> None:
+    if method is not None:
+        method()

@@ -1,0 +1,177 @@
+"""The saves of a manager from their call to the last that follows from them, and the failures that nobody has seen."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+
+from asyncdcp.checkpointer import SaveHandle
+from asyncdcp.config import OnError
+from asyncdcp.engine import Engine
+from asyncdcp.errors import Closed, Fenced, UnseenFailure
+from asyncdcp.futures import CheckpointFuture
+from asyncdcp.manager.session import Finished, RunSession
+from asyncdcp.manager.telemetry import Reporter
+from asyncdcp.results import SaveResult
+
+_logger = logging.getLogger("asyncdcp.manager")
+
+_FRAMES_TO_CALLER = 4  # surface, the verb's helper, the verb: a warning is about the line that called the verb
+
+
+@dataclass
+class Called:
+    """A save as it was called: its step, its metrics, when, and how long the call took."""
+
+    step: int
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class _Save:
+    """``over`` resolves, to None, once the save is settled and all that follows from it is done."""
+
+    def __init__(self, called: Called, handle: SaveHandle, over: CheckpointFuture[None]) -> None:
+        self.called = called
+        self.handle = handle
+        self.over = over
+
+
+class Saves:
+    """Follows every save to its end. From any thread. ``leads`` is whether this is the rank that writes to the run.
+
+    ``fenced`` is set for good once the run was seen to be another's.
+    """
+
+    def __init__(self, session: RunSession, engine: Engine, reporter: Reporter, *, leads: bool) -> None:
+        self.fenced: Fenced | None = None
+        self._session = session
+        self._engine = engine
+        self._reporter = reporter
+        self._leads = leads
+        self._lock = threading.RLock()
+        self._saves: list[_Save] = []
+        self._failures: list[BaseException] = []
+
+    def add(self, called: Called, handle: SaveHandle) -> None:
+        """Another save is under way."""
+        self._reporter.emit("save", f"step {called.step} is being saved", called.step)
+        save = _Save(called, handle, self._engine.future(f"all that follows from step {called.step}"))
+        with self._lock:
+            self._saves.append(save)
+        handle.add_done_callback(partial(self._settled, save))
+
+    def limit(self, handle: SaveHandle, until: float) -> None:
+        """Gives the save up if it is not durable by then, on the clock of ``time.monotonic``."""
+        timer = self._engine.submit(self._cut_off, handle, until)
+        handle.add_done_callback(lambda _: timer.cancel())
+
+    def newest(self) -> int:
+        """The newest step that was saved, or is being saved, on the run's line; -1 for none."""
+        with self._lock:
+            called = [save.called.step for save in self._saves if not save.handle.committed.failed]
+        return max([self._session.standing.step, *called])
+
+    async def settle(self) -> None:
+        """Returns when all saves that were called before are settled, with all that follows from them."""
+        with self._lock:
+            saves = list(self._saves)
+        for save in saves:
+            await save.over
+
+    # ── failures ──
+
+    def collect(self, error: BaseException) -> None:
+        """Something has failed, and nobody has seen it yet."""
+        with self._lock:
+            self._failures.append(error)
+
+    def failures(self, *, take: bool = True) -> list[BaseException]:
+        """What failed unseen. Taken, it counts as seen. What somebody waits for just now is theirs."""
+        with self._lock:
+            for save in self._saves:
+                if save.handle.done() and not save.handle.awaited:
+                    error = save.handle.take_unseen_failure()
+                    if error is not None:
+                        self._failures.append(error)
+            self._saves = [save for save in self._saves if not self._is_gone(save)]
+            found = list(self._failures)
+            if take:
+                self._failures.clear()
+        return found
+
+    def failure_text(self) -> str | None:
+        """For the other ranks: the first of them in words."""
+        found = self.failures(take=False)
+        return f"{type(found[0]).__name__}: {found[0]}" if found else None
+
+    def _is_gone(self, save: _Save) -> bool:
+        return save.over.done() and not save.handle.awaited
+
+    # ── from a save's settling on ──
+
+    def _settled(self, save: _Save, future: CheckpointFuture[SaveResult]) -> None:
+        """On the checkpointer's callback thread, save after save."""
+        step = save.called.step
+        if future.failed:
+            why = future.unseen_failure or "its future says why"
+            self._reporter.emit("failed", f"the save of step {step} failed: {why}", step, cause=str(why))
+            save.over.resolve(None)
+            return
+        result = future.result()
+        self._session.committed(step, result.save_id)
+        self._reporter.emit(
+            "committed",
+            f"step {step} is durable",
+            step,
+            tensor_bytes=result.tensor_bytes,
+            stored_bytes=result.stored_bytes,
+            staged_seconds=result.staged_seconds,
+            durable_seconds=result.durable_seconds,
+            metrics=save.called.metrics,
+        )
+        self._reporter.trace_save(step, result)
+        try:
+            self._engine.submit(self._finish, save, result, name=f"all that follows from step {step}")
+        except Closed:
+            save.over.resolve(None)
+
+    async def _finish(self, save: _Save, result: SaveResult) -> None:
+        try:
+            if self._leads:
+                called = save.called
+                await self._session.finish(Finished(called.step, result, called.metrics, called.seconds))
+        except Fenced as error:
+            self.fenced = error
+        except Exception as error:  # noqa: BLE001  # it surfaces at the next verb
+            self.collect(error)
+        finally:
+            save.over.resolve(None)
+
+    async def _cut_off(self, handle: SaveHandle, until: float) -> None:
+        await anyio.sleep(max(until - time.monotonic(), 0.0))
+        if handle.cancel():
+            _logger.error("the last save, to %s, was not durable in time before the process ends", handle.path)
+
+
+def surface(failures: list[BaseException], on_error: OnError) -> None:
+    """Raises, warns of, or hands on what failed unseen. Of several that are to be raised the last is, with notes."""
+    if callable(on_error):
+        for failure in failures:
+            on_error(failure)
+        return
+    messages = [f"something failed that nobody looked at: {each}" for each in failures]
+    if on_error == "warn":
+        for message in messages:
+            warnings.warn(message, RuntimeWarning, stacklevel=_FRAMES_TO_CALLER)
+    elif failures:
+        raised = UnseenFailure(messages[-1])
+        for message in messages[:-1]:
+            raised.add_note(message)
+        raise raised from failures[-1]
