@@ -192,8 +192,7 @@ class CheckpointManager:
         numbers = _numbers(metrics)
         if self._leads and not self._session.standing.begun:
             self._engine.submit(self._session.begin, name="the beginning of a line").result()
-        standing = self._session.standing
-        stamp = RunStamp(standing.term, standing.head, numbers)
+        stamp = RunStamp(self._session.standing.term, self._saves.parent(), numbers)
         handle = self._checkpointer.save(
             self._place.child(step_name(step)),
             state,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, TypeAlias
 
-from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint, StorageError
+from asyncdcp.errors import CheckpointGone, CheckpointNotFound, CorruptCheckpoint, StorageError
 from asyncdcp.runs import Checkpoint
-from asyncdcp.runs.deletion import gone_instead
+from asyncdcp.runs.deletion import check_there
 from asyncdcp.runs.view import SaveView
 from asyncdcp.storage import Place, Storage
 
@@ -21,12 +20,15 @@ async def load_checkpoint(place: Place, checkpoint: Checkpoint, load: LoadFrom) 
     before all of it was read.
     """
     assert checkpoint.save_id is not None
+    storage = place.child(checkpoint.name)
+    await check_there(storage, checkpoint.save_id)
     try:
-        return await load(SaveView(place.child(checkpoint.name), checkpoint.save_id))
+        return await load(SaveView(storage, checkpoint.save_id))
     except (CorruptCheckpoint, CheckpointNotFound, StorageError) as error:
-        told: Exception = error
-        with suppress(StorageError):
-            told = await gone_instead(place, checkpoint.name, checkpoint.save_id, error)
-        if told is error:
-            raise
-        raise told from error
+        try:
+            await check_there(storage, checkpoint.save_id)
+        except CheckpointGone as gone:
+            raise gone from error
+        except StorageError:
+            pass  # what the load has met says more
+        raise

@@ -78,6 +78,15 @@ class Saves:
             called = [save.called.step for save in self._saves if not save.handle.committed.failed]
         return max([self._session.standing.step, *called])
 
+    def parent(self) -> str | None:
+        """The save id of the newest checkpoint on the line that is committed already."""
+        with self._lock:
+            done = [save for save in self._saves if save.handle.done() and not save.handle.committed.failed]
+        newest = max(done, key=lambda save: save.called.step, default=None)
+        if newest is None or newest.called.step <= self._session.standing.step:
+            return self._session.standing.head
+        return newest.handle.result().save_id
+
     async def settle(self) -> None:
         """Returns when all saves that were called before are settled, with all that follows from them."""
         with self._lock:

@@ -11,7 +11,7 @@ from asyncdcp.errors import CheckpointGone
 from asyncdcp.metadata import RECORD_LIMIT
 from asyncdcp.names import file_save_id, record_name, record_save_id
 from asyncdcp.runs.listing import read_outcomes
-from asyncdcp.storage import Place
+from asyncdcp.storage import Place, Storage
 
 
 async def delete_checkpoint(place: Place, name: str, save_id: str) -> None:
@@ -29,8 +29,9 @@ async def delete_checkpoint(place: Place, name: str, save_id: str) -> None:
     replaced = {each for each in (own.replaces if own else []) if each in records and records[each].outcome == "commit"}
     storage = place.child(name)
     if own is not None:
-        await storage.delete([record_name(each) for each in replaced])
-        await storage.barrier()
+        if replaced:
+            await storage.delete([record_name(each) for each in replaced])
+            await storage.barrier()
         await storage.delete([record_name(save_id)])
         await storage.barrier()
     gone = {save_id, *replaced}
@@ -38,14 +39,11 @@ async def delete_checkpoint(place: Place, name: str, save_id: str) -> None:
     await place.discard(name, [temporary for temporary in contents.temporaries if _is_of(temporary, gone)])
 
 
-async def gone_instead(place: Place, name: str, save_id: str, error: Exception) -> Exception:
-    """What a reader of a checkpoint is told who met ``error``: ``CheckpointGone`` if it was deleted meanwhile."""
-    if record_name(save_id) in await place.child(name).list():
-        return error
-    path = place.child(name).info.location
-    gone = CheckpointGone(f"the checkpoint at {path} was deleted while it was being read; read a newer one", path=path)
-    gone.__cause__ = error
-    return gone
+async def check_there(storage: Storage, save_id: str) -> None:
+    """``CheckpointGone`` if the commit ``save_id``, which was there, has been deleted since."""
+    if record_name(save_id) not in await storage.list():
+        path = storage.info.location
+        raise CheckpointGone(f"the checkpoint at {path} was deleted before it was read; read a newer one", path=path)
 
 
 def _is_of(temporary: str, save_ids: set[str]) -> bool:

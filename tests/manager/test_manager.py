@@ -1,0 +1,186 @@
+"""A manager's everyday verbs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncdcp import CheckpointManager, EverySteps, KeepBest, KeepEvery, KeepLast, SyncCheckpointer
+from asyncdcp.errors import CheckpointExists, CheckpointGone, CheckpointNotFound, Closed, InvalidOption
+from asyncdcp.runs import list_checkpoints, look, read_history
+from asyncdcp.storage import LocalPlace, MemoryPlace
+from tests.manager.conftest import Opened, Training, save_all
+
+
+def test_an_empty_run_has_nothing(opened: Opened, training: Training) -> None:
+    manager = opened()
+    assert manager.restore_latest(training.state).result() is None
+    assert (manager.steps().result(), manager.latest().result(), manager.best("loss").result()) == ([], None, None)
+
+
+def test_what_was_saved_is_restored(opened: Opened, training: Training) -> None:
+    with opened() as manager:
+        manager.restore_latest(training.state).result()
+        save_all(manager, training, 10, 20)
+        manager.save(30, training.at(30), metrics={"loss": torch.tensor(0.5)}, metadata={"note": "last"})
+    other = Training()
+    manager = opened()
+    restored = manager.restore_latest(other.state).result()
+    assert restored is not None
+    assert (restored.step, other.step, restored.metrics, restored.metadata) == (30, 30, {"loss": 0.5}, {"note": "last"})
+    assert manager.steps().result() == [10, 20, 30]
+    assert manager.load(20).result()["progress"] == {"step": 20}
+
+
+async def test_as_an_async_context(run: Path, training: Training) -> None:
+    async with CheckpointManager(run, process=False, save_when=EverySteps(2)) as manager:
+        assert await manager.restore_latest(training.state) is None
+        for step in range(1, 6):
+            if manager.should_save(step):
+                await manager.save(step, training.at(step)).staged
+        await manager.wait()
+        assert await manager.steps() == [2, 4]
+    async with CheckpointManager(run, process=False, read_only=True) as manager:
+        latest = await manager.latest()
+        assert latest is not None and latest.step == 4
+
+
+def test_with_the_background_process(run: Path, training: Training) -> None:
+    with CheckpointManager(run, keep=KeepLast(1), takeover_seconds=0) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, training.at(step), metrics={"loss": step}).staged.result()
+    (only,) = asyncio.run(list_checkpoints(run))
+    assert (only.step, only.term, only.metrics) == (3, 1, {"loss": 3.0})
+
+
+def test_in_memory(opened: Opened, training: Training) -> None:
+    place = MemoryPlace("run")
+    with opened(place, keep=KeepLast(1)) as manager:
+        save_all(manager, training, 1, 2)
+    manager = opened(place, read_only=True)
+    assert manager.steps().result() == [2]
+
+
+def test_retention_and_best(opened: Opened, training: Training) -> None:
+    manager = opened(keep=KeepLast(1) | KeepBest("loss") | KeepEvery(40))
+    for step, loss in ((10, 3.0), (20, 1.0), (30, math.nan), (40, 2.0), (50, 2.0), (60, 4.0)):
+        save_all(manager, training, step, metrics={"loss": loss})
+    assert manager.steps().result() == [20, 40, 60]
+    best = manager.best("loss").result()
+    assert best is not None and best.step == 20
+    history = asyncio.run(read_history(LocalPlace(manager.location)))
+    assert [(line.step, line.metrics["loss"]) for line in history] == [
+        (10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 2.0), (60, 4.0),
+    ]  # fmt: skip
+    assert all(0 < line.staged_seconds <= line.durable_seconds and line.tensor_bytes == 128 for line in history)
+
+
+def test_records_name_term_and_parent(opened: Opened, training: Training, run: Path) -> None:
+    with opened() as manager:
+        save_all(manager, training, 1, 2)
+    with opened() as manager:
+        save_all(manager, training, 3)
+    first, second, third = asyncio.run(list_checkpoints(run))
+    assert [each.term for each in (first, second, third)] == [1, 1, 2]
+    assert [first.parent, second.parent, third.parent] == [None, first.save_id, second.save_id]
+
+
+def test_steps_only_grow(opened: Opened, training: Training) -> None:
+    manager = opened(save_when=EverySteps(1))
+    save_all(manager, training, 10)
+    for step in (10, 9):
+        with pytest.raises(CheckpointExists, match="has step 10 already, and steps only grow"):
+            manager.save(step, training.state)
+        assert not manager.should_save(step)
+    assert manager.should_save(11)
+
+
+def test_a_step_whose_save_failed_can_be_saved_again(opened: Opened, training: Training) -> None:
+    manager = opened()
+    handle = manager.save(10, training.at(10))
+    handle.cancel()
+    failed = handle.exception() is not None
+    manager.save(10 if failed else 11, training.at(11)).result()
+
+
+def test_read_only_claims_nothing(opened: Opened, training: Training, run: Path) -> None:
+    with opened() as manager:
+        save_all(manager, training, 1)
+    before = sorted(path for path in run.rglob("*"))
+    reader = opened(read_only=True)
+    reader.restore_latest(training.state).result()
+    reader.restore(1, training.state).result()
+    with pytest.raises(InvalidOption, match="read-only"):
+        reader.save(2, training.state)
+    assert sorted(path for path in run.rglob("*")) == before
+
+
+def test_a_checkpoint_that_was_deleted_while_it_was_read(opened: Opened, training: Training) -> None:
+    manager = opened(keep=KeepLast(1))
+    save_all(manager, training, 1)
+    (listed,) = manager.checkpoints().result()
+    save_all(manager, training, 2)
+    with pytest.raises(CheckpointGone, match="was deleted before it was read"):
+        manager.load(listed).result()
+    with pytest.raises(CheckpointNotFound, match=r"no checkpoint of step 1 on the line of .*; there are 2"):
+        manager.restore(1, training.state).result()
+
+
+def test_checkpoints_of_a_plain_checkpointer_are_taken_over(run: Path, opened: Opened, training: Training) -> None:
+    with SyncCheckpointer(process=False) as checkpointer:
+        for step in (10, 20):
+            checkpointer.save(run / f"step_{step:06d}", training.at(step))
+    manager = opened(keep=KeepLast(2))
+    restored = manager.restore_latest(training.at(0)).result()
+    assert restored is not None and restored.step == training.step == 20
+    save_all(manager, training, 30)
+    assert manager.steps().result() == [20, 30]
+
+
+def test_without_opening_the_first_verb_opens(run: Path, training: Training) -> None:
+    manager = CheckpointManager(run, process=False)
+    manager.save(1, training.at(1))
+    manager.close()
+    manager.close()
+    with pytest.raises(Closed):
+        manager.save(2, training.state)
+    assert asyncio.run(look(LocalPlace(run))).steps() == [1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep": 3}, "keep takes a policy such as KeepLast"),
+        ({"keep": KeepLast}, "keep takes a policy such as KeepLast"),
+        ({"save_when": 100}, "save_when takes policies"),
+        ({"save_when": [EverySteps]}, "save_when takes policies"),
+        ({"takeover_seconds": -1}, "takeover_seconds takes"),
+        ({"run": ""}, "target is ''"),
+    ],
+)
+def test_wrong_options_are_refused(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match=message):
+        CheckpointManager(**{"run": tmp_path / "run", "process": False, **wrong})
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_arguments_are_refused(opened: Opened, training: Training, run: Path) -> None:
+    manager = opened()
+    with pytest.raises(InvalidOption, match=r"metrics\['loss'\] is 'low'; metrics take numbers"):
+        manager.save(1, training.state, metrics={"loss": "low"})  # type: ignore[dict-item]  # on purpose
+    with pytest.raises(InvalidOption, match="a step is a whole number"):
+        manager.save(1.0, training.state)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(InvalidOption, match="restore takes the state"):
+        manager.restore_latest(None)
+    assert not list(run.glob("step_*"))
+
+
+def test_a_run_that_is_a_file_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a run")
+    with pytest.raises(OSError, match="file: Not a directory"), CheckpointManager(tmp_path / "file", process=False):
+        pass
