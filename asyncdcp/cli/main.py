@@ -30,6 +30,7 @@ COMMANDS = {
     "diff": "Compare two checkpoints: structure, and how far tensors moved.",
     "convert": "Write a checkpoint anew, in this or another format.",
     "verify": "Read every byte of checkpoints and say what is damaged.",
+    "report": "Write a run as one HTML page.",
     "completion": "Print the completion script of a shell.",
 }
 """Every command and its help, so that ``--help`` imports none. Each is ``commands/<name>.py``'s ``command``."""

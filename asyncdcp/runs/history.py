@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from asyncdcp.runs.layout import HISTORY
 from asyncdcp.storage import Place
+from asyncdcp.trace import Span
 
 _LIMIT = 1 << 30
+
+
+class StageTime(msgspec.Struct, frozen=True, array_like=True):
+    """From the first begin to the last end of a stage, in seconds from the begin of the save; and its bytes."""
+
+    begin: float
+    end: float
+    bytes: int = 0
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
     """A committed save. Times are in seconds; ``time`` since the epoch, the others from the call of ``save``.
 
     ``called_seconds`` is how long the call itself took, ``staged_seconds`` until the tensors could be changed again,
-    ``durable_seconds`` until the checkpoint would have survived a loss of power, ``stage_seconds`` by stage.
+    ``durable_seconds`` until the checkpoint would have survived a loss of power, ``stage_seconds`` by stage,
+    and ``stages`` when each of them was.
     """
 
     step: int
@@ -30,7 +41,19 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     staged_seconds: float = 0.0
     durable_seconds: float = 0.0
     stage_seconds: dict[str, float] = {}
+    stages: dict[str, StageTime] = {}
     metrics: dict[str, float | None] = {}
+
+
+def stage_times(spans: Sequence[Span]) -> dict[str, StageTime]:
+    """The stages of a save, in the order in which they began."""
+    origin = min((span.start for span in spans), default=0.0)
+    found: dict[str, StageTime] = {}
+    for span in sorted(spans, key=lambda span: span.start):
+        begin, end = span.start - origin, span.end - origin
+        known = found.get(span.stage, StageTime(begin, end))
+        found[span.stage] = StageTime(known.begin, max(known.end, end), known.bytes + span.bytes)
+    return found
 
 
 async def append_history(place: Place, saved: Saved) -> None:
