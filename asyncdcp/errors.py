@@ -104,6 +104,12 @@ class CheckpointerBusy(UsageError, RuntimeError):
     """An earlier save is still under way and ``when_busy="error"``."""
 
 
+class KeyUnavailable(UsageError):
+    """A checkpoint is encrypted, and the key that it was encrypted with was not given; the message names the key's id,
+    never a key.
+    """
+
+
 class MemoryLimit(UsageError, MemoryError):
     """Staging needs more memory than the machine or its cgroup has left; the message names ``staging_bytes``."""
 
@@ -202,6 +208,10 @@ class CommitUnknown(StorageError):
 
 class ThreadPipelineWarning(UserWarning):
     """Something of a save cannot travel to the background process, so the save runs on a thread of this one."""
+
+
+class ExtensionOrderWarning(UserWarning):
+    """Extensions are in an order that saves nothing: what is encrypted does not compress."""
 
 
 class VolatileStorageWarning(UserWarning):

@@ -6,6 +6,9 @@ an envelope that names format, version and kind and carries a digest of the body
 
     {"format": "asyncdcp", "version": 1, "kind": "record", "digest": "<xxh3-128 hex of body>", "body": …}
 
+An encrypting extension adds a ``seal`` before the digest: a token over the body, or what makes an encrypted body (in
+base64) readable again.
+
 ``Metadata`` is the read-side union of all ranks' indexes. It uses the names of
 ``torch.distributed.checkpoint.metadata`` where the concept is the same; dtypes are strings, torch's own names without
 the ``torch.`` ("bfloat16").
@@ -15,12 +18,15 @@ Nothing here does I/O; ``pipeline/reader.py`` checks what was read against these
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeVar
+import base64
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import xxhash
 
-from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
+from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat
+from asyncdcp.names import index_name, record_name
 
 FORMAT_VERSION = 1
 RECORD_LIMIT = 64 << 20
@@ -178,12 +184,27 @@ class RunStamp(msgspec.Struct, frozen=True):
     metrics: dict[str, float | None]
 
 
+class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an extension (descriptor ``by``) adds to a body: a ``token`` in hex. ``hidden`` bodies are encrypted."""
+
+    by: str
+    token: str
+    hidden: bool
+
+
+Sealer: TypeAlias = Callable[[bytes, str], tuple[Seal, bytes]]
+"""From a body and its file's name to the seal, and the body as it is then: itself, or encrypted where ``hidden``."""
+Unseal: TypeAlias = Callable[[Seal | None, bytes, str], bytes]
+"""From what a ``Sealer`` made, and the file's name, to the body; raises if that is known not to be authentic."""
+
+
 class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
     format: str
     version: int
     kind: str
     digest: str
     body: msgspec.Raw
+    seal: Seal | None = None
 
 
 class _EnvelopeHead(msgspec.Struct):
@@ -198,12 +219,27 @@ def digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def _seal(kind: str, body: bytes) -> bytes:
-    head = f'{{"format":"asyncdcp","version":{FORMAT_VERSION},"kind":"{kind}","digest":"{digest(body)}","body":'
+def trusting(seal: Seal | None, body: bytes, name: str) -> bytes:
+    """An ``Unseal`` without keys: what is not encrypted is taken as it is."""
+    if seal is not None and seal.hidden:
+        raise KeyUnavailable(f"{name} is encrypted by {seal.by[:100]}, and no key was given", path=name)
+    return body
+
+
+def _seal(kind: str, body: bytes, seal: Seal | None = None) -> bytes:
+    by = "" if seal is None else f'"seal":{msgspec.json.encode(seal).decode()},'
+    head = f'{{"format":"asyncdcp","version":{FORMAT_VERSION},"kind":"{kind}",{by}"digest":"{digest(body)}","body":'
     return b"".join((head.encode(), body, b"}"))
 
 
-def _open_envelope(data: bytes, kind: str, name: str) -> msgspec.Raw:
+def _sealed(kind: str, body: bytes, name: str, sealer: Sealer | None) -> bytes:
+    if sealer is None:
+        return _seal(kind, body)
+    seal, body = sealer(body, name)
+    return _seal(kind, b'"%s"' % base64.b64encode(body) if seal.hidden else body, seal)
+
+
+def _open_envelope(data: bytes, kind: str, name: str, unseal: Unseal) -> bytes:
     try:
         data.decode()  # msgspec passes over what it does not decode now, such as values, without looking at it
         head = msgspec.json.decode(data, type=_EnvelopeHead)
@@ -220,9 +256,12 @@ def _open_envelope(data: bytes, kind: str, name: str) -> msgspec.Raw:
     envelope = _decode(data, _Envelope, name)
     if envelope.kind != kind:
         raise CorruptCheckpoint(f"{name}: is a {envelope.kind[:40]!r}, expected a {kind!r}", path=name)
-    if _seal(kind, bytes(envelope.body)) != data:  # there is one way to write it, down to the last space
+    body = bytes(envelope.body)
+    if _seal(kind, body, envelope.seal) != data:  # there is one way to write it, down to the last space
         raise CorruptCheckpoint(f"{name}: its body does not match its digest", path=name)
-    return envelope.body
+    if envelope.seal is None or not envelope.seal.hidden:
+        return unseal(envelope.seal, body, name)
+    return unseal(envelope.seal, _decode(body, bytes, name), name)
 
 
 _T = TypeVar("_T")
@@ -242,17 +281,19 @@ def encode_document(kind: str, content: msgspec.Struct) -> bytes:
 
 def decode_document(kind: str, type_: type[_T], data: bytes, name: str) -> _T:
     """Such a file's content; ``CorruptCheckpoint`` or ``UnsupportedFormat`` naming ``name`` otherwise."""
-    return _decode(_open_envelope(data, kind, name), type_, name)
+    return _decode(_open_envelope(data, kind, name, trusting), type_, name)
 
 
-def encode_record(record: Record) -> bytes:
+def encode_record(record: Record, sealer: Sealer | None = None) -> bytes:
     """The bytes of a Record's file."""
-    return encode_document("record", record)
+    return _sealed("record", msgspec.json.encode(record), record_name(record.save_id), sealer)
 
 
-def decode_record(data: bytes, name: str) -> Record:
-    """A Record from its file's bytes; ``CorruptCheckpoint`` or ``UnsupportedFormat`` naming ``name`` otherwise."""
-    return decode_document("record", Record, data, name)
+def decode_record(data: bytes, name: str, unseal: Unseal = trusting) -> Record:
+    """A Record from its file's bytes; ``CorruptCheckpoint`` or ``UnsupportedFormat`` naming ``name`` otherwise, and
+    ``KeyUnavailable`` for an encrypted one whose key is not at hand.
+    """
+    return _decode(_open_envelope(data, "record", name, unseal), Record, name)
 
 
 class IndexHead(msgspec.Struct, frozen=True):
@@ -264,17 +305,19 @@ class IndexHead(msgspec.Struct, frozen=True):
     transforms: list[str]
 
 
-def encode_index(head: IndexHead, plan: bytes, values: bytes, files: list[FileTable]) -> bytes:
+def encode_index(
+    head: IndexHead, plan: bytes, values: bytes, files: list[FileTable], sealer: Sealer | None = None
+) -> bytes:
     """The bytes of an Index's file, from a plan and values that are encoded already: only the tables are new work."""
     fields = msgspec.json.encode(head)[:-1]
     tables = msgspec.json.encode(files)
     body = b"".join((fields, b',"plan":', plan, b',"values":', values, b',"files":', tables, b"}"))
-    return _seal("index", body)
+    return _sealed("index", body, index_name(head.save_id, head.rank), sealer)
 
 
-def decode_index(data: bytes, name: str) -> Index:
+def decode_index(data: bytes, name: str, unseal: Unseal = trusting) -> Index:
     """An Index from its file's bytes, schema-checked only; ``pipeline/reader.py`` checks what the numbers mean."""
-    return _decode(_open_envelope(data, "index", name), Index, name)
+    return _decode(_open_envelope(data, "index", name, unseal), Index, name)
 
 
 # ── the read side ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 _SAVE_ID = re.compile(r"[0-9a-f]{20}")
 _FILE = re.compile(rf"({_SAVE_ID.pattern})[-.].*")
+_DESCRIPTOR = re.compile(r"[A-Za-z0-9_.-]{1,100}(@[A-Za-z0-9_.-]{1,100})?/[A-Za-z0-9_.-]{1,100}")
 _RECORD = re.compile(rf"({_SAVE_ID.pattern})\.json")
 
 
@@ -43,9 +45,18 @@ def index_name(save_id: str, rank: int) -> str:
     return f"{save_id}-{rank}.index.json"
 
 
-def data_name(save_id: str, rank: int, number: int, suffix: str = "safetensors") -> str:
-    """A data file of a rank."""
+def data_name(save_id: str, rank: int, number: int, transforms: Sequence[str] = ()) -> str:
+    """A data file of a rank. Its suffix says what other tools make of it, by the descriptors of its transforms."""
+    if not transforms:
+        suffix = "safetensors"
+    else:
+        suffix = "safetensors.zst" if [name.partition("/")[0] for name in transforms] == ["stream.zstd"] else "bin"
     return f"{save_id}-{rank}-{number}.{suffix}"
+
+
+def is_descriptor(text: str) -> bool:
+    """Whether ``text`` has the form of an extension's descriptor: ``name[@domain]/version``."""
+    return _DESCRIPTOR.fullmatch(text) is not None
 
 
 def belongs_to(name: str, save_id: str) -> bool:

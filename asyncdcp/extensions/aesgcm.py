@@ -1,0 +1,205 @@
+"""AESGCM: authenticated encryption of a whole checkpoint, with AES-256-GCM of the package ``cryptography``.
+
+What is bound to what: a key is derived for each save (HKDF-SHA256 of the user's key and the save's id). A block's file,
+number and the number of blocks in its file are its associated data, so no block can be moved, dropped or replayed. The
+Record and the indexes, which say how long files are and which bytes are which tensor's, carry a tag over their bodies,
+bound to their names; or they are encrypted too. What remains possible to whoever can write to the storage is to put an
+older checkpoint whole in the place of a newer one.
+
+Nonces are 96 random bits under a key that lives for one save: 2^32 blocks of it, 4 PiB, are within NIST's bound.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from asyncdcp.errors import InvalidOption, KeyUnavailable
+from asyncdcp.extensions.base import BlockContext, SealingExtension
+from asyncdcp.extensions.keys import KEY_VARIABLE, KeyProvider, check_key, keys_in_environment, ring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM as Cipher
+
+_NONCE, _TAG = 12, 16
+_KEPT = 8
+"""Derived keys that are kept: those of the last few saves."""
+_Use = Literal["blocks", "bodies"]
+
+
+class AESGCM(SealingExtension):
+    """Encrypts data files whole, headers included, and authenticates Record and indexes.
+
+    ``key`` is 32 random bytes, or a callable that returns them for a key id, to be called when they are needed. The id
+    is stored in clear; by default it is derived from the key, from which nothing can be learned about it. A callable
+    needs a ``key_id`` to save under. ``hide_metadata`` encrypts the bodies of Record and indexes too: names, shapes,
+    plain values, the user's metadata. Without the key nobody can list or overwrite such a checkpoint.
+    """
+
+    role = "encryption"
+
+    def __init__(
+        self, key: bytes | KeyProvider, *, key_id: str | None = None, hide_metadata: bool = False
+    ) -> None:
+        self._provider = key if callable(key) else None
+        self._key = None if callable(key) else check_key(key)
+        if self._key is None and key_id is None:
+            raise InvalidOption("key is a callable: AESGCM takes a key_id too, the id of the key to save with")
+        self._key_id = _check_id(key_id) if key_id is not None else key_name(self._key or b"")
+        self._hide = hide_metadata
+        self._lock = threading.Lock()
+        self._ciphers: OrderedDict[tuple[str, _Use], Cipher] = OrderedDict()
+
+    @classmethod
+    def from_environment(cls, variable: str = KEY_VARIABLE, *, hide_metadata: bool = False) -> AESGCM:
+        """With the key in an environment variable, in hex or base64. Of several, separated by commas, the first is
+        saved with, and all are there to load.
+        """
+        keys = keys_in_environment(variable)
+        return cls(ring(keys, key_name), key_id=key_name(keys[0]), hide_metadata=hide_metadata)
+
+    @staticmethod
+    def registry_name() -> str:
+        return "encrypt.aesgcm"
+
+    @staticmethod
+    def from_descriptor(version: str) -> AESGCM:
+        """With the key of that id out of the environment variable ``ASYNCDCP_KEY``."""
+        key_id = _key_id(version)
+        try:
+            return AESGCM.from_environment().reader(version)
+        except KeyUnavailable as error:
+            raise KeyUnavailable(
+                f"the data is encrypted with the key {key_id!r}, and {error}; give the checkpointer the key "
+                f"(extensions=[AESGCM(key)]), or set {KEY_VARIABLE}"
+            ) from None
+
+    def get_descriptor(self) -> str:
+        return f"{self.registry_name()}/1.{self._key_id}"
+
+    def reader(self, version: str) -> AESGCM:
+        key_id = _key_id(version)
+        if key_id == self._key_id:
+            return self
+        if self._provider is None:
+            raise KeyUnavailable(f"the data is encrypted with the key {key_id!r}, and the key given is {self._key_id!r}")
+        other = AESGCM(self._provider, key_id=key_id, hide_metadata=self._hide)
+        other._resolved()
+        return other
+
+    def travel(self) -> dict[str, Any]:
+        return {"key": self._resolved().hex(), "key_id": self._key_id, "hide_metadata": self._hide}
+
+    @classmethod
+    def arrive(cls, arguments: Mapping[str, Any]) -> Self:
+        return cls(**{**arguments, "key": bytes.fromhex(arguments["key"])})
+
+    def __repr__(self) -> str:
+        return f"AESGCM(key_id={self._key_id!r}, hide_metadata={self._hide})"
+
+    # ── blocks ──
+
+    def encode(self, data: memoryview, context: BlockContext) -> bytes:
+        nonce = os.urandom(_NONCE)
+        return nonce + self._cipher(context.save_id, "blocks").encrypt(nonce, data, _place(context))
+
+    def decode(self, data: memoryview, context: BlockContext) -> bytes:
+        if len(data) < _NONCE + _TAG:
+            raise ValueError("it is too short to be encrypted")
+        return self._decrypt(self._cipher(context.save_id, "blocks"), data, _place(context))
+
+    # ── Record and indexes ──
+
+    def seal(self, body: bytes, save_id: str, name: str) -> tuple[bytes, bytes | None]:
+        nonce, cipher = os.urandom(_NONCE), self._cipher(save_id, "bodies")
+        if self._hide:
+            return b"", nonce + cipher.encrypt(nonce, body, _named(name, b""))
+        return nonce + cipher.encrypt(nonce, b"", _named(name, body)), None
+
+    def unseal(self, token: bytes, body: bytes, save_id: str, name: str, *, hidden: bool) -> bytes:
+        cipher = self._cipher(save_id, "bodies")
+        if hidden:
+            return self._decrypt(cipher, memoryview(body), _named(name, b""))
+        self._decrypt(cipher, memoryview(token), _named(name, body))
+        return body
+
+    def _decrypt(self, cipher: Cipher, data: memoryview, bound: bytes) -> bytes:
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            return cipher.decrypt(bytes(data[:_NONCE]), data[_NONCE:], bound)
+        except InvalidTag:
+            raise ValueError(
+                f"it was changed, or moved here from elsewhere, or another key has the id {self._key_id!r}"
+            ) from None
+
+    # ── keys ──
+
+    def _resolved(self) -> bytes:
+        """The user's key, asked for once."""
+        with self._lock:
+            if self._key is None:
+                assert self._provider is not None
+                try:
+                    self._key = check_key(self._provider(self._key_id))
+                except LookupError as error:
+                    raise KeyUnavailable(f"there is no key {self._key_id!r}") from error
+            return self._key
+
+    def _cipher(self, save_id: str, use: _Use) -> Cipher:
+        key = self._resolved()
+        with self._lock:
+            cipher = self._ciphers.get((save_id, use))
+            if cipher is None:
+                cipher = self._ciphers[save_id, use] = _derived(key, save_id, use)
+                while len(self._ciphers) > _KEPT:
+                    self._ciphers.popitem(last=False)
+            return cipher
+
+
+def key_name(key: bytes) -> str:
+    """The id of a key: derived from it, so that it tells keys apart and nothing else."""
+    return _hkdf(key, b"", "key id", 8).hex()
+
+
+def _derived(key: bytes, save_id: str, use: _Use) -> Cipher:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM as Cipher
+
+    return Cipher(_hkdf(key, save_id.encode(), use, 32))
+
+
+def _hkdf(key: bytes, salt: bytes, use: str, length: int) -> bytes:
+    try:
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+    except ImportError as error:
+        raise InvalidOption("AESGCM needs the package cryptography: pip install 'asyncdcp[encryption]'") from error
+    return HKDF(SHA256(), length, salt, f"asyncdcp {AESGCM.registry_name()}/1 {use}".encode()).derive(key)
+
+
+def _check_id(key_id: str) -> str:
+    if not isinstance(key_id, str) or not 0 < len(key_id) <= 64 or not set(key_id) <= _ID_CHARACTERS:
+        raise InvalidOption(f"key_id takes 1 to 64 of [A-Za-z0-9._-], not {key_id!r}")
+    return key_id
+
+
+def _key_id(version: str) -> str:
+    number, _, key_id = version.partition(".")
+    if number != "1":
+        raise ValueError(f"version {version[:20]!r} of {AESGCM.registry_name()} is not known")
+    return _check_id(key_id)
+
+
+def _place(context: BlockContext) -> bytes:
+    return f"{context.save_id}/{context.file}/{context.block}/{context.blocks}".encode()
+
+
+def _named(name: str, body: bytes) -> bytes:
+    return b"".join((name.encode(), b"\0", body))
+
+
+_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")

@@ -1,0 +1,115 @@
+"""What an extension is. Names and descriptors are those of ``torch.distributed.checkpoint._extension``, so that a
+stream transform written for DCP works here, block by block.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import IO, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+
+Block: TypeAlias = bytes | bytearray | memoryview
+"""What a transform returns: contiguous bytes, its own or a view of what it was given."""
+
+Role: TypeAlias = Literal["transform", "compression", "encryption"]
+
+
+class BlockContext(NamedTuple):
+    """Which block it is, the same when it is encoded and decoded; ``limit`` alone differs.
+
+    ``file`` is the name of the data file, ``block`` the number of the block in it, of ``blocks`` in all.
+    ``element_size`` is that of the numbers in the block (of those in its middle, where several kinds meet).
+    ``limit`` is the most bytes that the call may return.
+    """
+
+    save_id: str
+    file: str
+    block: int
+    blocks: int
+    element_size: int
+    limit: int
+
+
+class Extension(abc.ABC):
+    """The part that all extensions have: a name, and a descriptor that is kept in the checkpoint.
+
+    Called from several threads at once, for different blocks.
+    """
+
+    role: ClassVar[Role] = "transform"
+    """What it is good for; a chain that compresses what is encrypted already warns."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def registry_name() -> str:
+        """``name`` or ``name@domain``: what comes before the slash in its descriptors."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def from_descriptor(version: str) -> Extension:
+        """The extension that decodes what was written under ``<registry name>/<version>``; ValueError for a version
+        that it does not know.
+        """
+
+    @abc.abstractmethod
+    def get_descriptor(self) -> str:
+        """``name[@domain]/version``. It is stored in clear, so it must hold no secret."""
+
+    def reader(self, version: str) -> Extension:
+        """As ``from_descriptor``, with what this instance knows, such as its keys. Used by a load whose checkpointer
+        was given this instance.
+        """
+        return type(self).from_descriptor(version)
+
+    def travel(self) -> Mapping[str, Any] | None:
+        """What makes an equal extension in the background process: keyword arguments for its class, as JSON can carry
+        them. None, the default, if it cannot travel; saves run on a thread then.
+        """
+        return None
+
+    @classmethod
+    def arrive(cls, arguments: Mapping[str, Any]) -> Self:
+        """The inverse of ``travel``, called in the background process."""
+        return cls(**arguments)
+
+
+class BlockExtension(Extension):
+    """An extension that takes a block at a time, whole. Let long work release the GIL."""
+
+    @abc.abstractmethod
+    def encode(self, data: memoryview, context: BlockContext) -> Block:
+        """The block as it is to be stored, 1 to ``context.limit`` bytes. ``data`` is good only during the call, but
+        may be returned, or a part of it.
+        """
+
+    @abc.abstractmethod
+    def decode(self, data: memoryview, context: BlockContext) -> Block:
+        """What ``encode`` was given.
+
+        ``data`` may be anything: raise (what you like, but rather ``ValueError``) for what was not encoded so, and do
+        not take memory by what it says before you know that it is within ``context.limit``.
+        """
+
+
+class StreamTransformExtension(Extension):
+    """An extension that transforms a stream of bytes; here each block is a stream of its own."""
+
+    @abc.abstractmethod
+    def transform_to(self, output: IO[bytes]) -> IO[bytes]:
+        """A stream to write to: what is written, and flushed by its ``close``, comes out transformed at ``output``."""
+
+    @abc.abstractmethod
+    def transform_from(self, input: IO[bytes]) -> IO[bytes]:  # noqa: A002  # DCP's own name
+        """A stream to read from, which reads ``input`` and gives what was written once."""
+
+
+class SealingExtension(BlockExtension):
+    """An encryption that also vouches for the Record and the indexes. ``name`` is a file's, and bound in."""
+
+    @abc.abstractmethod
+    def seal(self, body: bytes, save_id: str, name: str) -> tuple[bytes, bytes | None]:
+        """A token by which ``unseal`` knows the body again, and the body encrypted, None where it stays in clear."""
+
+    @abc.abstractmethod
+    def unseal(self, token: bytes, body: bytes, save_id: str, name: str, *, hidden: bool) -> bytes:
+        """The body, which is encrypted where ``hidden``; ValueError if it is not what was sealed."""

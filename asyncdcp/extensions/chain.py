@@ -1,0 +1,144 @@
+"""Chain: a checkpointer's extensions, in the order in which a save applies them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, KeyUnavailable
+from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension
+from asyncdcp.extensions.base import StreamTransformExtension as Stream
+from asyncdcp.extensions.travel import ExtensionSpec, spec_of
+from asyncdcp.extensions.streams import decode_stream, encode_stream
+from asyncdcp.metadata import Seal
+from asyncdcp.names import is_descriptor
+
+
+class Chain:
+    """Applies extensions to blocks, the first one first; decodes the other way round. From several threads at once.
+
+    ``InvalidOption`` for what is no extension. A chain that compresses what is encrypted warns
+    (``ExtensionOrderWarning``); it works, and saves nothing.
+    """
+
+    def __init__(self, extensions: Sequence[Extension]) -> None:
+        self.extensions = tuple(extensions)
+        self.descriptors = [_descriptor(extension) for extension in self.extensions]
+        self._sealing = next((e for e in reversed(self.extensions) if isinstance(e, SealingExtension)), None)
+
+    def __bool__(self) -> bool:
+        return bool(self.extensions)
+
+    @property
+    def seals(self) -> bool:
+        """Whether Record and indexes of its saves are authenticated."""
+        return self._sealing is not None
+
+    def sealer(self, save_id: str) -> Callable[[bytes, str], tuple[Seal, bytes]] | None:
+        """What seals the bodies of a save's Record and indexes; None where nothing does."""
+        extension = self._sealing
+        if extension is None:
+            return None
+
+        def seal(body: bytes, name: str) -> tuple[Seal, bytes]:
+            token, hidden = extension.seal(body, save_id, name)
+            made = Seal(extension.get_descriptor(), token.hex(), hidden is not None)
+            return made, body if hidden is None else hidden
+
+        return seal
+
+    @cached_property
+    def specs(self) -> list[ExtensionSpec] | None:
+        """What makes an equal chain in the background process; None where an extension cannot travel. Keys are asked
+        for now (``KeyUnavailable``).
+        """
+        specs = [spec_of(extension) for extension in self.extensions]
+        return None if None in specs else [spec for spec in specs if spec is not None]
+
+    def warn_of_order(self, stacklevel: int) -> None:
+        """Warns where something comes after an encryption, which leaves nothing to compress."""
+        for first, second in zip(self.extensions, self.extensions[1:], strict=False):
+            if first.role == "encryption" and second.role != "encryption":
+                warnings.warn(
+                    f"{second.registry_name()} comes after {first.registry_name()}: what is encrypted does not "
+                    "compress. Extensions are applied left to right; put the encryption last",
+                    ExtensionOrderWarning,
+                    stacklevel=stacklevel + 1,
+                )
+
+    def encode(self, data: memoryview, context: BlockContext) -> memoryview:
+        """The stored form of a block, of 1 to ``context.limit`` bytes. May be a view of ``data``."""
+        for extension, descriptor in zip(self.extensions, self.descriptors, strict=True):
+            try:
+                data = _view(_encode(extension, data, context))
+                if not 0 < len(data) <= context.limit:
+                    raise ValueError(f"it made {len(data)} bytes, and 1 to {context.limit} are allowed")
+            except (AsyncDCPError, MemoryError):
+                raise
+            except Exception as error:
+                what = f"{descriptor} failed at block {context.block} of {context.file}: {_said(error)}"
+                raise AsyncDCPError(what, path=context.file) from error
+        return data
+
+    def decode(self, data: memoryview, context: BlockContext, length: int) -> memoryview:
+        """The block again, of exactly ``length`` bytes. ``CorruptCheckpoint`` if it is not; ``KeyUnavailable``."""
+        for number in reversed(range(len(self.extensions))):
+            step = context._replace(limit=context.limit if number else length)
+            try:
+                data = _view(_decode(self.extensions[number], data, step))
+                if len(data) > step.limit:
+                    raise ValueError(f"it made {len(data)} bytes of at most {step.limit}")
+            except (KeyUnavailable, MemoryError):
+                raise
+            except Exception as error:
+                raise _undecodable(self.descriptors[number], context, _said(error)) from error
+        if len(data) != length:
+            raise _undecodable(self.descriptors[0], context, f"it has {len(data)} bytes of {length}")
+        return data
+
+
+def _descriptor(extension: Extension) -> str:
+    kinds = (BlockExtension, Stream)
+    if not isinstance(extension, kinds):
+        raise InvalidOption(
+            f"extensions takes instances of BlockExtension and StreamTransformExtension, not {extension!r}"
+        )
+    descriptor = extension.get_descriptor()
+    if not is_descriptor(descriptor) or descriptor.partition("/")[0] != extension.registry_name():
+        raise InvalidOption(
+            f"the descriptor of {type(extension).__qualname__} is {descriptor!r}; it takes name[@domain]/version, "
+            f"with the registry name {extension.registry_name()!r} for name[@domain]"
+        )
+    return descriptor
+
+
+def _encode(extension: Extension, data: memoryview, context: BlockContext) -> Block:
+    if isinstance(extension, BlockExtension):
+        return extension.encode(data, context)
+    assert isinstance(extension, Stream)
+    return encode_stream(extension, data)
+
+
+def _decode(extension: Extension, data: memoryview, context: BlockContext) -> Block:
+    if isinstance(extension, BlockExtension):
+        return extension.decode(data, context)
+    assert isinstance(extension, Stream)
+    return decode_stream(extension, data, context.limit)
+
+
+def _view(block: Block) -> memoryview:
+    return memoryview(block).cast("B")
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError | AsyncDCPError) else f"{type(error).__name__}: {error}"
+
+
+def _undecodable(descriptor: str, context: BlockContext, why: str) -> CorruptCheckpoint:
+    what = f"{context.file}: block {context.block} cannot be decoded by {descriptor}: {why}"
+    return CorruptCheckpoint(what, path=context.file)
+
+
+PLAIN = Chain(())
+"""No extensions: blocks are stored as they are."""

@@ -1,0 +1,53 @@
+"""Seals: opens the sealed bodies of a checkpoint's Record and indexes, and knows which of them were authentic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat
+from asyncdcp.extensions.base import SealingExtension
+from asyncdcp.extensions.chain import Chain
+from asyncdcp.extensions.registry import ExtensionRegistry
+from asyncdcp.metadata import Seal
+
+
+class Seals:
+    """An ``Unseal``. A body in clear whose key is not at hand is passed on unverified; ``require`` is for those that
+    must have been.
+    """
+
+    def __init__(self, registry: ExtensionRegistry) -> None:
+        self._registry = registry
+        self._verified: set[str] = set()
+
+    @classmethod
+    def of(cls, chain: Chain) -> Seals:
+        """With the keys of the extensions that a save is made with."""
+        return cls(ExtensionRegistry(chain.extensions))
+
+    def __call__(self, seal: Seal | None, body: bytes, name: str) -> bytes:
+        """The body. ``CorruptCheckpoint`` if it is not what was sealed, ``KeyUnavailable`` if it is encrypted and the
+        key is not at hand.
+        """
+        if seal is None:
+            return body
+        try:
+            extension = self._registry.from_descriptor(seal.by)
+        except (KeyUnavailable, UnsupportedFormat) as error:
+            if seal.hidden:
+                raise type(error)(f"{name} is encrypted: {error}", path=name) from error
+            return body
+        if not isinstance(extension, SealingExtension):
+            raise CorruptCheckpoint(f"{name}: {seal.by} seals nothing", path=name)
+        try:
+            opened = extension.unseal(bytes.fromhex(seal.token), body, name[:20], name, hidden=seal.hidden)
+        except ValueError as error:
+            raise CorruptCheckpoint(f"{name}: is not what was sealed by {seal.by}: {error}", path=name) from error
+        self._verified.add(name)
+        return opened
+
+    def require(self, names: Iterable[str]) -> None:
+        """``CorruptCheckpoint`` unless each of these was seen to be authentic: somebody may have taken its seal off."""
+        for name in names:
+            if name not in self._verified:
+                raise CorruptCheckpoint(f"{name} is not authenticated, and the data that it describes is", path=name)
