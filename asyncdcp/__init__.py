@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle, SyncCheckpointer
     from asyncdcp.config import Options
     from asyncdcp.errors import AsyncDCPError
+    from asyncdcp.extensions import (
+        AESGCM,
+        BlockContext,
+        BlockExtension,
+        BytePlanes,
+        Extension,
+        ExtensionRegistry,
+        StreamTransformExtension,
+        ZStandard,
+    )
     from asyncdcp.futures import CheckpointFuture
     from asyncdcp.manager import CheckpointManager, EverySeconds, EverySteps, OnPreemption, Telemetry, follow
     from asyncdcp.ranks import Ranks, SoleRank
@@ -21,12 +31,18 @@ if TYPE_CHECKING:
     from asyncdcp.storage import LocalStorage, MemoryStorage
 
 _HOMES = {
+    "AESGCM": "extensions",
     "AsyncCheckpointer": "checkpointer",
     "AsyncDCPError": "errors",
+    "BlockContext": "extensions",
+    "BlockExtension": "extensions",
+    "BytePlanes": "extensions",
     "CheckpointFuture": "futures",
     "CheckpointManager": "manager",
     "EverySeconds": "manager",
     "EverySteps": "manager",
+    "Extension": "extensions",
+    "ExtensionRegistry": "extensions",
     "KeepBest": "runs",
     "KeepEvery": "runs",
     "KeepLast": "runs",
@@ -43,20 +59,28 @@ _HOMES = {
     "SaveResult": "results",
     "SoleRank": "ranks",
     "Stateful": "stateful",
+    "StreamTransformExtension": "extensions",
     "SyncCheckpointer": "checkpointer",
     "Telemetry": "manager",
     "VerifyReport": "results",
+    "ZStandard": "extensions",
     "follow": "manager",
     "list_checkpoints": "runs",
 }
 
 __all__ = [
+    "AESGCM",
     "AsyncCheckpointer",
     "AsyncDCPError",
+    "BlockContext",
+    "BlockExtension",
+    "BytePlanes",
     "CheckpointFuture",
     "CheckpointManager",
     "EverySeconds",
     "EverySteps",
+    "Extension",
+    "ExtensionRegistry",
     "KeepBest",
     "KeepEvery",
     "KeepLast",
@@ -73,9 +97,11 @@ __all__ = [
     "SaveResult",
     "SoleRank",
     "Stateful",
+    "StreamTransformExtension",
     "SyncCheckpointer",
     "Telemetry",
     "VerifyReport",
+    "ZStandard",
     "follow",
     "list_checkpoints",
 ]

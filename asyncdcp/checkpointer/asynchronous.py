@@ -35,6 +35,7 @@ from asyncdcp.errors import (
     VolatileStorageWarning,
     WouldDeadlock,
 )
+from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import RunStamp
@@ -85,6 +86,11 @@ class AsyncCheckpointer:
     ``process_group`` says which ranks save and load together: None stands for torch's default group where there is one,
     else for this process alone; ``SoleRank()`` for this process alone in any case. ``ranks`` are these ranks, for
     agreements of the program's own.
+
+    ``extensions`` transform the data of every save, left to right: ``ZStandard()``, ``BytePlanes()``, ``AESGCM(key)``,
+    or your own. They serve loads too, which find by name what else a checkpoint was made with: the built-in ones,
+    installed ones, and those in ``registry``. An extension that the background process cannot make an equal of
+    (``Extension.travel``) keeps saves on a thread, and ``ThreadPipelineWarning`` says so once.
     """
 
     def __init__(
@@ -93,9 +99,14 @@ class AsyncCheckpointer:
         *,
         process: bool = PROCESS_BY_DEFAULT,
         process_group: ProcessGroup | Ranks | None = None,
+        extensions: Sequence[Extension] = (),
+        registry: ExtensionRegistry | None = None,
     ) -> None:
         self._options = options or Options()
         self.ranks = find_ranks(process_group, self._options.agreement_deadline)
+        self._chain = Chain(extensions)
+        self._chain.warn_of_order(stacklevel=2)
+        self._registry = (registry or ExtensionRegistry()).with_instances(extensions)
         self._lock = threading.Lock()
         self._structures = StructureCache()
         self._plans = PlanCache()
@@ -154,19 +165,27 @@ class AsyncCheckpointer:
             if busy and self._options.when_busy != "queue":
                 return self._refuse(storage.info.location)
             self._warn_volatile(storage)
-            self._lanes.pipeline.warn_unless_travels(storage)
+            self._lanes.pipeline.warn_unless_travels(storage, self._chain)
             flat = flatten(state_dict, allow_pickle=allow_pickle)
             if keys is not None:
                 flat = select(flat, keys)
             described = self._structures.describe(flat)
             plan = self._plan(described.structure)
             save_id = make_save_id(self._run_id, storage.info.location, attempt)
-            job = make_job(save_id, plan, flat.values, self._options.save_deadline, overwrite=overwrite, metadata=user)
+            job = make_job(
+                save_id,
+                plan,
+                flat.values,
+                self._options.save_deadline,
+                overwrite=overwrite,
+                metadata=user,
+                transforms=self._chain.descriptors,
+            )
             job = structs.replace(job, run=run)
             trace = self._trace(sum(image.size for image in plan.images), on_progress)
             statefuls = (taken.stateful for taken in flat.statefuls.values())
             sources = Sources(described.sources, self._active_guards(), statefuls, self._eager)
-            return self._begin(SaveRequest(job, storage, plan, sources, trace, begun))
+            return self._begin(SaveRequest(job, storage, plan, sources, trace, begun, self._chain))
 
     def _begin(self, request: SaveRequest) -> SaveHandle:
         task = SaveTask(request, self._engine, self._lanes, self._options)
@@ -370,7 +389,7 @@ class AsyncCheckpointer:
         storage = open_storage(path)
         flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
         staged = None if state is None else self._all_staged()
-        request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress), staged)
+        request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress), staged, self._registry)
         hint = "; tensors loaded in place may still be written to"
         return self._read("load", storage, partial(load_state, request), hint)
 
@@ -386,15 +405,16 @@ class AsyncCheckpointer:
         """Begins to read every byte of the checkpoint at ``path`` and to hold it against its checksums.
 
         Damage is not raised: the report lists all of it, by file, block and tensors; ``report.ok`` says that there is
-        none. No key and no extension is needed. Raises ``CheckpointNotFound``, ``AmbiguousCheckpoint``,
-        ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded`` (by ``options.load_deadline``), ``Cancelled``.
+        none. No extension is needed, and no key unless names and values are encrypted too. Raises
+        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded``
+        (by ``options.load_deadline``), ``Cancelled``.
         """
         self._enter()
         storage = open_storage(path)
         trace = self._trace(0, on_progress)
 
         async def work() -> tuple[VerifyReport, None]:
-            return await verify(storage, trace), None
+            return await verify(storage, trace, self._registry), None
 
         return self._read("verify", storage, work)
 

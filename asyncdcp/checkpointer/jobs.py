@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,13 +13,15 @@ import msgspec
 import torch
 
 from asyncdcp.errors import InvalidOption
-from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES
+from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES, element_runs
+from asyncdcp.format.image import FileImage
+from asyncdcp.metadata import DTYPE_SIZES
 from asyncdcp.names import data_name
 from asyncdcp.pipeline.messages import FileJob, SaveJob
 from asyncdcp.planning import SavePlan
 
 
-def make_job(
+def make_job(  # noqa: PLR0913  # each is a word of the verb, or follows from the checkpointer
     save_id: str,
     plan: SavePlan,
     values: Mapping[str, Any],
@@ -27,14 +29,19 @@ def make_job(
     *,
     overwrite: bool,
     metadata: dict[str, Any],
+    transforms: Sequence[str] = (),
 ) -> SaveJob:
     """The job of one rank's save."""
     rank = plan.structure.rank
+    names = [data_name(save_id, rank, number, transforms) for number in range(len(plan.images))]
     return SaveJob(
         save_id=save_id,
         rank=rank,
         world_size=1,
-        files=[FileJob(data_name(save_id, rank, number), image.size) for number, image in enumerate(plan.images)],
+        files=[
+            FileJob(name, image.size, _elements(plan, image) if transforms else [])
+            for name, image in zip(names, plan.images, strict=True)
+        ],
         slab_bytes=SLAB_BYTES,
         block_bytes=BLOCK_BYTES,
         plan=msgspec.Raw(plan.index_plan),
@@ -45,6 +52,19 @@ def make_job(
         deadline=min(deadline, threading.TIMEOUT_MAX),  # messages are JSON, which has no infinity
         metadata=metadata,
         versions=dict(versions()),
+        transforms=list(transforms),
+    )
+
+
+def _elements(plan: SavePlan, image: FileImage) -> list[tuple[int, int]]:
+    """The element sizes of an image, for transforms that treat numbers as such."""
+    tensors = plan.structure.tensors
+    return element_runs(
+        (begin, DTYPE_SIZES[tensors[chunk.tensor].dtype])
+        for chunk, begin in (
+            (plan.chunks[number], begin) for number, begin in zip(image.chunks, image.begins, strict=True)
+        )
+        if chunk.box.volume
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 from anyio import to_thread
 
 from asyncdcp.errors import CorruptCheckpoint
+from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.pipeline.formats import open_checkpoint
@@ -41,6 +42,7 @@ class LoadRequest:
     options: LoadOptions
     trace: Trace
     after: CheckpointFuture[None] | None
+    registry: ExtensionRegistry | None = None
 
 
 async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
@@ -50,7 +52,7 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     if request.after is not None:
         await request.after
     begun = time.monotonic()
-    async with aclosing(await open_checkpoint(request.storage)) as reader:
+    async with aclosing(await open_checkpoint(request.storage, request.registry)) as reader:
         into: _InPlace | _Anew = (
             _Anew(request, reader.metadata) if request.flat is None else _InPlace(request, reader.metadata)
         )

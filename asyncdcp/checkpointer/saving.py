@@ -15,6 +15,7 @@ from asyncdcp.checkpointer.turns import Turn, TurnQueue
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, ungrouped
+from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
 from asyncdcp.planning import SavePlan
@@ -34,6 +35,7 @@ class SaveRequest:
     sources: Sources
     trace: Trace
     begun: float
+    chain: Chain = PLAIN
 
 
 class Lanes:
@@ -141,7 +143,7 @@ class SaveTask:
         arena = self._arenas.acquire(len(request.plan.slabs))
         stager = CheckpointStager(request.plan, arena, request.trace)
         free = partial(_free, arena, stager)
-        session = SessionRequest(request.job, request.storage, arena.arena, free, request.trace)
+        session = SessionRequest(request.job, request.storage, arena.arena, free, request.trace, request.chain)
         return _Attempt(arena, stager, self._lanes.pipeline.open(session))
 
     async def _stage_and_write(self, attempt: _Attempt) -> Saved | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Protocol, Self, TypeVar
@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, AsyncCheckpointer
 from asyncdcp.config import Options
+from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.ranks import Ranks
 
 P = ParamSpec("P")
@@ -47,8 +48,12 @@ class SyncCheckpointer:
         *,
         process: bool = PROCESS_BY_DEFAULT,
         process_group: ProcessGroup | Ranks | None = None,
+        extensions: Sequence[Extension] = (),
+        registry: ExtensionRegistry | None = None,
     ) -> None:
-        self._inner = AsyncCheckpointer(options, process=process, process_group=process_group)
+        self._inner = AsyncCheckpointer(
+            options, process=process, process_group=process_group, extensions=extensions, registry=registry
+        )
         self.ranks = self._inner.ranks
 
     save = _blocking(AsyncCheckpointer.save)

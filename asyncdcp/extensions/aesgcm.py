@@ -42,9 +42,7 @@ class AESGCM(SealingExtension):
 
     role = "encryption"
 
-    def __init__(
-        self, key: bytes | KeyProvider, *, key_id: str | None = None, hide_metadata: bool = False
-    ) -> None:
+    def __init__(self, key: bytes | KeyProvider, *, key_id: str | None = None, hide_metadata: bool = False) -> None:
         self._provider = key if callable(key) else None
         self._key = None if callable(key) else check_key(key)
         if self._key is None and key_id is None:
@@ -86,7 +84,9 @@ class AESGCM(SealingExtension):
         if key_id == self._key_id:
             return self
         if self._provider is None:
-            raise KeyUnavailable(f"the data is encrypted with the key {key_id!r}, and the key given is {self._key_id!r}")
+            raise KeyUnavailable(
+                f"the data is encrypted with the key {key_id!r}, and the key given is {self._key_id!r}"
+            )
         other = AESGCM(self._provider, key_id=key_id, hide_metadata=self._hide)
         other._resolved()
         return other

@@ -99,7 +99,7 @@ class StreamTransformExtension(Extension):
         """A stream to write to: what is written, and flushed by its ``close``, comes out transformed at ``output``."""
 
     @abc.abstractmethod
-    def transform_from(self, input: IO[bytes]) -> IO[bytes]:  # noqa: A002  # DCP's own name
+    def transform_from(self, input: IO[bytes]) -> IO[bytes]:
         """A stream to read from, which reads ``input`` and gives what was written once."""
 
 

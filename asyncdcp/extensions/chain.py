@@ -9,8 +9,8 @@ from functools import cached_property
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, KeyUnavailable
 from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension
 from asyncdcp.extensions.base import StreamTransformExtension as Stream
-from asyncdcp.extensions.travel import ExtensionSpec, spec_of
 from asyncdcp.extensions.streams import decode_stream, encode_stream
+from asyncdcp.extensions.travel import ExtensionSpec, spec_of
 from asyncdcp.metadata import Seal
 from asyncdcp.names import is_descriptor
 

@@ -51,16 +51,24 @@ class ExtensionRegistry:
     def from_descriptor(self, descriptor: str) -> Extension:
         """The extension of one descriptor."""
         if not is_descriptor(descriptor):
-            raise UnsupportedFormat(f"{descriptor[:80]!r} is not the descriptor of an extension (name[@domain]/version)")
+            raise UnsupportedFormat(
+                f"{descriptor[:80]!r} is not the descriptor of an extension (name[@domain]/version)"
+            )
         name, _, version = descriptor.partition("/")
         missing: KeyUnavailable | None = None
         for candidate in self._candidates(name):
             try:
-                return candidate.reader(version) if isinstance(candidate, Extension) else candidate.from_descriptor(version)
+                return (
+                    candidate.reader(version)
+                    if isinstance(candidate, Extension)
+                    else candidate.from_descriptor(version)
+                )
             except KeyUnavailable as error:  # another instance may have that key
                 missing = missing or error
             except ValueError as error:
-                raise UnsupportedFormat(f"the data was transformed by {descriptor}, which is not readable here: {error}") from error
+                raise UnsupportedFormat(
+                    f"the data was transformed by {descriptor}, which is not readable here: {error}"
+                ) from error
         raise missing or UnsupportedFormat(self._unknown(descriptor, name))
 
     def _candidates(self, name: str) -> Iterable[Extension | type[Extension]]:

@@ -46,6 +46,13 @@ class Seals:
         self._verified.add(name)
         return opened
 
+    def add(self, name: str) -> None:
+        """Somebody else has seen that this one is authentic."""
+        self._verified.add(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._verified
+
     def require(self, names: Iterable[str]) -> None:
         """``CorruptCheckpoint`` unless each of these was seen to be authentic: somebody may have taken its seal off."""
         for name in names:

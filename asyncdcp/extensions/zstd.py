@@ -44,7 +44,11 @@ class ZStandard(BlockExtension):
     role = "compression"
 
     def __init__(self, level: int = 1) -> None:
-        if isinstance(level, bool) or not isinstance(level, int) or not -100 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
+        if (
+            isinstance(level, bool)
+            or not isinstance(level, int)
+            or not -100 <= level <= zstandard.MAX_COMPRESSION_LEVEL
+        ):
             raise InvalidOption(f"level takes -100 to {zstandard.MAX_COMPRESSION_LEVEL}, not {level!r}")
         self._level = level
         self._local = threading.local()
@@ -74,7 +78,10 @@ class ZStandard(BlockExtension):
 
     def decode(self, data: memoryview, context: BlockContext) -> bytes:
         tools = self._tools()
-        parts = [_decompressed(tools, data[frame.begin : frame.end], frame.content) for frame in [*frames(data, context.limit)]]
+        parts = [
+            _decompressed(tools, data[frame.begin : frame.end], frame.content)
+            for frame in [*frames(data, context.limit)]
+        ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _tools(self) -> _Tools:

@@ -36,7 +36,8 @@ def element_size(runs: Sequence[tuple[int, int]], begin: int, end: int) -> int:
 
 
 def element_runs(begins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The runs of ``element_size``, from where chunks begin and their element sizes, in order of place. Empty chunks must not be among them.
+    """The runs of ``element_size``, from where chunks begin and their element sizes, in order of place. Empty chunks
+    must not be among them.
     """
     return [next(run) for _, run in groupby(begins, key=itemgetter(1))]
 

@@ -36,7 +36,7 @@ from asyncdcp.interop.streaming import Digests, Fill, known_dtype, read_ahead, w
 from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.messages import SlabReady
-from asyncdcp.pipeline.session import LocalSession
+from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.state_dict.flatten import flatten
@@ -78,7 +78,7 @@ async def write_native(
         metadata=metadata,
     )
     ring = _Ring()
-    session = LocalSession(job, storage, ring.arena, ring.slots.release, Trace())
+    session = LocalSession(SessionRequest(job, storage, ring.arena, ring.slots.release, Trace()))
     sink = _SessionSink(session, ring)
     found: list[Digests] = []
 

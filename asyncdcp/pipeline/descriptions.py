@@ -9,7 +9,8 @@ from typing import Literal, TypeAlias, TypeVar
 import msgspec
 
 from asyncdcp.errors import CorruptCheckpoint, StateMismatch
-from asyncdcp.metadata import Index, Record, decode_index, decode_record, encode_record
+from asyncdcp.extensions import ExtensionRegistry, Seals
+from asyncdcp.metadata import Index, Record, Unseal, decode_index, decode_record, encode_record, trusting
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.records import check_index_of, choose_commit, read_index, read_index_bytes, read_records
 from asyncdcp.pipeline.union import enumerated
@@ -50,58 +51,66 @@ class Viewer:
 
 
 class Description(msgspec.Struct):
-    """A checkpoint's Record and indexes, as they are stored."""
+    """A checkpoint's Record, opened, and its indexes, as they are stored. ``authentic`` says that whoever read the
+    Record saw that an encrypting extension vouches for it.
+    """
 
     record: bytes
     indexes: list[bytes]
+    authentic: bool = False
 
-    def decoded(self) -> tuple[Record, list[Index]]:
+    def decoded(self, seals: Seals) -> tuple[Record, list[Index]]:
         """Record and indexes, each schema-checked; ``unite`` checks what they say."""
         record = decode_record(self.record, "the Record")
+        if self.authentic:
+            seals.add(record_name(record.save_id))
+        names = [index_name(record.save_id, rank) for rank in range(len(self.indexes))]
         return record, [
-            check_index_of(decode_index(data, index_name(record.save_id, rank)), record.save_id, rank)
-            for rank, data in enumerate(self.indexes)
+            check_index_of(decode_index(data, name, seals), record.save_id, rank)
+            for rank, (data, name) in enumerate(zip(self.indexes, names, strict=True))
         ]
 
 
-async def with_commit(storage: Storage, work: Callable[[Record], Awaitable[T]]) -> T:
+async def with_commit(storage: Storage, work: Callable[[Record], Awaitable[T]], unseal: Unseal = trusting) -> T:
     """``work`` with the Record of the checkpoint at ``storage``; once more with the next one, if a new save has just
     replaced what was being read.
     """
-    record = await _resolve(storage)
+    record = await _resolve(storage, unseal)
     while True:
         try:
             return await work(record)
         except CorruptCheckpoint:
-            before, record = record, await _resolve(storage)
+            before, record = record, await _resolve(storage, unseal)
             if record.save_id == before.save_id:
                 raise
 
 
-async def describe(storage: Storage) -> Description:
+async def describe(storage: Storage, registry: ExtensionRegistry | None = None) -> Description:
     """The description of the checkpoint at ``storage``. ``CheckpointNotFound``, ``AmbiguousCheckpoint`` or
-    ``CorruptCheckpoint`` where there is none; the indexes are those that the Record lists.
+    ``CorruptCheckpoint`` where there is none; the indexes are those that the Record lists. ``registry`` has the keys to
+    open an encrypted one.
     """
+    seals = Seals(registry or ExtensionRegistry())
 
     async def read(record: Record) -> Description:
-        return await read_description(storage, record)
+        return await read_description(storage, record, seals)
 
-    return await with_commit(storage, read)
+    return await with_commit(storage, read, seals)
 
 
-async def read_description(storage: Storage, record: Record) -> Description:
-    """The indexes that the Record lists, with it."""
+async def read_description(storage: Storage, record: Record, seals: Seals) -> Description:
+    """The indexes that the Record lists, with it, which was read by ``seals``."""
     name = record_name(record.save_id)
     if not 0 < record.world_size == len(record.indexes):
         raise CorruptCheckpoint(f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name)
     indexes = [await _read_listed_bytes(storage, record, rank) for rank in range(record.world_size)]
-    return Description(encode_record(record), indexes)
+    return Description(encode_record(record), indexes, authentic=name in seals)
 
 
-async def read_listed(storage: Storage, record: Record, rank: int) -> Index:
+async def read_listed(storage: Storage, record: Record, rank: int, unseal: Unseal = trusting) -> Index:
     """The Index of a rank, if it is the one that the Record lists."""
     ref = record.indexes[rank]
-    found = await read_index(storage, record.save_id, rank, ref.size)
+    found = await read_index(storage, record.save_id, rank, ref.size, unseal)
     if found.ref != ref:
         raise _unlisted(found.ref.name)
     return found.content
@@ -120,5 +129,5 @@ def _unlisted(name: str) -> CorruptCheckpoint:
     )
 
 
-async def _resolve(storage: Storage) -> Record:
-    return choose_commit(await read_records(storage, await storage.list()), storage.info.location)
+async def _resolve(storage: Storage, unseal: Unseal) -> Record:
+    return choose_commit(await read_records(storage, await storage.list(), unseal), storage.info.location)

@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 from anyio import to_thread
 
 from asyncdcp.errors import CheckpointNotFound
+from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.metadata import Metadata
 from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
 from asyncdcp.storage.foreign import ForeignPlace, foreign_place
@@ -53,8 +54,9 @@ ForeignReader: TypeAlias = Callable[[ForeignPlace], Awaitable[ReadableCheckpoint
 and reads no tensor yet."""
 
 
-async def open_checkpoint(storage: Storage) -> ReadableCheckpoint:
+async def open_checkpoint(storage: Storage, registry: ExtensionRegistry | None = None) -> ReadableCheckpoint:
     """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
+    ``registry`` finds the extensions that its data needs.
 
     Raises as ``CheckpointReader.open`` does; ``CheckpointNotFound`` names readers that could not be loaded.
     """
@@ -63,7 +65,7 @@ async def open_checkpoint(storage: Storage) -> ReadableCheckpoint:
     missing = CheckpointNotFound(f"no checkpoint at {location}", path=location)
     if place.name is None:
         try:
-            return await CheckpointReader.open(storage)
+            return await CheckpointReader.open(storage, registry=registry)
         except CheckpointNotFound as error:
             missing = error
     broken = []

@@ -15,17 +15,21 @@ from asyncdcp.metadata import RunStamp
 
 
 class FileJob(msgspec.Struct, frozen=True):
-    """A data file to write: its name and its size before transforms."""
+    """A data file to write: its name and its size before transforms. ``elements`` are ``blocks.element_runs``, which
+    only transforms look at.
+    """
 
     name: str
     size: int
+    elements: list[tuple[int, int]] = []
 
 
 class SaveJob(msgspec.Struct, frozen=True):
     """Everything the pipeline needs to know of a save, but the bytes.
 
     ``plan`` and ``values`` are encoded parts of the Index. ``metadata`` is the user's, for the Record, as is
-    ``run``. ``deadline`` is in seconds from when the job is begun.
+    ``run``. ``deadline`` is in seconds from when the job is begun. ``transforms`` are descriptors, in
+    the order in which they are applied.
     """
 
     save_id: str
@@ -43,6 +47,7 @@ class SaveJob(msgspec.Struct, frozen=True):
     metadata: dict[str, Any]
     versions: dict[str, str]
     run: RunStamp | None = None
+    transforms: list[str] = []
 
 
 class SlabReady(msgspec.Struct, frozen=True, tag=True):

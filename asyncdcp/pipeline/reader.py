@@ -4,12 +4,12 @@
 
 Data is read in windows of at most a slab, cut at block borders, several in flight. What the page cache has is read
 straight into the targets and checksummed there; the rest comes with direct I/O into aligned bounce buffers and is
-copied from there once its blocks are verified.
+copied from there once its blocks are verified. Blocks that extensions transformed are verified as they are stored,
+decoded one at a time, and copied from there.
 """
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +23,15 @@ import xxhash
 from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
-from asyncdcp.errors import ChecksumMismatch, StorageError, ungrouped
+from asyncdcp.errors import KeyUnavailable, StorageError, UnsupportedFormat, UsageError, ungrouped
+from asyncdcp.extensions import Chain, ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.metadata import Metadata, Record, StorageMeta
+from asyncdcp.names import record_name
+from asyncdcp.pipeline.decoding import ALIGNMENT_LIMIT, decoded_blocks, mismatch, span_of
 from asyncdcp.pipeline.descriptions import Description, Viewer, read_description, with_commit
-from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, enumerated, unite
+from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, unite
+from asyncdcp.storage.files import address
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.trace import Trace
 
@@ -71,6 +75,22 @@ class _Window(NamedTuple):
     parts: list[_Part]
 
 
+async def _fetch(
+    file: FileMap,
+    source: ObjectReader,
+    begin: int,
+    buffers: tuple[list[memoryview], list[memoryview]],
+    place: Callable[[bool], None],
+) -> None:
+    """As ``ObjectReader.fetch``, with the errors of a file that is not as long as it should be."""
+    if source.size != file.stored_size:
+        raise damaged(file, f"has {source.size} bytes")
+    try:
+        await source.fetch(begin, *buffers, place)
+    except EOFError as error:
+        raise damaged(file, "has become shorter") from error
+
+
 class RangeReader:
     """Reads ranges of the files of a storage, several at once; an async context manager that closes what it opened.
 
@@ -81,6 +101,8 @@ class RangeReader:
         self._storage = storage
         self._files = files
         self._objects: dict[str, ObjectReader] = {}
+        self._chains: dict[tuple[str, ...], Chain] = {}
+        self._save_id = ""
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,13 +132,15 @@ class RangeReader:
         windows = _windows(ranges, self._files, info.read_gap)
         left = Counter(window.file.name for window in windows)
         waiting, opening = iter(windows), anyio.Lock()
+        room = max([SLAB_BYTES, *(_room(window) for window in windows if window.file.transforms)])
 
         async def work() -> None:
-            bounce = io_buffer(SLAB_BYTES)
+            bounce = io_buffer(room)
             for window in waiting:
                 async with opening:
                     source = await self._source(window.file)
-                await self._read_window(window, source, bounce, trace)
+                read = self._read_transformed if window.file.transforms else self._read_window
+                await read(window, source, bounce, trace)
                 left[window.file.name] -= 1
                 if not left[window.file.name]:
                     await self._close(window.file.name)
@@ -128,6 +152,12 @@ class RangeReader:
                         workers.start_soon(work)
         finally:
             await self.aclose()
+
+    def _chain(self, file: FileMap) -> Chain:
+        if file.transforms not in self._chains:
+            missing = ", ".join(file.transforms)
+            raise UsageError(f"{file.name} was transformed by {missing}, and was opened without its extensions")
+        return self._chains[file.transforms]
 
     async def _source(self, file: FileMap) -> ObjectReader:
         if file.name not in self._objects:
@@ -148,12 +178,21 @@ class RangeReader:
                 _verify_and_place(window, straight if cached else [], layout if cached else whole, bounce)
 
         with trace.span("read", length):
-            if source.size != window.file.size:
-                raise damaged(window.file, f"has {source.size} bytes")
-            try:
-                await source.fetch(window.begin, layout, whole, place)
-            except EOFError as error:
-                raise damaged(window.file, "has become shorter") from error
+            await _fetch(window.file, source, window.begin, (layout, whole), place)
+
+    async def _read_transformed(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> None:
+        file, length = window.file, window.end - window.begin
+        chain = self._chain(file)
+        span = span_of(file, window.begin, window.end, source.alignment)
+        whole = [bounce[: span.length]]
+
+        def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
+            with trace.span("verify", length):
+                for begin, block in decoded_blocks(file, chain, self._save_id, span, bounce):
+                    _place_block(window.parts, begin, block)
+
+        with trace.span("read", length):
+            await _fetch(file, source, span.start, (whole, whole), place)
 
 
 class CheckpointReader(RangeReader):
@@ -161,34 +200,73 @@ class CheckpointReader(RangeReader):
 
     def __init__(self, storage: Storage, record: Record, metadata: Metadata, files: Mapping[str, FileMap]) -> None:
         super().__init__(storage, files)
+        self._save_id = record.save_id
         self.record = record
         self.metadata = metadata
 
     @classmethod
-    async def open(cls, storage: Storage, viewer: Viewer | None = None) -> CheckpointReader:
+    async def open(
+        cls,
+        storage: Storage,
+        viewer: Viewer | None = None,
+        registry: ExtensionRegistry | None = None,
+        *,
+        data: bool = True,
+    ) -> CheckpointReader:
         """Finds the checkpoint at ``storage`` and checks its Record, its indexes and the sizes of its files.
 
         ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat`` or ``CorruptCheckpoint`` otherwise,
-        naming file and tensor. No data file is read yet. Of what ranks have for themselves, the reader has what
-        ``viewer`` says, by default rank 0's.
+        naming file and tensor; ``KeyUnavailable`` where it is encrypted. No data file is read yet. Of what ranks have
+        for themselves, the reader has what ``viewer`` says, by default rank 0's.
+
+        ``registry`` finds the extensions and their keys. With ``data=False`` only what describes the data is opened:
+        extensions are not needed, nor keys unless that is encrypted too, and ``read`` raises for transformed data.
         """
+        known = registry or ExtensionRegistry()
+        seals = Seals(known)
 
         async def opened(record: Record) -> CheckpointReader:
-            reader = await cls.of(storage, await read_description(storage, record), viewer or Viewer())
+            found = await read_description(storage, record, seals)
+            reader = await cls.of(storage, found, viewer or Viewer(), known, data=data)
             check_sizes(reader._files.values(), await storage.list())
             return reader
 
-        return await with_commit(storage, opened)
+        return await with_commit(storage, opened, seals)
 
     @classmethod
-    async def of(cls, storage: Storage, found: Description, viewer: Viewer) -> CheckpointReader:
+    async def of(
+        cls,
+        storage: Storage,
+        found: Description,
+        viewer: Viewer,
+        registry: ExtensionRegistry | None = None,
+        *,
+        data: bool = True,
+    ) -> CheckpointReader:
         """A reader of a checkpoint that is described already, as by ``describe``; its data files are not looked for."""
-        record, indexes = await to_thread.run_sync(found.decoded)
+        known = registry or ExtensionRegistry()
+        seals = Seals(known)
+        record, indexes = await to_thread.run_sync(found.decoded, seals)
         location = storage.info.location
         union = await to_thread.run_sync(unite, indexes, viewer.looks_as(record.world_size, indexes, location))
         meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
         metadata = Metadata(union.tensors, union.storage, meta, union.aliases, union.tree, union.values)
-        return cls(storage, record, metadata, union.files)
+        reader = cls(storage, record, metadata, union.files)
+        if data:
+            await to_thread.run_sync(reader._find_extensions, known, seals)
+        return reader
+
+    def _find_extensions(self, registry: ExtensionRegistry, seals: Seals) -> None:
+        """What an encrypting extension has written is only taken with a Record and indexes that it vouches for."""
+        record = self.record
+        for transforms in {file.transforms for file in self._files.values() if file.transforms}:
+            try:
+                chain = self._chains[transforms] = Chain(registry.from_descriptor_list(transforms))
+            except (KeyUnavailable, UnsupportedFormat) as error:
+                location = self._storage.info.location
+                raise type(error)(f"the checkpoint at {location} cannot be read: {error}", path=location) from error
+            if chain.seals:
+                seals.require([record_name(record.save_id), *(ref.name for ref in record.indexes)])
 
 
 def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap], gap: int = 0) -> list[_Window]:
@@ -292,21 +370,25 @@ def _verify(window: _Window, layout: list[memoryview]) -> None:
             missing -= taken
         block = begin // file.block_bytes
         if hasher.intdigest() != file.checksums[block]:
-            raise _mismatch(file, block)
+            raise mismatch(file, block)
 
 
-def _mismatch(file: FileMap, block: int) -> ChecksumMismatch:
-    begin = block * file.block_bytes
-    first = max(bisect.bisect_right(file.begins, begin) - 1, 0)
-    last = bisect.bisect_left(file.begins, begin + file.block_bytes)
-    tensors = file.tensors[first:last]
-    return ChecksumMismatch(
-        f"{file.name}: block {block} (bytes {begin} to {min(begin + file.block_bytes, file.size)}) does not match its "
-        f"checksum; it holds {enumerated(tensors)}. Tensors loaded in place may be partly written",
-        path=file.name,
-        block=block,
-        tensors=tensors,
-    )
+def _place_block(parts: list[_Part], begin: int, block: memoryview) -> None:
+    """Copies or delivers what is wanted of one decoded block."""
+    for part in parts:
+        first, last = max(part.begin, begin), min(part.end, begin + len(block))
+        if first >= last:
+            continue
+        data, offset = block[first - begin : last - begin], part.offset + first - part.begin
+        if part.range.into is not None:
+            _copy(part.range.into[offset : offset + len(data)], data)
+        else:
+            assert part.range.deliver is not None
+            part.range.deliver(offset, data)
+
+
+def _room(window: _Window) -> int:
+    return span_of(window.file, window.begin, window.end, 1).length + 2 * ALIGNMENT_LIMIT
 
 
 def _copy(target: memoryview, source: memoryview) -> None:
@@ -316,8 +398,4 @@ def _copy(target: memoryview, source: memoryview) -> None:
     if len(target) < _STRAIGHT_BYTES:
         target[:] = source
     else:
-        ctypes.memmove(_address(target), _address(source), len(target))
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        ctypes.memmove(address(target), address(source), len(target))

@@ -8,12 +8,23 @@ from typing import NamedTuple
 from anyio import to_thread
 
 from asyncdcp.errors import AmbiguousCheckpoint, CheckpointNotFound, CorruptCheckpoint
-from asyncdcp.metadata import INDEX_LIMIT, RECORD_LIMIT, Index, IndexRef, Record, decode_index, decode_record, digest
+from asyncdcp.metadata import (
+    INDEX_LIMIT,
+    RECORD_LIMIT,
+    Index,
+    IndexRef,
+    Record,
+    Unseal,
+    decode_index,
+    decode_record,
+    digest,
+    trusting,
+)
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.storage.port import Storage
 
 
-async def read_records(storage: Storage, names: Iterable[str]) -> list[Record]:
+async def read_records(storage: Storage, names: Iterable[str], unseal: Unseal = trusting) -> list[Record]:
     """Every Record among ``names``, in the order of save ids. One that vanished since the listing is passed over."""
     records = []
     for name in sorted(names):
@@ -21,16 +32,20 @@ async def read_records(storage: Storage, names: Iterable[str]) -> list[Record]:
         if save_id is None:
             continue
         try:
-            records.append(await read_record(storage, save_id))
+            records.append(await read_record(storage, save_id, unseal))
         except FileNotFoundError:
             continue
     return records
 
 
-async def read_record(storage: Storage, save_id: str) -> Record:
+async def read_record(storage: Storage, save_id: str, unseal: Unseal = trusting) -> Record:
     """The Record of one save; FileNotFoundError if it has none, ``CorruptCheckpoint`` if it is another's."""
     name = record_name(save_id)
-    record = decode_record(await storage.get(name, RECORD_LIMIT), name)
+    data = await storage.get(name, RECORD_LIMIT)
+    if unseal is trusting:
+        record = decode_record(data, name)
+    else:  # who has the key may have to ask for it
+        record = await to_thread.run_sync(decode_record, data, name, unseal)
     if record.save_id != save_id:
         raise CorruptCheckpoint(f"{name}: says it is the Record of save {record.save_id[:40]!r}", path=name)
     if save_id in record.replaces:
@@ -45,10 +60,12 @@ class StoredIndex(NamedTuple):
     ref: IndexRef
 
 
-async def read_index(storage: Storage, save_id: str, rank: int, limit: int = INDEX_LIMIT) -> StoredIndex:
+async def read_index(
+    storage: Storage, save_id: str, rank: int, limit: int = INDEX_LIMIT, unseal: Unseal = trusting
+) -> StoredIndex:
     """The Index of a rank, of at most ``limit`` bytes; ``CorruptCheckpoint`` if it is missing or another's."""
     data, ref = await read_index_bytes(storage, save_id, rank, limit)
-    index = await to_thread.run_sync(decode_index, data, ref.name)
+    index = await to_thread.run_sync(decode_index, data, ref.name, unseal)
     return StoredIndex(check_index_of(index, save_id, rank), ref)
 
 

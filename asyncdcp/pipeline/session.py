@@ -8,6 +8,7 @@ from typing import Protocol
 
 from asyncdcp.arena import Arena
 from asyncdcp.errors import AsyncDCPError
+from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.messages import Saved, SaveJob, SlabReady
 from asyncdcp.pipeline.settle import Reason
@@ -25,6 +26,7 @@ class SessionRequest:
     arena: Arena
     on_free: Callable[[int], None]
     trace: Trace
+    chain: Chain = PLAIN
 
 
 class SaveSession(Protocol):
@@ -68,7 +70,7 @@ class Pipeline(Protocol):
         """A session for a save."""
         ...
 
-    def warn_unless_travels(self, storage: Storage) -> None:
+    def warn_unless_travels(self, storage: Storage, chain: Chain) -> None:
         """Says so, once, where saves to ``storage`` do not run where the user would expect; on the caller's thread."""
         ...
 
@@ -89,9 +91,9 @@ class ThreadPipeline:
     """Saves run on the loop of the checkpointer's own engine."""
 
     def open(self, request: SessionRequest) -> SaveSession:
-        return LocalSession(request.job, request.storage, request.arena, request.on_free, request.trace)
+        return LocalSession(request)
 
-    def warn_unless_travels(self, storage: Storage) -> None:
+    def warn_unless_travels(self, storage: Storage, chain: Chain) -> None:
         pass
 
     async def start(self) -> None:
@@ -105,18 +107,16 @@ class ThreadPipeline:
 
 
 class LocalSession:
-    """The save runs in this process, on the loop that calls ``run``. ``on_free`` hears of each free slot."""
+    """The save runs in this process, on the loop that calls ``run``."""
 
     begun = False
     quiet = True
 
-    def __init__(
-        self, job: SaveJob, storage: Storage, arena: Arena, on_free: Callable[[int], None], trace: Trace
-    ) -> None:
-        self._arena = arena
-        self._on_free = on_free
-        self._slabs: Channel[SlabReady] = Channel(arena.nbytes)
-        self._writer = CheckpointWriter(job, storage, self, trace)
+    def __init__(self, request: SessionRequest) -> None:
+        self._arena = request.arena
+        self._on_free = request.on_free
+        self._slabs: Channel[SlabReady] = Channel(request.arena.nbytes)
+        self._writer = CheckpointWriter(request.job, request.storage, self, request.trace, request.chain)
 
     async def announce(self, slab: SlabReady) -> None:
         await self._slabs.send(slab, slab.length)

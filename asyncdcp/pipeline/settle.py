@@ -11,7 +11,8 @@ import anyio
 from anyio import to_thread
 
 from asyncdcp.errors import AsyncDCPError, CheckpointExists, CommitUnknown, CorruptCheckpoint, Fenced, StorageError
-from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
+from asyncdcp.extensions import PLAIN, Chain, Seals
+from asyncdcp.metadata import IndexRef, Record, Summary, Unseal, encode_record, trusting
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
 from asyncdcp.pipeline.messages import SaveJob
@@ -86,11 +87,16 @@ class Settlement:
     becomes the reason to give up.
 
     ``own`` refers to this rank's Index, None where it never came to writing one; unless ``give_up`` is set, it is
-    durable. After ``run``, ``record`` is the Record that counts, where it was written or read.
+    durable. ``stored_bytes`` are those of this rank's data files. ``chain`` seals the Record and opens those that are
+    there. After ``run``, ``record`` is the Record that counts, where it was written or read.
     """
 
-    def __init__(self, job: SaveJob, storage: Storage, give_up: GiveUpSignal, own: IndexRef | None) -> None:
+    def __init__(
+        self, job: SaveJob, storage: Storage, give_up: GiveUpSignal, own: IndexRef | None, chain: Chain = PLAIN
+    ) -> None:
         self._job = job
+        self._sealer = chain.sealer(job.save_id)
+        self._unseal = Seals.of(chain)
         self._storage = storage
         self._give_up = give_up
         self._own = own
@@ -99,6 +105,7 @@ class Settlement:
         self._replaces: list[str] = []
         self._summary: Summary | None = None
         self.machine = CommitMachine(job.rank)
+        self.stored_bytes = 0
         self.record: Record | None = None
 
     async def run(self) -> State:
@@ -141,7 +148,7 @@ class Settlement:
     async def _check(self) -> Event:
         """Checks that the indexes cover the state, and what the commit will replace."""
         await self._check_indexes()
-        commits = await existing_commits(self._storage, self._job)
+        commits = await existing_commits(self._storage, self._job, self._unseal)
         self._replaces = [record.save_id for record in commits]
         return Event.GIVE_UP if self._give_up.reason else Event.COVERED
 
@@ -151,16 +158,16 @@ class Settlement:
         assert self._own is not None
         if job.world_size == 1:  # one rank's own plan covers what it holds by construction
             self._indexes = [self._own]
-            self._summary = Summary(job.tensors, job.tensor_bytes, sum(file.size for file in job.files), [])
+            self._summary = Summary(job.tensors, job.tensor_bytes, self.stored_bytes, job.transforms)
             return
         await self._storage.barrier()  # an index can be seen before its rank has made its name durable
-        stored = [await read_index(self._storage, job.save_id, rank) for rank in range(job.world_size)]
+        ranks = range(job.world_size)
+        stored = [await read_index(self._storage, job.save_id, rank, unseal=self._unseal) for rank in ranks]
         union = await to_thread.run_sync(unite, [found.content for found in stored])
         check_sizes(union.files.values(), await self._storage.list())
         self._indexes = [found.ref for found in stored]
-        self._summary = Summary(
-            len(union.tensors), union.tensor_bytes, sum(file.size for file in union.files.values()), []
-        )
+        stored_bytes = sum(file.stored_size for file in union.files.values())
+        self._summary = Summary(len(union.tensors), union.tensor_bytes, stored_bytes, job.transforms)
 
     async def _claim_commit(self) -> Event:
         return await self._claim(
@@ -202,7 +209,8 @@ class Settlement:
 
     async def _claim(self, record: Record) -> Event:
         try:
-            won = await self._storage.claim(record_name(record.save_id), encode_record(record))
+            data = await to_thread.run_sync(encode_record, record, self._sealer)
+            won = await self._storage.claim(record_name(record.save_id), data)
         except StorageError as error:
             if isinstance(error, CommitUnknown):
                 raise
@@ -219,7 +227,7 @@ class Settlement:
             return Event.GIVE_UP if await self._pause() else Event.RECORD_MISSING
 
     async def _found(self) -> Event:
-        self.record = await read_record(self._storage, self._job.save_id)
+        self.record = await read_record(self._storage, self._job.save_id, self._unseal)
         if self.record.outcome == "abort":
             return Event.FOUND_ABORT
         if self._own not in self.record.indexes:
@@ -233,13 +241,13 @@ class Settlement:
         return Event.PUBLISHED
 
 
-async def existing_commits(storage: Storage, job: SaveJob) -> list[Record]:
+async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trusting) -> list[Record]:
     """The commits that a new one at this place takes the place of; ``CheckpointExists`` if there are some and it may
     not, ``Fenced`` if a later term of its run has committed here.
 
     All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too.
     """
-    records = await read_records(storage, await storage.list())
+    records = await read_records(storage, await storage.list(), unseal)
     location, term = storage.info.location, job.run.term if job.run else 0
     live = live_commits(records)
     later = [record.term for record in live if record.term is not None and record.term > term]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple, NoReturn
 
@@ -17,13 +18,15 @@ import msgspec
 
 from asyncdcp.boxes import Box, contains, tiles, whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
-from asyncdcp.format.blocks import SLAB_BYTES, block_count, unpack_checksums
+from asyncdcp.format.blocks import SLAB_BYTES, block_count, element_runs, stored_limit, unpack_checksums
 from asyncdcp.metadata import (
     DTYPE_SIZES,
     BytesStorageMetadata,
     ChunkColumns,
     ChunkLocation,
     ChunkStorageMetadata,
+    FileTable,
+    ImageShape,
     Index,
     IndexPlan,
     MetadataIndex,
@@ -31,7 +34,7 @@ from asyncdcp.metadata import (
     TensorStorageMetadata,
     WrittenColumns,
 )
-from asyncdcp.names import data_name, index_name
+from asyncdcp.names import data_name, index_name, is_descriptor
 from asyncdcp.pipeline.trees import merge_trees, merge_values
 
 _LIMIT = 1 << 62
@@ -45,6 +48,8 @@ class FileMap(NamedTuple):
     ``checksums`` are None for a file of another format: its blocks are then only what a read is cut at, and ``check``,
     if there is one, is called on a worker thread with begin and end of all bytes that are read, and with buffers whose
     first bytes they are, one after another; no byte comes twice. What it raises fails the read.
+    ``bounds`` say where each block is stored and where the last one ends, and ``elements`` are the element sizes in it
+    (``blocks.element_runs``), both only where ``transforms`` were applied.
     """
 
     name: str
@@ -54,6 +59,14 @@ class FileMap(NamedTuple):
     begins: list[int]
     tensors: list[str]
     check: Callable[[int, int, Sequence[memoryview]], None] | None = None
+    transforms: tuple[str, ...] = ()
+    bounds: Sequence[int] = ()
+    elements: Sequence[tuple[int, int]] = ()
+
+    @property
+    def stored_size(self) -> int:
+        """The bytes of the file itself."""
+        return self.bounds[-1] if self.transforms else self.size
 
 
 @dataclass
@@ -84,13 +97,13 @@ def check_sizes(files: Iterable[FileMap], sizes: dict[str, int]) -> None:
     """Holds the data files of an union against a listing of the storage."""
     for file in files:
         size = sizes.get(file.name)
-        if size != file.size:
+        if size != file.stored_size:
             raise damaged(file, "is missing" if size is None else f"has {size} bytes")
 
 
 def damaged(file: FileMap, what: str) -> CorruptCheckpoint:
     """The error of a data file that is not as long as its Index says."""
-    message = f"the data file {file.name} {what}, and had {file.size} bytes; it holds {enumerated(file.tensors)}"
+    message = f"the data file {file.name} {what}, and had {file.stored_size} bytes; it holds {enumerated(file.tensors)}"
     return CorruptCheckpoint(message, path=file.name, tensors=file.tensors)
 
 
@@ -186,9 +199,11 @@ def _check_cover(name: str, tensor: _Tensor) -> int:
 def check_index(index: Index) -> list[_Chunk]:
     """The chunks of an Index, all its numbers checked against each other; ``CorruptCheckpoint`` otherwise."""
     name, plan = index_name(index.save_id, index.rank), index.plan
-    if index.transforms:
-        missing = ", ".join(index.transforms)
-        raise UnsupportedFormat(f"{name}: its data was transformed by {missing}, which is not available", path=name)
+    for transform in index.transforms:
+        if not is_descriptor(transform):
+            raise UnsupportedFormat(
+                f"{name}: its data was transformed by {transform[:80]!r}, which is no extension", path=name
+            )
     if not len(plan.names) == len(plan.dtypes) == len(plan.shapes):
         _corrupt(name, "names, dtypes and shapes differ in number")
     if len(set(plan.names)) != len(plan.names):
@@ -260,14 +275,29 @@ def _check_tables(index: Index, name: str) -> None:
     if len(index.files) != len(index.plan.images):
         _corrupt(name, "files and images differ in number")
     for number, (file, image) in enumerate(zip(index.files, index.plan.images, strict=True)):
-        if file.name != data_name(index.save_id, index.rank, number):
+        if file.name != data_name(index.save_id, index.rank, number, index.transforms):
             _corrupt(name, f"its data file number {number} cannot be named {file.name[:80]!r}")
         if not 8 < image.data_start <= image.size < _LIMIT:
             _corrupt(name, f"{file.name} has an impossible size or header")
-        if file.lengths is not None or file.stored_size != image.size:
-            _corrupt(name, f"{file.name} is stored in {file.stored_size} bytes, and its image has {image.size}")
+        _check_lengths(index, file, image, name)
         if len(file.checksums) != 8 * block_count(image.size, index.block_bytes):
             _corrupt(name, f"the checksums of {file.name} are not as many as its blocks")
+
+
+def _check_lengths(index: Index, file: FileTable, image: ImageShape, name: str) -> None:
+    """Without transforms blocks are as long as in the image; with them each has a length of its own, within bounds."""
+    if (file.lengths is not None) != bool(index.transforms):
+        _corrupt(name, f"{file.name} has lengths of blocks without transforms, or none with them")
+    stored = image.size
+    if file.lengths is not None:
+        if len(file.lengths) != block_count(image.size, index.block_bytes):
+            _corrupt(name, f"the lengths of {file.name} are not as many as its blocks")
+        limit = stored_limit(index.block_bytes)
+        if min(file.lengths) < 1 or max(file.lengths) > limit:
+            _corrupt(name, f"a block of {file.name} has an impossible length; it takes 1 to {limit} bytes")
+        stored = sum(file.lengths)
+    if file.stored_size != stored:
+        _corrupt(name, f"{file.name} is stored in {file.stored_size} bytes, and its blocks have {stored}")
 
 
 def _check_tiling(index: Index, chunks: list[_Chunk], name: str) -> None:
@@ -291,7 +321,7 @@ def _file_maps(index: Index, chunks: list[_Chunk]) -> Iterator[FileMap]:
             inside[chunk.file].append(chunk)
     for file, image, members in zip(index.files, index.plan.images, inside, strict=True):
         members.sort(key=lambda chunk: chunk.begin)
-        yield FileMap(
+        found = FileMap(
             file.name,
             image.size,
             index.block_bytes,
@@ -299,6 +329,14 @@ def _file_maps(index: Index, chunks: list[_Chunk]) -> Iterator[FileMap]:
             [chunk.begin for chunk in members],
             [index.plan.names[chunk.tensor] for chunk in members],
         )
+        if file.lengths is not None:
+            sizes = (DTYPE_SIZES[index.plan.dtypes[chunk.tensor]] for chunk in members)
+            found = found._replace(
+                transforms=tuple(index.transforms),
+                bounds=list(accumulate(file.lengths, initial=0)),
+                elements=element_runs(zip(found.begins, sizes, strict=True)),
+            )
+        yield found
 
 
 def _corrupt(name: str, what: str, tensor: str | None = None) -> NoReturn:

@@ -17,8 +17,9 @@ from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StorageError, UnsupportedFormat
+from asyncdcp.extensions import ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES, block_count, checksum, unpack_checksums
-from asyncdcp.metadata import FileTable, Index, Record
+from asyncdcp.metadata import FileTable, Index, Record, Unseal
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.pipeline.descriptions import read_listed
 from asyncdcp.pipeline.records import choose_commit, read_record
@@ -60,37 +61,34 @@ class _Run(NamedTuple):
     last: int
 
 
-async def verify(storage: Storage, trace: Trace) -> VerifyReport:
+async def verify(storage: Storage, trace: Trace, registry: ExtensionRegistry | None = None) -> VerifyReport:
     """Verifies the checkpoint at ``storage``: every Record, its indexes, and every stored byte.
 
     Damage is reported, not raised. ``CheckpointNotFound`` and ``AmbiguousCheckpoint`` are raised where that is what
     there is, and ``UnsupportedFormat`` for what a newer asyncdcp wrote. ``trace.total`` becomes the bytes to read, and
-    spans "verify" count those that were. A checkpoint that is replaced meanwhile is no damage: the new one is verified.
+    spans "verify" count those that were. ``registry`` has keys: with them it is also verified that nothing was changed
+    on purpose in Record and indexes, and they are needed (``KeyUnavailable``) only where those are encrypted. A
+    checkpoint that is replaced meanwhile is no damage: the new one is verified.
     """
     while True:
         started = time.monotonic()
-        pass_ = _Pass(storage, trace)
+        pass_ = _Pass(storage, trace, Seals(registry or ExtensionRegistry()))
         record = await pass_.resolve()
         if record is not None:
             await pass_.check(record)
-        if not pass_.damages or record is None or not await _is_replaced(storage, record):
+        if not pass_.damages or record is None or not await pass_.is_replaced(record):
             save_id = record.save_id if record else None
             seconds = time.monotonic() - started
             counts = (len(pass_.tables), pass_.blocks, pass_.bytes)
             return VerifyReport(storage.info.location, save_id, *counts, seconds, tuple(pass_.damages))
 
 
-async def _is_replaced(storage: Storage, record: Record) -> bool:
-    again = _Pass(storage, Trace())
-    now = await again.resolve()
-    return now is not None and now.save_id != record.save_id
-
-
 class _Pass:
     """One look at everything."""
 
-    def __init__(self, storage: Storage, trace: Trace) -> None:
+    def __init__(self, storage: Storage, trace: Trace, unseal: Unseal) -> None:
         self._storage = storage
+        self._unseal = unseal
         self._trace = trace
         self._limiter = anyio.CapacityLimiter(READS_IN_FLIGHT)
         self.damages: list[Damage] = []
@@ -106,7 +104,7 @@ class _Pass:
             if save_id is None:
                 continue
             try:
-                records.append(await read_record(self._storage, save_id))
+                records.append(await read_record(self._storage, save_id, self._unseal))
             except FileNotFoundError:  # gone since the listing
                 continue
             except UnsupportedFormat:
@@ -116,6 +114,11 @@ class _Pass:
         if self.damages and not any(record.outcome == "commit" for record in records):
             return None
         return choose_commit(records, self._storage.info.location)
+
+    async def is_replaced(self, record: Record) -> bool:
+        """Whether another commit has taken the place of this one by now."""
+        now = await _Pass(self._storage, Trace(), self._unseal).resolve()
+        return now is not None and now.save_id != record.save_id
 
     async def check(self, record: Record) -> None:
         """Indexes, then sizes, then bytes."""
@@ -137,7 +140,7 @@ class _Pass:
         found = []
         for rank, ref in enumerate(record.indexes):
             try:
-                found.append(await read_listed(self._storage, record, rank))
+                found.append(await read_listed(self._storage, record, rank, self._unseal))
             except UnsupportedFormat:
                 raise
             except (CorruptCheckpoint, StorageError) as error:

@@ -11,75 +11,55 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import anyio
+from anyio import to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, PeerFailed, SaveAborted, ungrouped
-from asyncdcp.format.blocks import block_count, checksum, pack_checksums, slice_blocks
+from asyncdcp.extensions import PLAIN, Chain, Seals
+from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
 from asyncdcp.names import belongs_to, index_name, record_name
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.commit import State
-from asyncdcp.pipeline.messages import FileJob, Saved, SaveJob, SlabReady
+from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits, known_error
+from asyncdcp.pipeline.transform import Piece, SlabSource, Stage, StoredFile, checksum_slabs, encode_slabs
 from asyncdcp.storage.port import ObjectWriter, Storage
-from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
 _logger = logging.getLogger("asyncdcp")
 
-TRANSFORMS_IN_FLIGHT = 2
 WRITES_IN_FLIGHT = 4
-
-
-class SlabSource(Protocol):
-    """Where the writer gets its slabs. Its methods run on the writer's loop."""
-
-    async def receive(self) -> SlabReady:
-        """The next slab, in any order; ``anyio.EndOfStream`` after the last."""
-        ...
-
-    def view(self, slot: int) -> memoryview:
-        """The whole arena slot."""
-        ...
-
-    def done(self, slot: int) -> None:
-        """The slot is not used any more, and may be filled again."""
-        ...
-
-
-class EncodedSlab(NamedTuple):
-    """A slab as it is to be stored, and the checksums of its blocks."""
-
-    slab: SlabReady
-    checksums: list[int]
 
 
 @dataclass
 class _DataFile:
-    """``awaited`` are the slabs that have not come, ``missing`` counts those that are not written."""
+    """A data file, and what it is written with."""
 
-    job: FileJob
+    stored: StoredFile
     writer: ObjectWriter
-    awaited: set[int]
-    missing: int
-    checksums: list[int]
     finished: bool = False
 
 
 class CheckpointWriter:
-    """Writes and settles one save. ``give_up`` may be set at any time; ``run`` is called once and is not cancelled."""
+    """Writes and settles one save. ``give_up`` may be set at any time; ``run`` is called once and is not cancelled.
 
-    def __init__(self, job: SaveJob, storage: Storage, slabs: SlabSource, trace: Trace) -> None:
+    ``chain`` are the extensions that ``job.transforms`` names.
+    """
+
+    def __init__(self, job: SaveJob, storage: Storage, slabs: SlabSource, trace: Trace, chain: Chain = PLAIN) -> None:
+        if chain.descriptors != job.transforms:
+            raise AsyncDCPError(f"the save is to be transformed by {job.transforms}, and not by {chain.descriptors}")
         self._job = job
+        self._chain = chain
+        self._unseal = Seals.of(chain)
         self._storage = storage
         self._slabs = slabs
         self._trace = trace
         self._files: list[_DataFile] = []
         self._own: IndexRef | None = None
-        self._limiter = anyio.CapacityLimiter(TRANSFORMS_IN_FLIGHT)
         self.give_up = GiveUpSignal()
 
     async def run(self) -> Saved:
@@ -92,7 +72,8 @@ class CheckpointWriter:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._watch_deadline)
                     await self._prepare()
-                    settlement = Settlement(self._job, self._storage, self.give_up, self._own)
+                    settlement = Settlement(self._job, self._storage, self.give_up, self._own, self._chain)
+                    settlement.stored_bytes = self._stored_bytes()
                     state = await self._settle(settlement)
                     tasks.cancel_scope.cancel()
         except BaseException:
@@ -129,13 +110,13 @@ class CheckpointWriter:
 
     async def _write(self) -> None:
         await checkpoint_if_cancelled()
-        await existing_commits(self._storage, self._job)
+        await existing_commits(self._storage, self._job, self._unseal)
         await self._create_files()
         with self._trace.span("pipeline"):
-            encoded: Channel[EncodedSlab] = Channel(WRITES_IN_FLIGHT * self._job.slab_bytes)
+            pieces: Channel[Piece] = Channel(WRITES_IN_FLIGHT * self._job.slab_bytes)
             async with anyio.create_task_group() as stages:
-                stages.start_soon(self._transform, encoded)
-                stages.start_soon(self._store, encoded)
+                stages.start_soon(self._transform, pieces)
+                stages.start_soon(self._store, pieces)
         with self._trace.span("sync"):
             await self._put_index()
             await self._storage.barrier()  # of the data's names, too: nobody looks at data whose index is not there
@@ -144,81 +125,58 @@ class CheckpointWriter:
         job = self._job
         for file in job.files:
             await checkpoint_if_cancelled()  # a storage that shields its work may pass over a cancellation
-            writer = await self._storage.create(file.name, file.size)
-            slabs = -(-file.size // job.slab_bytes)
-            checksums = [0] * block_count(file.size, job.block_bytes)
-            self._files.append(_DataFile(file, writer, set(range(slabs)), slabs, checksums))
+            hint = 0 if self._chain else file.size
+            writer = await self._storage.create(file.name, hint)
+            self._files.append(_DataFile(StoredFile.of(file, job), writer))
 
-    def _accept(self, slab: SlabReady) -> None:
-        """Every slab must come once, and whole; anything else would make a checkpoint that cannot be loaded."""
-        size = self._job.slab_bytes
-        if 0 <= slab.file < len(self._files):
-            file = self._files[slab.file]
-            whole = min(size, file.job.size - slab.number * size)
-            if slab.number in file.awaited and slab.length == whole:
-                file.awaited.remove(slab.number)
-                return
-        raise AsyncDCPError(f"{slab} is not a slab of this save, or came before")
+    async def _transform(self, out: Channel[Piece]) -> None:
+        stage = Stage(self._job, [file.stored for file in self._files], self._slabs, self._trace, out)
+        if self._chain:
+            await encode_slabs(stage, self._chain)
+        else:
+            await checksum_slabs(stage)
 
-    async def _transform(self, out: Channel[EncodedSlab]) -> None:
-        """Encodes and checksums slabs, several at once."""
+    async def _store(self, pieces: Channel[Piece]) -> None:
+        """Writes pieces, several at once, and finishes each file with its last one."""
 
         async def work() -> None:
-            while True:
-                try:
-                    slab = await self._slabs.receive()
-                except anyio.EndOfStream:
-                    return
-                self._accept(slab)
-                with self._trace.span("transform", slab.length):
-                    data = self._slabs.view(slab.slot)[: slab.length]
-                    checksums = await on_thread(self._limiter, checksum_blocks, data, self._job.block_bytes)
-                await out.send(EncodedSlab(slab, checksums), slab.length)
-
-        with out:
-            async with anyio.create_task_group() as workers:
-                for _ in range(TRANSFORMS_IN_FLIGHT):
-                    workers.start_soon(work)
-
-    async def _store(self, encoded: Channel[EncodedSlab]) -> None:
-        """Writes slabs, several at once, and finishes each file with its last one."""
-
-        async def work() -> None:
-            async for slab, checksums in encoded:
-                file = self._files[slab.file]
-                with self._trace.span("write", slab.length):
-                    await self._store_slab(file, slab)
-                first = slab.number * (self._job.slab_bytes // self._job.block_bytes)
-                file.checksums[first : first + len(checksums)] = checksums
-                file.missing -= 1
-                if not file.missing:
+            async for piece in pieces:
+                file = self._files[piece.file]
+                with self._trace.span("write", piece.covers):
+                    await self._store_piece(file, piece)
+                file.stored.written += 1
+                if file.stored.written == file.stored.pieces:
                     with self._trace.span("sync"):
-                        await file.writer.finish(file.job.size)
+                        await file.writer.finish(file.stored.size)
                     file.finished = True
 
         async with anyio.create_task_group() as workers:
             for _ in range(max(WRITES_IN_FLIGHT, self._storage.info.transfers)):
                 workers.start_soon(work)
-        unfinished = [file.job.name for file in self._files if not file.finished]
+        unfinished = [file.stored.job.name for file in self._files if not file.finished]
         if unfinished:
             raise AsyncDCPError(f"staging ended before all slabs of {', '.join(unfinished)} had come")
 
-    async def _store_slab(self, file: _DataFile, slab: SlabReady) -> None:
-        """Writes one slab and gives its slot back. The file's last one is padded up to the alignment; ``finish`` cuts
-        that off.
+    async def _store_piece(self, file: _DataFile, piece: Piece) -> None:
+        """Writes one piece and gives its memory back. The file's last one is padded up to the alignment; ``finish``
+        cuts that off.
         """
-        view = self._slabs.view(slab.slot)
-        padded = min(-(-slab.length // file.writer.alignment) * file.writer.alignment, len(view))
-        if padded > slab.length:
-            view[slab.length : padded] = bytes(padded - slab.length)
-        await file.writer.write(slab.number * self._job.slab_bytes, view[:padded])
-        self._slabs.done(slab.slot)
+        alignment, view = file.writer.alignment, piece.buffer
+        padded = min(-(-piece.length // alignment) * alignment, len(view))
+        if padded > piece.length:
+            view[piece.length : padded] = bytes(padded - piece.length)
+        await file.writer.write(piece.offset, view[:padded])
+        piece.free()
 
     async def _put_index(self) -> None:
         job = self._job
-        tables = [FileTable(file.job.name, file.job.size, pack_checksums(file.checksums)) for file in self._files]
-        head = IndexHead(job.save_id, job.rank, job.block_bytes, [])
-        data = encode_index(head, bytes(job.plan), bytes(job.values), tables)
+        tables = [
+            FileTable(file.job.name, file.size, pack_checksums(file.checksums), file.lengths)
+            for file in (file.stored for file in self._files)
+        ]
+        head = IndexHead(job.save_id, job.rank, job.block_bytes, job.transforms)
+        sealer = self._chain.sealer(job.save_id)
+        data = await to_thread.run_sync(encode_index, head, bytes(job.plan), bytes(job.values), tables, sealer)
         own = IndexRef(index_name(job.save_id, job.rank), len(data), digest(data))
         try:
             self._own = own  # before it is there: a put that fails may have been carried out
@@ -235,13 +193,16 @@ class CheckpointWriter:
         info = self._storage.info
         return Saved(
             save_id=self._job.save_id,
-            stored_bytes=sum(file.job.size for file in self._files),
+            stored_bytes=self._stored_bytes(),
             replaced=replaced,
             filesystem=info.filesystem,
             volatile=info.volatile,
             seconds=self._trace.seconds(),
             bytes=self._trace.bytes(),
         )
+
+    def _stored_bytes(self) -> int:
+        return sum(file.stored.size for file in self._files)
 
     async def _delete_replaced(self, replaced: list[str]) -> None:
         """Removes what the commit took the place of: data first, Records last, so that what remains is always
@@ -263,7 +224,7 @@ class CheckpointWriter:
                 if not file.finished:
                     with _logged("an unfinished file could not be removed"):
                         await file.writer.abort()
-            names = [file.job.name for file in self._files if file.finished]
+            names = [file.stored.job.name for file in self._files if file.finished]
             names += [self._own.name] if self._own else []
             if names and not keep_finished:
                 with _logged("the rest of a given-up save could not be deleted"):
@@ -293,8 +254,3 @@ def _logged(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  # what the save came to is what the caller is told
         _logger.warning("%s: %r", what, error)
-
-
-def checksum_blocks(data: memoryview, block_bytes: int) -> list[int]:
-    """The checksums of a slab's blocks."""
-    return [checksum(block) for block in slice_blocks(data, block_bytes)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from asyncdcp.errors import AsyncDCPError, CommitUnknown, PeerFailed, StorageError
+from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Record
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.commit import CommitMachine, State
@@ -22,7 +23,9 @@ _logger = logging.getLogger("asyncdcp")
 _PEER = 1  # any rank but the committer's: to the trainer, a commit may be out already
 
 
-async def settle_without_worker(job: SaveJob, storage: Storage, reason: Reason, *, dead: bool) -> Saved:
+async def settle_without_worker(
+    job: SaveJob, storage: Storage, reason: Reason, chain: Chain = PLAIN, *, dead: bool
+) -> Saved:
     """Returns if the worker has committed the save; else raises ``reason.error`` once it is sure that it never will
     be, ``CommitUnknown`` if that cannot be told.
 
@@ -33,11 +36,11 @@ async def settle_without_worker(job: SaveJob, storage: Storage, reason: Reason, 
         raise reason.error
     signal = GiveUpSignal()
     signal.set(reason)
-    settlement = Settlement(job, storage, signal, None)
+    settlement = Settlement(job, storage, signal, None, chain)
     settlement.machine = CommitMachine(_PEER)
     state = await settlement.run()
     if state is State.UNKNOWN:
-        state, settlement.record = await _look(job, storage, dead=dead)
+        state, settlement.record = await _look(job, storage, chain, dead=dead)
     if state is State.COMMITTED and settlement.record is not None:
         return _saved(settlement.record, storage)
     if state is State.UNKNOWN:
@@ -57,13 +60,13 @@ async def _has_no_trace(job: SaveJob, storage: Storage) -> bool:
         return False
 
 
-async def _look(job: SaveJob, storage: Storage, *, dead: bool) -> tuple[State, Record | None]:
+async def _look(job: SaveJob, storage: Storage, chain: Chain, *, dead: bool) -> tuple[State, Record | None]:
     """What the worker left, where an abort could not be claimed. A commit counts once it is durable from here: the
     worker may have ended between the Record's link and the sync of its directory. No Record of a dead worker: there
     will be none from this rank, and a sole rank has not committed.
     """
     try:
-        record = await read_record(storage, job.save_id)
+        record = await read_record(storage, job.save_id, Seals.of(chain))
         if record.outcome == "commit":
             await storage.barrier()
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import anyio
 
 from asyncdcp.arena import Arena
 from asyncdcp.errors import AsyncDCPError, PeerError
+from asyncdcp.extensions import Chain
 from asyncdcp.pipeline.messages import SaveJob, SlabReady
 from asyncdcp.pipeline.settle import Reason
 from asyncdcp.pipeline.writer import CheckpointWriter
@@ -48,7 +49,9 @@ class SpanBatch:
 class Job:
     """A save that was begun. Slots are given back by ``Freed`` as they are written, and all are by the answer."""
 
-    def __init__(self, job: SaveJob, storage: Storage, arena: Arena, post: Callable[[ToTrainer], object]) -> None:
+    def __init__(
+        self, job: SaveJob, storage: Storage, arena: Arena, chain: Chain, post: Callable[[ToTrainer], object]
+    ) -> None:
         self.id = job.save_id
         self.settled = anyio.Event()
         self._post = post
@@ -57,7 +60,7 @@ class Job:
         self._more = anyio.Event()
         self._closed = False
         self._spans = SpanBatch(job.save_id, post)
-        self._writer = CheckpointWriter(job, storage, self, Trace(self._spans.add))
+        self._writer = CheckpointWriter(job, storage, self, Trace(self._spans.add), chain)
         self._given_up = anyio.Event()
         self._machine = save_machine()
         self._machine.on(SaveEvent.BEGIN)

@@ -21,6 +21,7 @@ import anyio.lowlevel
 
 from asyncdcp.arena import Arena
 from asyncdcp.errors import AsyncDCPError
+from asyncdcp.extensions import Chain, extension_of
 from asyncdcp.storage import open_spec
 from asyncdcp.worker import surroundings
 from asyncdcp.worker.connection import Connection
@@ -127,10 +128,11 @@ class Worker:
     def _begin(self, message: Begin) -> None:
         try:
             storage = open_spec(message.storage, kill_trainer=self._kill_trainer)
+            chain = Chain([extension_of(spec) for spec in message.extensions])
+            job = Job(message.job, storage, self._arenas[message.arena], chain, self.post)
         except AsyncDCPError as error:
             self.post(Failed(message.job.save_id, to_frame(error)))
             return
-        job = Job(message.job, storage, self._arenas[message.arena], self.post)
         earlier, self._last = self._last, job
         self._jobs[job.id] = job
         self._tasks.create_task(self._carry_out(job, earlier))

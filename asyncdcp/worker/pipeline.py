@@ -10,6 +10,7 @@ import anyio
 
 from asyncdcp.config import Options
 from asyncdcp.errors import Closed, ThreadPipelineWarning
+from asyncdcp.extensions import Chain
 from asyncdcp.pipeline.session import LocalSession, SaveSession, SessionRequest
 from asyncdcp.storage import Storage, spec_of
 from asyncdcp.worker.process import CheckpointProcess
@@ -42,20 +43,30 @@ class ProcessPipeline:
 
     def open(self, request: SessionRequest) -> SaveSession:
         """The session of a save. What cannot travel runs here, on a thread of this process."""
-        spec = spec_of(request.storage)
-        if spec is None:
-            return LocalSession(request.job, request.storage, request.arena, request.on_free, request.trace)
-        return RemoteSession(self, request, spec, self._options.settle_seconds)
+        storage, extensions = spec_of(request.storage), request.chain.specs
+        if storage is None or extensions is None:
+            return LocalSession(request)
+        return RemoteSession(self, request, storage, extensions, self._options.settle_seconds)
 
-    def warn_unless_travels(self, storage: Storage) -> None:
-        """Says so, once for a kind of storage, where saves to it do not run in the background process."""
+    def warn_unless_travels(self, storage: Storage, chain: Chain) -> None:
+        """Says so, once for a kind of storage and once for the extensions, where saves do not run in the background
+        process.
+        """
         kind = type(storage).__qualname__
-        if kind in self._told or spec_of(storage) is not None:
-            return
-        self._told.add(kind)
-        message = f"a {kind} cannot be opened by the background process: saves to it run on a thread of this one"
-        _logger.warning(message)
-        warnings.warn(message, ThreadPipelineWarning, stacklevel=3)
+        if spec_of(storage) is None:
+            self._warn(f"a {kind} cannot be opened by the background process: saves to it run on a thread of this one")
+        if chain.specs is None:
+            names = ", ".join(chain.descriptors)
+            self._warn(
+                f"of the extensions {names} one cannot be made in the background process (it has no travel(), or its "
+                "class is not at the top of an importable module): saves run on a thread of this one"
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            _logger.warning(message)
+            warnings.warn(message, ThreadPipelineWarning, stacklevel=4)
 
     async def acquire(self) -> CheckpointProcess:
         """The process, started if there is none that lives. ``WorkerCrashed`` if that fails, ``Closed`` if ``aclose``

@@ -150,7 +150,7 @@ class CheckpointProcess:
             self._next_arena += 1
             self.post(ShareArena(number, arena.slots, arena.slot_bytes), arena.fd)
         self._listeners[message.job.save_id] = listener
-        self.post(Begin(number, message.storage, message.job))
+        self.post(Begin(number, message.storage, message.job, message.extensions))
 
     def drop_closed_arenas(self) -> None:
         """Lets the worker unmap the arenas that the trainer has closed."""

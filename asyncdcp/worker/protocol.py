@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
+from asyncdcp.extensions import ExtensionSpec
 from asyncdcp.pipeline.messages import Saved, SaveJob, SlabReady
 from asyncdcp.storage.spec import StorageSpec
 
@@ -67,11 +68,14 @@ class DropArena(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """A save. The worker carries out one after another, in the order of these messages."""
+    """A save. The worker carries out one after another, in the order of these messages. ``extensions`` hold what they
+    need, secrets too.
+    """
 
     arena: int
     storage: StorageSpec
     job: SaveJob
+    extensions: list[ExtensionSpec] = []
 
 
 class Slab(msgspec.Struct, frozen=True, tag=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from asyncdcp.errors import AsyncDCPError, DeadlineExceeded, WorkerCrashed
+from asyncdcp.extensions import ExtensionSpec
 from asyncdcp.pipeline.messages import Saved, SlabReady
 from asyncdcp.pipeline.session import SessionRequest
 from asyncdcp.pipeline.settle import Reason
@@ -50,11 +51,17 @@ class RemoteSession:
     """
 
     def __init__(
-        self, pipeline: ProcessPipeline, request: SessionRequest, spec: StorageSpec, settle_seconds: float
+        self,
+        pipeline: ProcessPipeline,
+        request: SessionRequest,
+        spec: StorageSpec,
+        extensions: list[ExtensionSpec],
+        settle_seconds: float,
     ) -> None:
         self._pipeline = pipeline
         self._request = request
         self._spec = spec
+        self._extensions = extensions
         self._settle_seconds = settle_seconds
         self._id = request.job.save_id
         self._process: CheckpointProcess | None = None
@@ -115,7 +122,7 @@ class RemoteSession:
             return
         self._process = process
         self._machine.on(SaveEvent.BEGIN)
-        process.begin(Begin(0, self._spec, self._request.job), self._request.arena, self)
+        process.begin(Begin(0, self._spec, self._request.job, self._extensions), self._request.arena, self)
 
     # ── the worker's side is heard ──
 
@@ -195,7 +202,8 @@ class RemoteSession:
                 raise self._error_of(frame)
         reason = self._reason or Reason("failed", self._failure())
         dead = self._machine.state is SaveState.ORPHANED
-        return await settle_without_worker(self._request.job, self._request.storage, reason, dead=dead)
+        request = self._request
+        return await settle_without_worker(request.job, request.storage, reason, request.chain, dead=dead)
 
     def _error_of(self, frame: ErrorFrame) -> AsyncDCPError:
         """The worker's error; the trainer's own object, if it is what the worker was told."""

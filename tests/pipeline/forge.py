@@ -14,7 +14,10 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from asyncdcp.boxes import Box, whole
-from asyncdcp.metadata import TensorStorageMetadata, _seal, digest
+from asyncdcp.extensions import PLAIN, Chain, ExtensionRegistry
+from asyncdcp.format.blocks import element_runs
+from asyncdcp.format.image import FileImage
+from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata, _seal, digest
 from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from asyncdcp.pipeline.load import load
 from asyncdcp.pipeline.messages import FileJob, Saved, SaveJob, SlabReady
@@ -93,13 +96,23 @@ class Slabs:
         self.given_back.append(slot)
 
 
+def elements_of(plan: SavePlan, image: FileImage) -> list[tuple[int, int]]:
+    """The element sizes in an image."""
+    specs = [plan.structure.tensors[plan.chunks[number].tensor] for number in image.chunks]
+    found = zip(specs, image.begins, strict=True)
+    return element_runs((begin, DTYPE_SIZES[spec.dtype]) for spec, begin in found if 0 not in spec.shape)
+
+
 def job_of(plan: SavePlan, **changes: Any) -> SaveJob:
     save_id, rank = changes.get("save_id", SAVE), changes.get("rank", plan.structure.rank)
     fields: dict[str, Any] = {
         "save_id": save_id,
         "rank": rank,
         "world_size": 1,
-        "files": [FileJob(data_name(save_id, rank, n), image.size) for n, image in enumerate(plan.images)],
+        "files": [
+            FileJob(data_name(save_id, rank, n, changes.get("transforms", ())), image.size, elements_of(plan, image))
+            for n, image in enumerate(plan.images)
+        ],
         "slab_bytes": SLAB,
         "block_bytes": BLOCK,
         "plan": msgspec.Raw(plan.index_plan),
@@ -120,11 +133,13 @@ def writer_of(
     *,
     file_limit: int = 1 << 40,
     structure: Structure | None = None,
+    chain: Chain = PLAIN,
     **job: Any,
 ) -> tuple[CheckpointWriter, Slabs]:
     plan = plan_save(structure or structure_of(arrays), slab_bytes=SLAB, file_limit=file_limit)
     slabs = Slabs(plan, images_of(plan, parts_of(plan, arrays)))
-    return CheckpointWriter(job_of(plan, **job), storage, slabs, Trace()), slabs
+    job = {"transforms": chain.descriptors, **job}
+    return CheckpointWriter(job_of(plan, **job), storage, slabs, Trace(), chain), slabs
 
 
 async def save(storage: Storage, arrays: Arrays = STATE, **options: Any) -> Saved:
@@ -151,8 +166,10 @@ class ArrayTarget:
                 self.array[at] = value
 
 
-async def read_all(storage: Storage, *, direct: bool = True) -> dict[str, NDArray[Any]]:
-    async with await CheckpointReader.open(storage) as reader:
+async def read_all(
+    storage: Storage, registry: ExtensionRegistry | None = None, *, direct: bool = True
+) -> dict[str, NDArray[Any]]:
+    async with await CheckpointReader.open(storage, registry=registry) as reader:
         tensors = {k: t for k, t in reader.metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
         wants = [Want(name, whole(tensor.size)) for name, tensor in tensors.items()]
         targets = [

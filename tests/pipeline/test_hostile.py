@@ -383,7 +383,7 @@ def added(column: str, *values: Any) -> Change:
         (table(name=f"{SAVE}-1-0.safetensors"), "cannot be named", None),
         (table(name="y" * 100_000), "cannot be named", None),
         (table(stored_size=5), "is stored in 5", None),
-        (table(lengths=[4096]), "is stored in", None),
+        (table(lengths=[4096]), "lengths of blocks without transforms", None),
         (table(checksums="AAAA"), "checksums", None),
         (table(checksums=""), "checksums", None),
         (image(size=10**18), "stored in", None),

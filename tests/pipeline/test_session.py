@@ -8,7 +8,7 @@ import pytest
 from asyncdcp.arena import Arena
 from asyncdcp.errors import Cancelled
 from asyncdcp.pipeline.messages import SlabReady
-from asyncdcp.pipeline.session import LocalSession
+from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import plan_save
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from asyncdcp.trace import Trace
@@ -23,7 +23,7 @@ async def test_slabs_pass_through_a_ring_of_two_slots(tmp_path: object) -> None:
     (image,) = images_of(plan, parts_of(plan, ARRAYS))
     arena, free = Arena(2, SLAB), asyncio.Queue[int]()
     storage = LocalStorage(str(tmp_path))
-    session = LocalSession(job_of(plan), storage, arena, free.put_nowait, Trace())
+    session = LocalSession(SessionRequest(job_of(plan), storage, arena, free.put_nowait, Trace()))
     free.put_nowait(0)
     free.put_nowait(1)
 
@@ -46,7 +46,7 @@ async def test_slabs_pass_through_a_ring_of_two_slots(tmp_path: object) -> None:
 async def test_giving_up_ends_a_save_whose_staging_never_ends() -> None:
     plan = plan_save(structure_of(ARRAYS), slab_bytes=SLAB)
     arena, storage = Arena(1, SLAB), MemoryStorage()
-    session = LocalSession(job_of(plan), storage, arena, lambda _: None, Trace())
+    session = LocalSession(SessionRequest(job_of(plan), storage, arena, lambda _: None, Trace()))
     asyncio.get_running_loop().call_soon(session.give_up, "cancelled", Cancelled("enough"))
     with pytest.raises(Cancelled, match="enough"):
         await session.run()

@@ -24,7 +24,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.metadata import Record, decode_record, encode_record
 from asyncdcp.names import belongs_to, data_name, index_name, record_name
-from asyncdcp.pipeline import settle, writer
+from asyncdcp.pipeline import settle, transform
 from asyncdcp.pipeline.commit import CommitMachine
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.pipeline.settle import Reason
@@ -441,7 +441,7 @@ async def test_a_bug_leaves_nothing_open(place: str, monkeypatch: pytest.MonkeyP
         raise TypeError("a bug")
 
     if place == "transform":
-        monkeypatch.setattr(writer, "checksum_blocks", bug)
+        monkeypatch.setattr(transform, "checksum_blocks", bug)
     elif place == "settle":
         monkeypatch.setattr(settle, "encode_record", bug)
     else:
@@ -480,7 +480,7 @@ async def test_a_cancelled_task_waits_for_the_thread_that_reads_its_slot(monkeyp
         left.set()
         return []
 
-    monkeypatch.setattr(writer, "checksum_blocks", slow)
+    monkeypatch.setattr(transform, "checksum_blocks", slow)
     task = asyncio.create_task(save(Staged(), ARRAYS))
     await entered.wait()
     task.cancel()
