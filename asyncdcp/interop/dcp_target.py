@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from anyio import to_thread
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from asyncdcp.errors import AsyncDCPError, StorageError
+from asyncdcp.interop.dcp import FileSystemWriter
 from asyncdcp.interop.selection import Selection
 from asyncdcp.interop.streaming import Digests, known_dtype, read_tensors, whole_tensor
 from asyncdcp.interop.targets import Written, replacing

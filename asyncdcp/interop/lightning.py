@@ -1,0 +1,104 @@
+"""A Lightning plugin: ``Trainer(plugins=[AsyncDCPCheckpointIO()])`` saves through asyncdcp. Imports Lightning."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.data import AttributeDict
+
+from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
+from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
+from asyncdcp.config import Options
+from asyncdcp.errors import CheckpointNotFound, InvalidOption
+from asyncdcp.futures import CheckpointFuture
+
+_logger = logging.getLogger("asyncdcp")
+
+
+class AsyncDCPCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints as directories of asyncdcp's.
+
+    ``save_checkpoint`` returns once the tensors are copied, so that training may change them; the rest goes on beside
+    it. A checkpoint that Lightning removes is deleted once every save that was called before is committed, so that
+    there is always a whole one. An error of a save is raised by the next verb, or at the end of the fit.
+
+    ``allow_pickle=True`` pickles what a module or callback put into its checkpoint that could not be stored
+    otherwise, and is needed again to load it. ``options`` and ``process`` are as in ``AsyncCheckpointer``.
+    """
+
+    def __init__(
+        self, options: Options | None = None, *, process: bool = PROCESS_BY_DEFAULT, allow_pickle: bool = False
+    ) -> None:
+        self._options = options
+        self._process = process
+        self._allow_pickle = allow_pickle
+        self._opened: AsyncCheckpointer | None = None
+        self._last: SaveHandle | None = None
+
+    @property
+    def _checkpointer(self) -> AsyncCheckpointer:
+        """Made where it is first needed: a trainer may fit again after its teardown."""
+        if self._opened is None:
+            self._opened = AsyncCheckpointer(self._options, process=self._process)
+        return self._opened
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Saves to the directory ``path``; takes the place of what is there, once it is committed."""
+        if storage_options is not None:
+            raise InvalidOption("storage_options are not taken here; give Options to AsyncDCPCheckpointIO instead")
+        plain = {key: _plain(value) for key, value in checkpoint.items()}
+        self._last = self._checkpointer.save(path, plain, overwrite=True, allow_pickle=self._allow_pickle)
+        self._last.staged.result()
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any | None = None,
+        weights_only: bool | None = None,  # noqa: FBT001  # as Lightning has it
+    ) -> dict[str, Any]:
+        """The whole checkpoint, on ``map_location`` if that is a device, else on the CPU. A ``.ckpt`` file that torch
+        wrote is read, too, if it holds tensors and plain values only. Nothing is unpickled without ``allow_pickle``,
+        whatever ``weights_only`` says.
+        """
+        if self._last is not None:
+            self._last.result()
+        device = map_location if isinstance(map_location, (str, torch.device)) else "cpu"
+        load: CheckpointFuture[Any] = self._checkpointer.load(path, device=device, allow_pickle=self._allow_pickle)
+        state: dict[str, Any] = load.result()
+        return state
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Deletes the checkpoint, as soon as what was saved before this call is committed. It stays if that fails."""
+        if not os.path.lexists(path) and self._last is None:
+            raise CheckpointNotFound(f"there is no {os.fspath(path)}", path=os.fspath(path))
+        if self._last is None:
+            _delete(path)
+            return
+        self._last.committed.add_done_callback(
+            lambda saved: _delete(path) if saved.exception() is None else _logger.warning("%s is kept", path)
+        )
+
+    def teardown(self) -> None:
+        """Waits until all is committed; raises if a save failed that nobody has looked at."""
+        opened, self._opened, self._last = self._opened, None, None
+        if opened is not None:
+            opened.close()
+
+
+def _delete(path: str | os.PathLike[str]) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def _plain(value: Any) -> Any:
+    """``AttributeDict``, as which Lightning keeps hyperparameters, as a dict."""
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, AttributeDict) else value

@@ -1,0 +1,90 @@
+"""The Lightning plugin in a real, tiny ``Trainer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncdcp.errors import CheckpointNotFound, InvalidOption
+
+lightning = pytest.importorskip("lightning")
+
+from asyncdcp.interop.lightning import AsyncDCPCheckpointIO  # noqa: E402  # only where Lightning is installed
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about everything a tiny trainer lacks
+
+
+class Net(lightning.LightningModule):  # type: ignore[misc,name-defined]  # not typed where it is not installed
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(width, 1)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        loss = self.layer(batch).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+
+
+def data() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return torch.utils.data.DataLoader(torch.randn(16, 4, generator=generator), batch_size=4)  # type: ignore[arg-type]  # a tensor has len and items
+
+
+def trainer(root: Path, epochs: int, keep: int = 1) -> Any:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    return lightning.Trainer(
+        max_epochs=epochs,
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(root / "kept", filename="{epoch}", save_top_k=keep, monitor="epoch", mode="max")],
+        plugins=[AsyncDCPCheckpointIO(process=False)],
+    )
+
+
+def test_a_fit_resumes_bit_by_bit(tmp_path: Path) -> None:
+    lightning.seed_everything(0, verbose=False)
+    whole = Net()
+    start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    trainer(tmp_path / "whole", 3).fit(whole, data())
+    first, second = Net(), Net()
+    first.load_state_dict(start)
+    trainer(tmp_path / "parts", 2).fit(first, data())
+    (kept,) = (tmp_path / "parts" / "kept").iterdir()
+    assert kept.is_dir(), "of the two checkpoints the first was removed"
+    trainer(tmp_path / "parts", 3).fit(second, data(), ckpt_path=kept)
+    assert first.losses + second.losses == whole.losses
+    assert torch.equal(second.layer.weight, whole.layer.weight)
+
+
+def test_removed_only_once_the_newer_one_is_committed(tmp_path: Path) -> None:
+    plugin = AsyncDCPCheckpointIO(process=False)
+    for number in range(2):
+        plugin.save_checkpoint({"w": torch.full((3,), number)}, tmp_path / str(number))
+    plugin.remove_checkpoint(tmp_path / "0")
+    assert torch.equal(plugin.load_checkpoint(tmp_path / "1")["w"], torch.ones(3, dtype=torch.int64))
+    plugin.teardown()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_wrong_words(tmp_path: Path) -> None:
+    plugin = AsyncDCPCheckpointIO(process=False)
+    with pytest.raises(InvalidOption, match="storage_options"):
+        plugin.save_checkpoint({}, tmp_path / "a", storage_options={})
+    with pytest.raises(CheckpointNotFound, match="there is no"):
+        plugin.remove_checkpoint(tmp_path / "a")
+    with pytest.raises(CheckpointNotFound):
+        plugin.load_checkpoint(tmp_path / "a")
+    plugin.teardown()
