@@ -80,6 +80,10 @@ class StateMismatch(UsageError, ValueError):
         self.mismatched = tuple(mismatched)
 
 
+class ReplicaMismatch(UsageError, ValueError):
+    """Ranks hold different things under one name, of which only one would be kept; ``tensors`` are the names."""
+
+
 class CheckpointNotFound(UsageError, FileNotFoundError):
     """There is no committed checkpoint at the path."""
 
@@ -127,6 +131,12 @@ class SaveSkipped(SaveInterrupted):
 
 class SaveAborted(SaveInterrupted):
     """The save lost its Record to an abort, whose rank and cause the message names."""
+
+
+class StructureChanged(SaveAborted):
+    """What the ranks wrote does not cover what they hold: on one of them the state's structure has changed since they
+    divided it among themselves. They agree anew, and the next save is complete.
+    """
 
 
 class Cancelled(AsyncDCPError):

@@ -16,18 +16,20 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
-from msgspec import structs
+from anyio import to_thread
 from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer.handle import SaveHandle
-from asyncdcp.checkpointer.jobs import make_job, plain_json
+from asyncdcp.checkpointer.jobs import plain_json
 from asyncdcp.checkpointer.loading import LoadRequest, load_state
 from asyncdcp.checkpointer.pending import PendingSaves
+from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner
 from asyncdcp.checkpointer.reading import ReadTask
 from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
+    AsyncDCPError,
     CheckpointerBusy,
     Closed,
     DeadlineExceeded,
@@ -39,17 +41,17 @@ from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import RunStamp
-from asyncdcp.names import make_save_id
+from asyncdcp.pipeline.descriptions import OtherWorld
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.pipeline.verify import VerifyReport, verify
-from asyncdcp.planning import PlanCache, SavePlan, Structure
-from asyncdcp.ranks import Ranks, find_ranks
+from asyncdcp.planning import Structure
+from asyncdcp.planning.division import Holdings
+from asyncdcp.ranks import Ranks, find_ranks, first_rank
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
-from asyncdcp.state_dict.flatten import flatten
+from asyncdcp.state_dict.flatten import FlatState, flatten
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import select
-from asyncdcp.state_dict.structure import StructureCache
 from asyncdcp.storage import MemoryStorage, Storage, open_storage
 from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
@@ -108,12 +110,9 @@ class AsyncCheckpointer:
         self._chain.warn_of_order(stacklevel=2)
         self._registry = (registry or ExtensionRegistry()).with_instances(extensions)
         self._lock = threading.Lock()
-        self._structures = StructureCache()
-        self._plans = PlanCache()
+        self._planner = SavePlanner(self.ranks, self._options, self._chain)
         pipeline = ProcessPipeline(self._options) if process else ThreadPipeline()
         self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes), pipeline)
-        self._run_id = uuid.uuid4().hex
-        self._attempts: dict[str, int] = {}
         self._pending = PendingSaves(self._options.on_error)
         self._eager = EagerBudget(self._options.eager_bytes)
         self._guards: list[Guard] = []
@@ -126,6 +125,19 @@ class AsyncCheckpointer:
             exit_deadline=self._options.close_deadline,
             grace=min(self._options.settle_seconds, 5.0),
         )
+        self._planner.run_id = self._agree_on_run(uuid.uuid4().hex)
+
+    def _agree_on_run(self, run_id: str) -> str:
+        """Rank 0's. Waits until all ranks have made their checkpointer."""
+        if self.ranks.world_size == 1:
+            return run_id
+        try:
+            agreed = self._engine.submit(self.ranks.decide, "the making of a checkpointer", run_id.encode(), first_rank)
+            return agreed.result().decode()
+        except BaseException:
+            self._closed = True
+            self._engine.close(0)
+            raise
 
     # ── save ──
 
@@ -158,36 +170,36 @@ class AsyncCheckpointer:
         begun = time.monotonic()
         self._check_open()
         storage = open_storage(path)
-        attempt = self._count(storage.info.location)
-        self._pending.surface()
-        user = plain_json("metadata", metadata)
-        with self._pending.entering() as busy:
-            if busy and self._options.when_busy != "queue":
-                return self._refuse(storage.info.location)
-            self._warn_volatile(storage)
-            self._lanes.pipeline.warn_unless_travels(storage, self._chain)
-            flat = flatten(state_dict, allow_pickle=allow_pickle)
-            if keys is not None:
-                flat = select(flat, keys)
-            described = self._structures.describe(flat)
-            plan = self._plan(described.structure)
-            save_id = make_save_id(self._run_id, storage.info.location, attempt)
-            job = make_job(
-                save_id,
-                plan,
-                flat.values,
-                self._options.save_deadline,
-                overwrite=overwrite,
-                metadata=user,
-                transforms=self._chain.descriptors,
-            )
-            job = structs.replace(job, run=run)
-            trace = self._trace(sum(image.size for image in plan.images), on_progress)
-            statefuls = (taken.stateful for taken in flat.statefuls.values())
-            sources = Sources(described.sources, self._active_guards(), statefuls, self._eager)
-            return self._begin(SaveRequest(job, storage, plan, sources, trace, begun, self._chain))
+        name = self._planner.name(storage.info.location)
+        try:
+            self._pending.surface()
+            order = SaveOrder(name, storage, overwrite, plain_json("metadata", metadata), run)
+            with self._pending.entering() as busy:
+                if busy and self._options.when_busy != "queue":
+                    return self._refuse(name, storage)
+                self._warn_volatile(storage)
+                self._lanes.pipeline.warn_unless_travels(storage, self._chain)
+                flat = flatten(state_dict, allow_pickle=allow_pickle)
+                return self._begin(order, flat if keys is None else select(flat, keys), on_progress, begun)
+        except AsyncDCPError as error:
+            self._tell_peers(name, storage, error)
+            raise
 
-    def _begin(self, request: SaveRequest) -> SaveHandle:
+    def _begin(self, order: SaveOrder, flat: FlatState, on_progress: OnProgress | None, begun: float) -> SaveHandle:
+        described = self._planner.describe(flat)
+        trace = self._trace(0, on_progress)
+        statefuls = (taken.stateful for taken in flat.statefuls.values())
+        sources = Sources(list(described.sources), self._active_guards(), statefuls, self._eager)
+        request = SaveRequest(
+            order.storage,
+            self._planner.planning(order, flat, described, sources, trace),
+            partial(self._planner.tell_peers, order.name, order.storage),
+            partial(self._engine.submit, self._planner.renew, order.name),
+            sources,
+            trace,
+            begun,
+            self._chain,
+        )
         task = SaveTask(request, self._engine, self._lanes, self._options)
         with self._lock:
             if self._closed:
@@ -196,24 +208,32 @@ class AsyncCheckpointer:
             self._pending.add(task.handle)
         return task.handle
 
-    def _count(self, location: str) -> int:
-        """The number of this call of ``save`` for the location. Whatever becomes of the call, it counts, so that all
-        ranks agree on the next one's.
-        """
-        with self._lock:
-            self._attempts[location] = self._attempts.get(location, 0) + 1
-            return self._attempts[location]
+    def _tell_peers(self, name: SaveName, storage: Storage, error: AsyncDCPError) -> None:
+        """Of a save that this rank has refused."""
+        if self.ranks.world_size > 1:
+            with suppress(Closed):
+                self._engine.submit(self._planner.tell_peers, name, storage, error)
 
     def prepare(self, state_dict: Mapping[Any, Any]) -> CheckpointFuture[None]:
         """Plans saves of this structure, takes the arena's memory and starts the background process ahead, so that the
         first save is as fast as the next.
 
-        Nothing is copied or written. Raises as ``save`` does for what cannot be stored; the future raises
-        ``MemoryLimit``.
+        Nothing is copied or written. Several ranks agree on who writes what, so all of them call it. Raises as ``save``
+        does for what cannot be stored; the future raises ``MemoryLimit``, ``ReplicaMismatch``, ``PeerFailed``.
         """
         self._enter()
-        plan = self._plan(self._structures.describe(flatten(state_dict)).structure)
-        return self._engine.submit(self._lanes.prepare, len(plan.slabs), name="prepare")
+        flat = flatten(state_dict)
+        described = self._planner.describe(flat)
+        if self.ranks.world_size == 1:
+            plan = self._planner.plan(described.structure)
+            return self._engine.submit(self._lanes.prepare, len(plan.slabs), name="prepare")
+        held = self._planner.held(flat, described, marked=True)
+        return self._engine.submit(self._prepare, described.structure, held, name="prepare")
+
+    async def _prepare(self, structure: Structure, held: Holdings) -> None:
+        share = await self._planner.agreements.prepare(structure, held)
+        plan = await to_thread.run_sync(self._planner.plan, share.structure)
+        await self._lanes.prepare(len(plan.slabs))
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
         """Makes every ``step`` of the optimizers wait until pending saves have copied their tensors; nothing else
@@ -265,12 +285,9 @@ class AsyncCheckpointer:
         with self._lock:
             return [guard for guard in self._guards if guard.active]
 
-    def _plan(self, structure: Structure) -> SavePlan:
-        with self._lock:
-            return self._plans.get(structure)
-
-    def _refuse(self, location: str) -> SaveHandle:
+    def _refuse(self, name: SaveName, storage: Storage) -> SaveHandle:
         """What becomes of a save while another is under way, if it is not to wait."""
+        location = storage.info.location
         if self._options.when_busy == "error":
             raise CheckpointerBusy(
                 f"the save to {location} was refused: an earlier one is under way, and when_busy='error'", path=location
@@ -279,6 +296,7 @@ class AsyncCheckpointer:
         skipped = SaveSkipped(
             f"the save to {location} was skipped: an earlier one is under way, and when_busy='skip'", path=location
         )
+        self._tell_peers(name, storage, skipped)
         handle.staged.set_exception(skipped)
         handle.committed.set_exception(skipped)
         return handle
@@ -319,6 +337,7 @@ class AsyncCheckpointer:
         device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Any]: ...
 
@@ -335,6 +354,7 @@ class AsyncCheckpointer:
         device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[StateT]: ...
 
@@ -350,6 +370,7 @@ class AsyncCheckpointer:
         device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Any]:
         """Begins to load the checkpoint at ``path``; resolves to the state, with a ``LoadReport`` at the future's
@@ -370,7 +391,12 @@ class AsyncCheckpointer:
         names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation checkpointing) match by
         themselves. - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on
         the meta device need; new ones are where the old ones were, or on ``device`` for meta. - ``allow_pickle=True``
-        also unpickles what was saved so: it runs code of the checkpoint's choosing.
+        also unpickles what was saved so: it runs code of the checkpoint's choosing. - ``per_rank`` says what a rank
+        gets of ``PerRank`` values that were saved by another number of ranks: an error, rank 0's, or with "drop"
+        nothing, so that what it has stays.
+
+        Several ranks load together: all of them call it, all get the same checkpoint, each reads what it holds, and if
+        one of them fails, all do, before any ``load_state_dict`` is called.
 
         ``ChecksumMismatch`` names file, block and tensors; targets may then be partly written. Also
         ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``,
@@ -385,11 +411,22 @@ class AsyncCheckpointer:
             device=torch.device(device),
             assign=assign,
             allow_pickle=allow_pickle,
+            per_rank=per_rank,
         )
         storage = open_storage(path)
         flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
         staged = None if state is None else self._all_staged()
-        request = LoadRequest(storage, state, flat, options, self._trace(0, on_progress), staged, self._registry)
+        request = LoadRequest(
+            storage,
+            state,
+            flat,
+            options,
+            self._trace(0, on_progress),
+            staged,
+            self.ranks,
+            self._options.load_deadline,
+            self._registry,
+        )
         hint = "; tensors loaded in place may still be written to"
         return self._read("load", storage, partial(load_state, request), hint)
 

@@ -31,7 +31,7 @@ def make_job(  # noqa: PLR0913  # each is a word of the verb, or follows from th
     metadata: dict[str, Any],
     transforms: Sequence[str] = (),
 ) -> SaveJob:
-    """The job of one rank's save."""
+    """The job of one rank's save, as if it were the only one."""
     rank = plan.structure.rank
     names = [data_name(save_id, rank, number, transforms) for number in range(len(plan.images))]
     return SaveJob(

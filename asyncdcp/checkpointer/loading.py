@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
+import zstandard
 from anyio import to_thread
 
-from asyncdcp.errors import CorruptCheckpoint
+from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
-from asyncdcp.pipeline.formats import open_checkpoint
+from asyncdcp.pipeline.descriptions import Description, Viewer, describe
+from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
 from asyncdcp.pipeline.load import load
+from asyncdcp.pipeline.reader import CheckpointReader
+from asyncdcp.pipeline.union import check_sizes
 from asyncdcp.planning import Want, plan_load
+from asyncdcp.ranks import Ranks, together
 from asyncdcp.results import LoadReport, frozen
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.matching import match
+from asyncdcp.state_dict.matching import match, unexpected_everywhere
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import leaves, prune
@@ -42,7 +49,13 @@ class LoadRequest:
     options: LoadOptions
     trace: Trace
     after: CheckpointFuture[None] | None
+    ranks: Ranks
+    deadline: float
     registry: ExtensionRegistry | None = None
+
+    @property
+    def location(self) -> str:
+        return self.storage.info.location
 
 
 async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
@@ -52,18 +65,23 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     if request.after is not None:
         await request.after
     begun = time.monotonic()
-    async with aclosing(await open_checkpoint(request.storage, request.registry)) as reader:
+    async with aclosing(await open_shared(request)) as reader:
         into: _InPlace | _Anew = (
             _Anew(request, reader.metadata) if request.flat is None else _InPlace(request, reader.metadata)
         )
-        wants, targets = await to_thread.run_sync(into.bind)
+        wants, targets = await bind_together(request, into)
         plan = await to_thread.run_sync(plan_load, reader.metadata, wants)
         request.trace.total = plan.read_bytes
-        await load(reader, plan, targets, request.trace)
+
+        async def read() -> bytes:
+            await load(reader, plan, targets, request.trace)
+            return b""
+
+        await together(request.ranks, f"the reading of {request.location}", read, deadline=request.deadline)
         with request.trace.span("restore"):
             state = await to_thread.run_sync(into.finish)
     report = LoadReport(
-        path=request.storage.info.location,
+        path=request.location,
         save_id=reader.metadata.storage_meta.save_id,
         tensors=len(wants),
         read_bytes=plan.read_bytes,
@@ -73,6 +91,68 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     return state, report
 
 
+async def open_shared(request: LoadRequest) -> ReadableCheckpoint:
+    """The checkpoint, which is the same on all ranks: rank 0 finds it and reads what describes it, the others hear that
+    from it. A checkpoint of another format is opened by each rank.
+    """
+    ranks, storage = request.ranks, request.storage
+    viewer = Viewer(ranks.rank, ranks.world_size, request.options.per_rank)
+    if ranks.world_size == 1:
+        return await open_checkpoint(storage, viewer, request.registry)
+    found: list[CheckpointReader] = []
+
+    async def find() -> bytes:
+        if ranks.rank:
+            return b""
+        try:
+            description = await describe(storage, request.registry)
+        except CheckpointNotFound:
+            await (
+                await open_checkpoint(storage, viewer, request.registry)
+            ).aclose()  # of another format, or there is none
+            return b""
+        found.append(await CheckpointReader.of(storage, description, viewer, request.registry))
+        check_sizes(found[0].files, await storage.list())
+        return await to_thread.run_sync(_packed, description)
+
+    packed = await together(ranks, f"the opening of {request.location}", find, deadline=request.deadline)
+    if not packed:
+        return await open_checkpoint(storage, viewer, request.registry)
+    if found:
+        return found[0]
+    return await CheckpointReader.of(storage, await to_thread.run_sync(_unpacked, packed), viewer, request.registry)
+
+
+async def bind_together(request: LoadRequest, into: _InPlace | _Anew) -> tuple[list[Want], list[TensorTarget]]:
+    """Wants and targets of this rank. What is in the checkpoint and not in its state may be another rank's: it is
+    unexpected if it is so on all of them. Whatever is wrong on one rank, no rank reads anything.
+    """
+    bound: list[tuple[list[Want], list[TensorTarget]]] = []
+
+    async def bind() -> bytes:
+        bound.append(await to_thread.run_sync(into.bind))
+        return msgspec.msgpack.encode(into.unexpected)
+
+    await together(request.ranks, f"what is loaded from {request.location}", bind, partial(_all_expected, request))
+    return bound[0]
+
+
+def _all_expected(request: LoadRequest, told: Sequence[bytes]) -> bytes:
+    left: list[list[str]] = [msgspec.msgpack.decode(names, type=list[str]) for names in told]
+    nobodys = set(left[0]).intersection(*left[1:])
+    if nobodys and request.options.strict:
+        raise unexpected_everywhere(request.location, [name for name in left[0] if name in nobodys])
+    return b""
+
+
+def _packed(description: Description) -> bytes:
+    return zstandard.compress(msgspec.msgpack.encode(description), 1)
+
+
+def _unpacked(packed: bytes) -> Description:
+    return msgspec.msgpack.decode(zstandard.decompress(packed), type=Description)
+
+
 class _Anew:
     """A load that makes a new state of CPU tensors, or on ``options.device``; with ``options.keys``, a part of one."""
 
@@ -80,6 +160,7 @@ class _Anew:
         self._options = request.options
         self._metadata = metadata
         self._state: Any = None
+        self.unexpected: list[str] = []
 
     def bind(self) -> tuple[list[Want], list[TensorTarget]]:
         """Makes the state, its tensors still without content: a damaged tree is found before anything is read."""
@@ -118,13 +199,16 @@ class _InPlace:
         self._options = request.options
         self._metadata = metadata
         self._restorer: Restorer | None = None
+        self._alone = request.ranks.world_size == 1
+        self.unexpected: list[str] = []
 
     def bind(self) -> tuple[list[Want], list[TensorTarget]]:
         """Matches state and checkpoint; ``StateMismatch`` otherwise. Makes the tensors that have no target."""
         metadata, options = self._metadata, self._options
         tree, values = decoded(metadata)
         nodes = TreeNodes(tree, options.renamed)
-        found = match(self._flat, metadata, nodes, options)
+        found = match(self._flat, metadata, nodes, options, alone=self._alone)
+        self.unexpected = found.unexpected
         made = new_tensors(metadata, found.fresh, found.alike)
         found.add_fresh(made)
         self._restorer = Restorer(self._flat, found, nodes, values, options)

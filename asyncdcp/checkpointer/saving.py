@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.turns import Turn, TurnQueue
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, ungrouped
+from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, StructureChanged, ungrouped
 from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
@@ -25,13 +26,26 @@ from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a save's plan is, and what the pipeline is told of it."""
+
+    plan: SavePlan
+    job: SaveJob
+
+
 @dataclass
 class SaveRequest:
-    """A save as the caller's thread hands it over. ``sources`` are dropped as soon as they are staged."""
+    """A save as the caller's thread hands it over. ``sources`` are dropped as soon as they are staged.
 
-    job: SaveJob
+    ``plan`` is called once the save's turn has come, and may have to agree with other ranks; it leaves in ``sources``
+    what this rank writes. ``tell_peers`` says to these that the save is given up before a pipeline knows of it.
+    """
+
     storage: Storage
-    plan: SavePlan
+    plan: Callable[[], Awaitable[Planned]]
+    tell_peers: Callable[[AsyncDCPError], Awaitable[None]]
+    renew: Callable[[], object]
     sources: Sources
     trace: Trace
     begun: float
@@ -89,6 +103,9 @@ class SaveTask:
         self._staging = Turn()
         self._writing = Turn()
         self._attempt: _Attempt | None = None
+        self._planned: Planned | None = None
+        self._planning: anyio.CancelScope | None = None
+        self._reached_pipeline = False
         self._error: AsyncDCPError | None = None
         self._copying: anyio.CancelScope | None = None
         self._staged_seconds = 0.0
@@ -108,6 +125,10 @@ class SaveTask:
         try:
             saved = await self._save()
         except AsyncDCPError as error:
+            if not self._reached_pipeline:
+                await self._request.tell_peers(error)
+            elif isinstance(error, StructureChanged):
+                self._request.renew()
             self._settle(error)
         except BaseException as error:
             self._settle(_unexpected(error))
@@ -124,9 +145,10 @@ class SaveTask:
 
     async def _save(self) -> Saved:
         await self._turn(self._staging)
+        self._planned = planned = await self._plan()
         saved: Saved | None = None
         while saved is None:
-            self._attempt = attempt = self._begin()
+            self._attempt = attempt = self._begin(planned)
             try:
                 saved = await self._stage_and_write(attempt)
             finally:
@@ -138,12 +160,20 @@ class SaveTask:
         if self._error is not None:
             raise self._error
 
-    def _begin(self) -> _Attempt:
+    async def _plan(self) -> Planned:
+        with anyio.CancelScope() as self._planning:
+            planned = await self._request.plan()
+            self._request.plan = _never  # it holds the state's tensors
+            return planned
+        assert self._error is not None
+        raise self._error
+
+    def _begin(self, planned: Planned) -> _Attempt:
         request = self._request
-        arena = self._arenas.acquire(len(request.plan.slabs))
-        stager = CheckpointStager(request.plan, arena, request.trace)
+        arena = self._arenas.acquire(len(planned.plan.slabs))
+        stager = CheckpointStager(planned.plan, arena, request.trace)
         free = partial(_free, arena, stager)
-        session = SessionRequest(request.job, request.storage, arena.arena, free, request.trace, request.chain)
+        session = SessionRequest(planned.job, request.storage, arena.arena, free, request.trace, request.chain)
         return _Attempt(arena, stager, self._lanes.pipeline.open(session))
 
     async def _stage_and_write(self, attempt: _Attempt) -> Saved | None:
@@ -163,7 +193,7 @@ class SaveTask:
                         raise self._error
                     if attempt.staged or attempt.session.begun or not attempt.arena.abandoned:
                         self._limit(self._options.save_deadline + self._options.settle_seconds)
-                        attempt.writing = True
+                        attempt.writing = self._reached_pipeline = True
                         saved = await attempt.session.run()
                 finally:
                     tasks.cancel_scope.cancel()
@@ -192,6 +222,8 @@ class SaveTask:
     def _give_up(self, error: AsyncDCPError, kind: str) -> None:
         """A save that waits for its turn ends at once and leaves no trace; one under way is told to end."""
         self._error = self._error or error
+        if self._planning is not None and self._planned is None:
+            self._planning.cancel()
         if self._copying is not None:
             self._copying.cancel()  # at once, whatever the pipeline has still to settle: a guarded step may wait for it
         else:
@@ -260,11 +292,13 @@ class SaveTask:
 
     def _result(self, saved: Saved) -> SaveResult:
         request = self._request
+        assert self._planned is not None
+        job = self._planned.job
         return SaveResult(
             path=self.handle.path,
             save_id=saved.save_id,
-            tensors=request.job.tensors,
-            tensor_bytes=request.job.tensor_bytes,
+            tensors=job.tensors,
+            tensor_bytes=job.tensor_bytes,
             stored_bytes=saved.stored_bytes,
             staged_seconds=self._staged_seconds,
             durable_seconds=time.monotonic() - request.begun,
@@ -273,6 +307,10 @@ class SaveTask:
             replaced=tuple(saved.replaced),
             spans=tuple(request.trace.spans),
         )
+
+
+async def _never() -> Planned:
+    raise AssertionError("a save is planned once")
 
 
 def _free(arena: StagingArena, stager: CheckpointStager, slot: int) -> None:

@@ -17,6 +17,7 @@ from anyio import to_thread
 from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.metadata import Metadata
+from asyncdcp.pipeline.descriptions import Viewer
 from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
 from asyncdcp.storage.foreign import ForeignPlace, foreign_place
 from asyncdcp.storage.port import Storage
@@ -54,18 +55,21 @@ ForeignReader: TypeAlias = Callable[[ForeignPlace], Awaitable[ReadableCheckpoint
 and reads no tensor yet."""
 
 
-async def open_checkpoint(storage: Storage, registry: ExtensionRegistry | None = None) -> ReadableCheckpoint:
+async def open_checkpoint(
+    storage: Storage, viewer: Viewer | None = None, registry: ExtensionRegistry | None = None
+) -> ReadableCheckpoint:
     """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
     ``registry`` finds the extensions that its data needs.
 
-    Raises as ``CheckpointReader.open`` does; ``CheckpointNotFound`` names readers that could not be loaded.
+    Raises as ``CheckpointReader.open`` does, which says what ``viewer`` is; ``CheckpointNotFound`` names readers that
+    could not be loaded.
     """
     place = await to_thread.run_sync(foreign_place, storage)
     location = storage.info.location
     missing = CheckpointNotFound(f"no checkpoint at {location}", path=location)
     if place.name is None:
         try:
-            return await CheckpointReader.open(storage, registry=registry)
+            return await CheckpointReader.open(storage, viewer, registry)
         except CheckpointNotFound as error:
             missing = error
     broken = []

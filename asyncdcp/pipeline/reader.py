@@ -203,6 +203,7 @@ class CheckpointReader(RangeReader):
         self._save_id = record.save_id
         self.record = record
         self.metadata = metadata
+        self.files = files.values()
 
     @classmethod
     async def open(
@@ -228,7 +229,7 @@ class CheckpointReader(RangeReader):
         async def opened(record: Record) -> CheckpointReader:
             found = await read_description(storage, record, seals)
             reader = await cls.of(storage, found, viewer or Viewer(), known, data=data)
-            check_sizes(reader._files.values(), await storage.list())
+            check_sizes(reader.files, await storage.list())
             return reader
 
         return await with_commit(storage, opened, seals)

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import anyio
 from anyio import to_thread
 
-from asyncdcp.errors import AsyncDCPError, CheckpointExists, CommitUnknown, CorruptCheckpoint, Fenced, StorageError
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    CheckpointExists,
+    CommitUnknown,
+    CorruptCheckpoint,
+    DeadlineExceeded,
+    Fenced,
+    PeerFailed,
+    ReplicaMismatch,
+    SaveSkipped,
+    StorageError,
+    StructureChanged,
+)
 from asyncdcp.extensions import PLAIN, Chain, Seals
-from asyncdcp.metadata import IndexRef, Record, Summary, Unseal, encode_record, trusting
+from asyncdcp.metadata import Index, IndexRef, Record, Summary, Unseal, encode_record, trusting
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
 from asyncdcp.pipeline.messages import SaveJob
 from asyncdcp.pipeline.records import live_commits, read_index, read_record, read_records
-from asyncdcp.pipeline.union import check_sizes, unite
+from asyncdcp.pipeline.union import Union, check_sizes, differing_values, unite
+from asyncdcp.planning.division import replica_mismatch
 from asyncdcp.storage.port import Storage
 
 _POLL_SECONDS = 0.02
 _POLL_LIMIT_SECONDS = 2.0
+_LOOK_SECONDS = 5.0
+"""How long a rank looks for whose fault a deadline is."""
 
 _FAILED = {
     Action.LIST: Event.GIVE_UP,
@@ -33,6 +49,15 @@ _FAILED = {
     Action.PUBLISH: Event.STORAGE_FAILED,
 }
 """What it means that an action raised, whatever it raised."""
+
+
+_KINDS: dict[type[AsyncDCPError], str] = {
+    StructureChanged: "structure",
+    ReplicaMismatch: "mismatch",
+    SaveSkipped: "skipped",
+    Cancelled: "cancelled",
+}
+"""Errors that are no one rank's, or that others are told by their kind; in an abort's cause before the message."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +149,8 @@ class Settlement:
             try:
                 event = await perform[action]()
             except Exception as error:  # noqa: BLE001  # every rank must come to a final state
-                self._give_up.set(Reason("failed", known_error(error, self._storage.info.location)))
+                known = known_error(error, self._storage.info.location)
+                self._give_up.set(Reason(_KINDS.get(type(known), "failed"), known))
                 event = _FAILED[action]
         return self.machine.state
 
@@ -163,7 +189,7 @@ class Settlement:
         await self._storage.barrier()  # an index can be seen before its rank has made its name durable
         ranks = range(job.world_size)
         stored = [await read_index(self._storage, job.save_id, rank, unseal=self._unseal) for rank in ranks]
-        union = await to_thread.run_sync(unite, [found.content for found in stored])
+        union = await to_thread.run_sync(_united, [found.content for found in stored])
         check_sizes(union.files.values(), await self._storage.list())
         self._indexes = [found.ref for found in stored]
         stored_bytes = sum(file.stored_size for file in union.files.values())
@@ -175,9 +201,29 @@ class Settlement:
         )
 
     async def _claim_abort(self) -> Event:
+        await self._name_the_missing()
         reason = self._give_up.reason
         cause = f"{reason.kind}: {reason.error}" if reason else "the commit could not be claimed"
         return await self._claim(self._new_record("abort", rank=self._job.rank, cause=cause))
+
+    async def _name_the_missing(self) -> None:
+        """A deadline that has passed is somebody's fault: that of the ranks whose Index is not there, if that can be
+        seen.
+        """
+        job, reason = self._job, self._give_up.reason
+        if job.world_size == 1 or self._own is None or reason is None or reason.kind != "deadline":
+            return
+        with anyio.move_on_after(_LOOK_SECONDS):
+            try:
+                names = await self._storage.list()
+            except Exception:  # noqa: BLE001  # the abort matters more than whom it names
+                return
+            missing = [rank for rank in range(job.world_size) if index_name(job.save_id, rank) not in names]
+            if missing:
+                shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+                error = DeadlineExceeded(f"{reason.error}; what is missing is of rank {shown}", path=reason.error.path)
+                error.rank = missing[0]
+                self._give_up.reason = Reason(reason.kind, error)
 
     def _new_record(
         self,
@@ -239,6 +285,42 @@ class Settlement:
         """A commit that another process claimed is durable for this rank once its directory is, from here."""
         await self._storage.barrier()
         return Event.PUBLISHED
+
+
+def _united(indexes: Sequence[Index]) -> Union:
+    """The indexes' union. ``StructureChanged`` where they do not fit together; ``ReplicaMismatch`` where plain values
+    that are no rank's own differ, of which a reader would see only one.
+    """
+    try:
+        union = unite(indexes)
+    except CorruptCheckpoint as error:
+        raise StructureChanged(
+            f"what the ranks hold does not fit together any more ({error}); they agree anew, and the next save is "
+            "complete",
+            tensors=error.tensors,
+        ) from error
+    differing = differing_values(indexes)
+    if differing:
+        raise replica_mismatch(
+            list(differing), [f"{name} has another value on rank {rank}" for name, rank in differing.items()]
+        )
+    return union
+
+
+def peer_error(record: Record, location: str) -> AsyncDCPError:
+    """What a rank raises for another's abort: by its kind where that concerns all ranks alike, else ``PeerFailed``."""
+    kind, _, text = (record.cause or "").partition(": ")
+    found = next((error for error, known in _KINDS.items() if known == kind), PeerFailed)
+    if found in (PeerFailed, Cancelled):
+        return PeerFailed(f"rank {record.rank} gave the save up: {record.cause}", path=location, rank=record.rank)
+    return found(text, path=location, rank=record.rank)
+
+
+def abort_record(save_id: str, ranks: tuple[int, int], error: AsyncDCPError, versions: dict[str, str]) -> Record:
+    """The abort of a save that did not come to a pipeline. ``ranks`` are this one and how many there are."""
+    rank, world_size = ranks
+    cause = f"{_KINDS.get(type(error), 'failed')}: {error}"
+    return Record(save_id, "abort", time.time(), world_size, versions, rank=rank, cause=cause)
 
 
 async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trusting) -> list[Record]:

@@ -137,6 +137,18 @@ def unite(indexes: Sequence[Index], viewer: int | None = 0) -> Union:
     return union
 
 
+def differing_values(indexes: Sequence[Index]) -> dict[str, int]:
+    """Names of plain values that are no rank's own, and that a rank has otherwise than a lower one; with that rank."""
+    own = frozenset(name for index in indexes for name in index.plan.own)
+    first: dict[str, bytes] = {}
+    differing: dict[str, int] = {}
+    for index in indexes:
+        for name, value in index.values.items():
+            if name not in own and first.setdefault(name, bytes(value)) != bytes(value):
+                differing.setdefault(name, index.rank)
+    return differing
+
+
 def _unite_values(union: Union, indexes: Sequence[Index], viewer: int | None) -> None:
     """Values and tree: those of the viewer first, then what other ranks have besides."""
     ordered = sorted(indexes, key=lambda index: index.rank != viewer)

@@ -16,7 +16,7 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, PeerFailed, SaveAborted, ungrouped
+from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, SaveAborted, ungrouped
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
@@ -24,7 +24,7 @@ from asyncdcp.names import belongs_to, index_name, record_name
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import Saved, SaveJob
-from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits, known_error
+from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits, known_error, peer_error
 from asyncdcp.pipeline.transform import Piece, SlabSource, Stage, StoredFile, checksum_slabs, encode_slabs
 from asyncdcp.storage.port import ObjectWriter, Storage
 from asyncdcp.trace import Trace
@@ -239,7 +239,7 @@ class CheckpointWriter:
         elif reason is not None and not isinstance(reason.error, CommitUnknown):
             return reason.error
         elif reason is None and record is not None and record.rank not in (None, self._job.rank):
-            error = PeerFailed(f"rank {record.rank} gave the save up: {record.cause}", path=location, rank=record.rank)
+            error = peer_error(record, location)
         else:  # the claim of the commit was not heard of, and then an abort won
             cause = record.cause if record else "unknown"
             error = SaveAborted(f"the save to {location} was given up: {cause}", path=location)

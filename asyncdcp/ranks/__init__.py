@@ -8,5 +8,6 @@ runs on.
 from asyncdcp.ranks.group import find_ranks
 from asyncdcp.ranks.port import Decide, Ranks, SoleRank, barrier, first_rank, gather
 from asyncdcp.ranks.store import StoreRanks
+from asyncdcp.ranks.together import together
 
-__all__ = ["Decide", "Ranks", "SoleRank", "StoreRanks", "barrier", "find_ranks", "first_rank", "gather"]
+__all__ = ["Decide", "Ranks", "SoleRank", "StoreRanks", "barrier", "find_ranks", "first_rank", "gather", "together"]

@@ -34,11 +34,11 @@ class Ranks(Protocol):
         """In seconds."""
         ...
 
-    async def decide(self, topic: str, told: bytes, decide: Decide) -> bytes:
+    async def decide(self, topic: str, told: bytes, decide: Decide, *, deadline: float | None = None) -> bytes:
         """Everyone tells rank 0, rank 0 decides, everyone hears the decision.
 
-        An error that ``decide`` raises is raised on rank 0 as it is, and elsewhere as the same class with the same
-        message if it is asyncdcp's, else as ``PeerFailed``.
+        An error that ``decide`` raises is raised on all ranks, as the same class with the same message if it is
+        asyncdcp's, else as ``PeerError``. ``deadline`` is for agreements that follow on long work.
         """
         ...
 
@@ -68,7 +68,7 @@ class SoleRank:
     world_size = 1
     deadline = 0.0
 
-    async def decide(self, topic: str, told: bytes, decide: Decide) -> bytes:
+    async def decide(self, topic: str, told: bytes, decide: Decide, *, deadline: float | None = None) -> bytes:
         """As ``Ranks``; ``decide`` runs at once."""
         return decide([told])
 

@@ -60,14 +60,14 @@ class StoreRanks:
         self._store = store
         self._turns: Counter[str] = Counter()
 
-    async def decide(self, topic: str, told: bytes, decide: Decide) -> bytes:
+    async def decide(self, topic: str, told: bytes, decide: Decide, *, deadline: float | None = None) -> bytes:
         """As ``Ranks``."""
-        key = self._next(topic)
+        key, limit = self._next(topic), deadline or self.deadline
         try:
-            with anyio.fail_after(self.deadline):
+            with anyio.fail_after(limit):
                 return await self._take_part(key, told, decide)
         except TimeoutError:
-            return await self._end_wait(topic, key)
+            return await self._end_wait(topic, key, limit)
         except anyio.get_cancelled_exc_class():
             with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True):
                 await self._fail(key, Cancelled(f"the agreement on {topic} was cancelled"), self.rank)
@@ -88,7 +88,7 @@ class StoreRanks:
             return data
         with anyio.move_on_after(self.deadline):
             return await self._hear(key, self.world_size - 1)
-        raise self._late(topic, [0])
+        raise self._late(topic, [0], self.deadline)
 
     async def announce(self, name: str, data: bytes) -> None:
         """As ``Ranks``."""
@@ -164,20 +164,20 @@ class StoreRanks:
             for name in told:
                 await self._delete_parts(name)
 
-    async def _end_wait(self, topic: str, key: str) -> bytes:
+    async def _end_wait(self, topic: str, key: str, limit: float) -> bytes:
         """The deadline has passed: this rank ends the agreement, unless another has, whose word then counts."""
-        error = self._late(topic, [0])
+        error = self._late(topic, [0], limit)
         with anyio.move_on_after(_LAST_WORD_SECONDS):
             missing = [rank for rank in range(self.world_size) if not await self._there(f"{key}/told/{rank}")]
-            error = self._late(topic, missing or [0])
+            error = self._late(topic, missing or [0], limit)
             await self._fail(key, error, error.rank)
             return await self._hear(key, self.world_size)
         raise error
 
-    def _late(self, topic: str, missing: Sequence[int]) -> PeerFailed:
+    def _late(self, topic: str, missing: Sequence[int], limit: float) -> PeerFailed:
         shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
         return PeerFailed(
-            f"rank {shown} did not come to the agreement on {topic} within {self.deadline:g} s (option "
+            f"rank {shown} did not come to the agreement on {topic} within {limit:g} s (option "
             "agreement_deadline): it failed, or does not make the calls that the others make",
             rank=missing[0],
         )

@@ -37,6 +37,17 @@ class Sources:
         self._marks: Marks = []
         self._passable, self._free = threading.Event(), threading.Event()
 
+    def select(self, picks: Sequence[tuple[int, int, int]]) -> None:
+        """Keeps what is to be written: of tensor ``number`` the rows ``begin <= i < end``, of a scalar all."""
+        watched = set(self.watched)
+        kept = [self.tensors[number] for number, _, _ in picks]
+        self._versions = [self._versions[number] for number, _, _ in picks]
+        self.watched = [place for place, (number, _, _) in enumerate(picks) if number in watched]
+        self.tensors[:] = [
+            tensor.detach().narrow(0, begin, end - begin) if tensor.dim() and end - begin != tensor.shape[0] else tensor
+            for tensor, (_, begin, end) in zip(kept, picks, strict=True)
+        ]
+
     def witness(self) -> Callable[[], list[int]]:
         """Looks at the watched tensors as copying begins; the result tells which have changed since the save was
         called.

@@ -24,6 +24,7 @@ from asyncdcp.state_dict.composed import compare
 from asyncdcp.state_dict.flatten import FlatState, Taken
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.pruning import own_leaves
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.subclasses import Subclass, cannot_be_made, inner_names, put_together
 
@@ -53,6 +54,9 @@ class Match:
     subclasses: dict[str, Subclass] = field(default_factory=dict)
     """The state's tensor subclasses, by their names in the checkpoint; ``add_fresh`` takes them into ``tensors``."""
 
+    unexpected: list[str] = field(default_factory=list)
+    """The checkpoint's names, as the state would have them, that a strict load would not expect, were it alone."""
+
     def add_fresh(self, made: Mapping[str, Tensor]) -> None:
         """Takes in the new tensors, by stored name; a subclass of such is made anew, of the target's class."""
         self.tensors.update({name: made[stored] for name, stored in self.ties.items()})
@@ -64,9 +68,22 @@ class Match:
         return self.tensors[self.sources[name]]
 
 
-def match(flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOptions) -> Match:
-    """Pairs the state's entries with the checkpoint's. ``StateMismatch`` lists everything that does not fit."""
-    return _Matcher(flat, metadata, nodes, options).run()
+def match(flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOptions, *, alone: bool = True) -> Match:
+    """Pairs the state's entries with the checkpoint's. ``StateMismatch`` lists everything that does not fit.
+
+    A rank that is not ``alone`` finds what it does not expect in ``unexpected`` instead: another may hold it.
+    """
+    matcher = _Matcher(flat, metadata, nodes, options)
+    matcher.alone = alone
+    return matcher.run()
+
+
+def unexpected_everywhere(path: str, names: Sequence[str]) -> StateMismatch:
+    """The error for what is in the checkpoint and in no rank's state."""
+    lines = [f"the states of all ranks together do not match the checkpoint at {path} (nothing was read):"]
+    lines += _listed("unexpected (only in the checkpoint)", names, ())
+    lines.append("  strict=False loads what both have and leaves the rest alone; rename= pairs other names")
+    return StateMismatch("\n".join(lines), path=path, unexpected=names)
 
 
 def canonical(name: str) -> str:
@@ -93,6 +110,7 @@ class _Matcher:
                 if options.keys is None and not self._state_decides(fqn, taken)
             )
         )
+        self.alone = True
         self._missing: list[str] = []
         self._unexpected: list[str] = []
         self._different: dict[str, str] = {}
@@ -108,8 +126,9 @@ class _Matcher:
                 self._target(name, source, filled)
             elif self._is_tensor(source) and not self._decided_by_checkpoint(name):
                 self._different[name] = "a plain value in the state, a tensor in the checkpoint"
-        if self._missing or self._unexpected or self._different:
+        if self._missing or self._different or (self._unexpected and self.alone):
             raise self._mismatch()
+        self._match.unexpected = self._unexpected
         self._refuse_new_subclasses()
         self._match.sources.update(self._subclass_pairs)
         self._add_fresh()
@@ -174,9 +193,13 @@ class _Matcher:
         if not options.strict:
             return
         if options.keys is None:
-            gone = (name for name in self._want if name not in self._match.sources and name not in told)
+            kept = own_leaves(self._flat.tree) if options.per_rank == "drop" else set()
+            gone = (name for name in self._want if name not in self._match.sources and name not in told | kept)
             self._missing = [name for name in gone if not self._decided_by_checkpoint(name)]
-            self._missing += [fqn for fqn in self._match.deciding if fqn not in self._nodes]
+            for fqn in self._match.deciding:
+                names = self._flat.statefuls[fqn].names
+                if fqn not in self._nodes and not (names and names <= kept):
+                    self._missing.append(fqn)
         left = (name for name, source in self._have.items() if source not in paired and name not in told)
         self._unexpected = [name for name in left if not self._decided_by_checkpoint(name)]
 

@@ -25,10 +25,13 @@ class LoadOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     assign: bool = False
     allow_pickle: bool = False
+    per_rank: Literal["error", "rank0", "drop"] = "error"
 
     def __post_init__(self) -> None:
         if self.cast not in ("error", "allow"):
             raise InvalidOption(f"cast takes 'error' or 'allow', not {self.cast!r}")
+        if self.per_rank not in ("error", "rank0", "drop"):
+            raise InvalidOption(f"per_rank takes 'error', 'rank0' or 'drop', not {self.per_rank!r}")
         if isinstance(self.keys, str):
             raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 
-from asyncdcp.errors import AsyncDCPError, CommitUnknown, PeerFailed, StorageError
+from asyncdcp.errors import AsyncDCPError, CommitUnknown, StorageError
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Record
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.commit import CommitMachine, State
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.records import read_record
-from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement
+from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, peer_error
 from asyncdcp.storage import Storage
 
 _logger = logging.getLogger("asyncdcp")
@@ -92,8 +92,7 @@ def _own(job: SaveJob, names: dict[str, int], *more: str) -> list[str]:
 def _error(job: SaveJob, storage: Storage, record: Record | None) -> AsyncDCPError | None:
     if record is None or record.rank is None or record.rank == job.rank:
         return None
-    location = storage.info.location
-    return PeerFailed(f"rank {record.rank} gave the save up: {record.cause}", path=location, rank=record.rank)
+    return peer_error(record, storage.info.location)
 
 
 def _saved(record: Record, storage: Storage) -> Saved:

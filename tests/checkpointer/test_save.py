@@ -273,7 +273,7 @@ def test_when_busy_skip_and_error(opened: Opened, faulty: Any, tmp_path: Path) -
         gate.release.set()
         assert first.result().tensors == 1
         save_id = checkpointer.save(target, {"w": torch.ones(1)}).result().save_id
-        assert save_id == make_save_id(checkpointer._run_id, str(target), 2)
+        assert save_id == make_save_id(checkpointer._planner.run_id, str(target), 2)
 
 
 def test_a_skipped_save_is_no_unseen_failure(opened: Opened, faulty: Any) -> None:
@@ -300,7 +300,7 @@ def test_every_call_counts_as_an_attempt(checkpointer: AsyncCheckpointer, faulty
     with pytest.raises(UnseenFailure):
         checkpointer.save(target, {"w": torch.ones(1)})
     handle = checkpointer.save(target, {"w": torch.ones(1)})
-    assert handle.result().save_id == make_save_id(checkpointer._run_id, str(target), 4)
+    assert handle.result().save_id == make_save_id(checkpointer._planner.run_id, str(target), 4)
 
 
 def test_an_existing_checkpoint_is_refused_without_a_trace(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:

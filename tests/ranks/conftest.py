@@ -1,15 +1,20 @@
-"""Ranks that are threads of one process and meet in a store in memory."""
+"""Ranks that are threads of one process: they meet in a store in memory, and save to one folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
+import torch
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them silently
 
-from asyncdcp.ranks import StoreRanks
+from asyncdcp import AsyncCheckpointer, Options
+from asyncdcp.boxes import Box
+from asyncdcp.ranks import SoleRank, StoreRanks
 
 Everywhere = Callable[..., list[Any]]
 
@@ -30,3 +35,86 @@ def everywhere() -> Iterator[Everywhere]:
             return [job.exception(60) or job.result() for job in jobs]
 
         yield run
+
+
+class Piece(torch.Tensor):
+    """A tensor of which this rank holds one box, as it says by torch's ``_Checkpointable`` protocol."""
+
+    local: torch.Tensor
+    box: Box
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], box: Box, local: torch.Tensor) -> Piece:
+        made: Piece = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype)
+        made.local, made.box = local, box
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own stub lacks the classmethod
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(func)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Piece({self.box})"
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[Any]:
+        chunk = SimpleNamespace(offsets=self.box.offsets, sizes=self.box.sizes)
+        data = SimpleNamespace(chunk=chunk, size=self.shape)
+        return [SimpleNamespace(index=None, tensor_data=data)]
+
+    def __get_tensor_shard__(self, index: object) -> torch.Tensor:
+        return self.local
+
+
+def rows(whole: torch.Tensor, rank: int, world_size: int, *, filled: bool = True) -> Piece:
+    """A rank's rows of a tensor; without content where it is not ``filled``."""
+    size = -(-whole.shape[0] // world_size)
+    begin, end = min(rank * size, whole.shape[0]), min((rank + 1) * size, whole.shape[0])
+    local = whole[begin:end].clone()
+    box = Box((begin, *(0,) * (whole.dim() - 1)), tuple(local.shape))
+    return Piece(tuple(whole.shape), box, local if filled else torch.zeros_like(local))
+
+
+class Job:
+    """Several ranks with a checkpointer each."""
+
+    def __init__(self, everywhere: Everywhere, ranks: list[Any], options: Options) -> None:
+        self._everywhere = everywhere
+        made = everywhere(lambda each: AsyncCheckpointer(options, process=False, process_group=each), ranks)
+        self.checkpointers: list[AsyncCheckpointer] = made
+        self.ranks = ranks
+
+    def each(self, function: Callable[[AsyncCheckpointer, int], Any]) -> list[Any]:
+        """What a function comes to on every rank: a result, or an error."""
+        return self._everywhere(function, self.checkpointers, range(len(self.ranks)))
+
+    def save(self, path: Path, state: Callable[[int], Any], **options: Any) -> list[Any]:
+        return self.each(lambda each, rank: each.save(path, state(rank), **options).result(60))
+
+    def load(self, path: Path, state: Callable[[int], Any], **options: Any) -> list[Any]:
+        return self.each(lambda each, rank: each.load(path, state(rank), **options).result(60))
+
+    def close(self) -> None:
+        for error in self.each(lambda each, _: each.close()):
+            if isinstance(error, BaseException):
+                raise error
+
+    @property
+    def requests(self) -> list[int]:
+        return [each.requests for each in self.ranks]
+
+
+@pytest.fixture
+def job(everywhere: Everywhere) -> Iterator[Callable[..., Job]]:
+    """Makes jobs; a failure that the test has not looked at fails the test."""
+    made: list[Job] = []
+
+    def make(world_size: int, deadline: float = 30.0, **options: Any) -> Job:
+        ranks: list[Any] = [SoleRank()] if world_size == 1 else list(make_ranks(world_size, deadline))
+        made.append(Job(everywhere, ranks, Options(**options)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

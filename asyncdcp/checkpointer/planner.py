@@ -1,0 +1,156 @@
+"""SavePlanner: what this rank writes in each save of a checkpointer, by itself or as the ranks have agreed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anyio import CancelScope, move_on_after, to_thread
+from msgspec import structs
+
+from asyncdcp.checkpointer.agreements import SaveAgreements
+from asyncdcp.checkpointer.jobs import make_job, versions
+from asyncdcp.checkpointer.saving import Planned
+from asyncdcp.config import Options
+from asyncdcp.errors import AsyncDCPError
+from asyncdcp.extensions import Chain
+from asyncdcp.metadata import RunStamp, encode_record
+from asyncdcp.names import make_save_id, record_name
+from asyncdcp.pipeline.settle import abort_record
+from asyncdcp.planning import PlanCache, SavePlan, Structure
+from asyncdcp.planning.division import Holdings, Pick
+from asyncdcp.ranks import Ranks
+from asyncdcp.staging import Sources
+from asyncdcp.state_dict.flatten import FlatState
+from asyncdcp.state_dict.replicas import holdings
+from asyncdcp.state_dict.structure import Described, StructureCache
+from asyncdcp.storage import Storage
+from asyncdcp.trace import Trace
+
+_logger = logging.getLogger("asyncdcp")
+
+
+@dataclass(frozen=True)
+class SaveName:
+    """A call of ``save``: the same on all ranks, which make the same calls. ``number`` counts them all."""
+
+    save_id: str
+    number: int
+
+
+@dataclass(frozen=True)
+class SaveOrder:
+    """A save as the caller has asked for it."""
+
+    name: SaveName
+    storage: Storage
+    overwrite: bool
+    metadata: dict[str, Any]
+    run: RunStamp | None
+
+
+class SavePlanner:
+    """Of one checkpointer. From any thread, but for the coroutines, which are for the engine's loop."""
+
+    def __init__(self, ranks: Ranks, options: Options, chain: Chain) -> None:
+        self.run_id = ""
+        self.agreements = SaveAgreements(ranks)
+        self._ranks = ranks
+        self._options = options
+        self._chain = chain
+        self._lock = threading.Lock()
+        self._structures = StructureCache()
+        self._plans = PlanCache()
+        self._attempts: dict[str, int] = {}
+        self._calls = 0
+
+    def name(self, location: str) -> SaveName:
+        """The name of this call of ``save``. Whatever becomes of it, it counts, so that all ranks agree on the next."""
+        with self._lock:
+            self._calls += 1
+            attempt = self._attempts[location] = self._attempts.get(location, 0) + 1
+            return SaveName(make_save_id(self.run_id, location, attempt), self._calls)
+
+    def describe(self, flat: FlatState) -> Described:
+        """The structure of what this rank holds, and the tensors."""
+        return self._structures.describe(flat)
+
+    def plan(self, structure: Structure) -> SavePlan:
+        """The plan of a structure, made or remembered."""
+        with self._lock:
+            return self._plans.get(structure)
+
+    def held(self, flat: FlatState, described: Described, *, marked: bool) -> Holdings:
+        """What this rank holds, for an agreement."""
+        return holdings(flat, described.structure, described.sources, marked=marked)
+
+    def planning(
+        self, order: SaveOrder, flat: FlatState, described: Described, sources: Sources, trace: Trace
+    ) -> Callable[[], Awaitable[Planned]]:
+        """What gives a save its plan when its turn has come. A sole rank's is made now."""
+        if self._ranks.world_size == 1:
+            planned = self._planned(order, described.structure, flat.values, trace)
+
+            async def given() -> Planned:
+                return planned
+
+            return given
+        marked = self.held(flat, described, marked=True) if self.agreements.wanted else None
+
+        async def agreed() -> Planned:
+            def held() -> Holdings:
+                return marked or self.held(flat, described, marked=False)
+
+            self.agreements.join(order.name.number)
+            await self.agreements.check_place(order.storage, order.name.save_id)
+            share = await self.agreements.share(order.name.number, described.structure, held)
+            sources.select([_rows(pick) for pick in share.picks])
+            return await to_thread.run_sync(self._planned, order, share.structure, flat.values, trace)
+
+        return agreed
+
+    def _planned(self, order: SaveOrder, structure: Structure, values: Mapping[str, Any], trace: Trace) -> Planned:
+        plan = self.plan(structure)
+        trace.total = sum(image.size for image in plan.images)
+        job = make_job(
+            order.name.save_id,
+            plan,
+            values,
+            self._options.save_deadline,
+            overwrite=order.overwrite,
+            metadata=order.metadata,
+            transforms=self._chain.descriptors,
+        )
+        return Planned(plan, structs.replace(job, run=order.run, world_size=self._ranks.world_size))
+
+    async def tell_peers(self, name: SaveName, storage: Storage, error: AsyncDCPError) -> None:
+        """Says to the other ranks that this one gives a save up that no pipeline knows of. Never raises."""
+        if self._ranks.world_size == 1:
+            return
+        with CancelScope(shield=True), move_on_after(self._options.settle_seconds):
+            try:
+                await self.agreements.refuse(name.number, error)
+                world = (self._ranks.rank, self._ranks.world_size)
+                record = abort_record(name.save_id, world, error, dict(versions()))
+                sealer = self._chain.sealer(name.save_id)
+                await storage.claim(record_name(name.save_id), encode_record(record, sealer))
+            except Exception:
+                _logger.exception("the other ranks could not be told that the save %s is given up", name.save_id)
+
+    async def renew(self, name: SaveName) -> None:
+        """After a save that was aborted for a hole. Never raises."""
+        try:
+            await self.agreements.renew(name.save_id)
+        except Exception:
+            _logger.exception("the ranks could not agree anew after the save %s", name.save_id)
+
+
+def _rows(pick: Pick) -> tuple[int, int, int]:
+    """Which rows of its source a pick is."""
+    if not pick.box.sizes:
+        return pick.chunk, 0, 1
+    begin = pick.box.offsets[0] - pick.held.offsets[0]
+    return pick.chunk, begin, begin + pick.box.sizes[0]

@@ -1,0 +1,68 @@
+"""What the ranks compare of their replicas, and which of these any of them may write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+import xxhash
+from torch import Tensor
+
+from asyncdcp.planning import Structure
+from asyncdcp.planning.division import Holdings, holdings_of
+from asyncdcp.state_dict.chunks import is_dtensor
+from asyncdcp.state_dict.flatten import FlatState
+
+_SAMPLES = 64
+
+
+def holdings(flat: FlatState, structure: Structure, sources: Sequence[Tensor], *, marked: bool) -> Holdings:
+    """What this rank holds; with ``marked`` its replicas' fingerprints and digests of its values, for comparing.
+
+    Sharded tensors, parameters of modules and the states of optimizers may be spread over their holders. Buffers of
+    modules may differ between ranks, and are not compared.
+    """
+    parameters, buffers = _of_statefuls(flat)
+    spread = {name for name, tensor in flat.tensors.items() if is_dtensor(tensor) or name in parameters}
+    marks = [b""] * len(structure.chunks)
+    if marked:
+        names = [structure.tensors[chunk.tensor].name for chunk in structure.chunks]
+        marks = [b"" if name in buffers else _fingerprint(tensor) for name, tensor in zip(names, sources, strict=True)]
+    values = _digests(flat.values) if marked else {}
+    return holdings_of(structure, spread.__contains__, marks, values)
+
+
+def _of_statefuls(flat: FlatState) -> tuple[set[str], set[str]]:
+    """The names of what is alike on all ranks that hold it, parameters and optimizer states; and of buffers."""
+    parameters: set[str] = set()
+    buffers: set[str] = set()
+    for taken in flat.statefuls.values():
+        if isinstance(taken.stateful, torch.optim.Optimizer):
+            parameters |= taken.names
+        elif isinstance(taken.stateful, torch.nn.Module):
+            memory = {tensor.data_ptr() for tensor in taken.stateful.parameters()}
+            tensors = taken.names & flat.tensors.keys()
+            same = {name for name in tensors if flat.tensors[name].data_ptr() in memory}
+            parameters |= same
+            buffers |= tensors - same
+    return parameters, buffers
+
+
+def _fingerprint(tensor: Tensor) -> bytes:
+    """A digest of some elements, spread evenly: cheap, and different where the content is another's."""
+    count = tensor.numel()
+    if not count or tensor.dtype.itemsize == 0:
+        return b""
+    with torch.no_grad():
+        flat = tensor.detach().resolve_conj().resolve_neg()
+        flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
+        places = torch.linspace(0, count - 1, min(count, _SAMPLES), dtype=torch.float64).long()
+        raw = flat.view(torch.uint8).view(count, -1) if flat.dtype.itemsize > 1 else flat.view(torch.uint8)
+        taken = raw[places.to(raw.device)].cpu().contiguous()
+    return xxhash.xxh3_64_digest(bytes(taken.flatten().tolist()))
+
+
+def _digests(values: Mapping[str, Any]) -> dict[str, bytes]:
+    return {name: xxhash.xxh3_64_digest(msgspec.json.encode(value)) for name, value in values.items()}

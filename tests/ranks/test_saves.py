@@ -1,0 +1,180 @@
+"""Several ranks save to one checkpoint and load it, whoever they are; they talk once, and never again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncdcp import PerRank
+from asyncdcp.errors import PeerFailed, ReplicaMismatch, StateMismatch, StructureChanged, UnsupportedValue
+from tests.ranks.conftest import Job, rows
+
+Jobs = Callable[..., Job]
+
+WHOLE = torch.arange(7 * 6, dtype=torch.float32).view(7, 6)
+
+
+def sharded(rank: int, world_size: int, *, filled: bool = True) -> dict[str, Any]:
+    return {"model": {"weight": rows(WHOLE, rank, world_size, filled=filled)}, "step": 3 if filled else 0}
+
+
+def fine(results: list[Any]) -> list[Any]:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (2, 1), (3, 2), (4, 4), (2, 8)])
+def test_what_some_ranks_have_saved_others_load(job: Jobs, tmp_path: Path, saved: int, loaded: int) -> None:
+    results = fine(job(saved).save(tmp_path / "it", lambda rank: sharded(rank, saved)))
+    assert len({result.save_id for result in results}) == 1
+    states = fine(job(loaded).load(tmp_path / "it", lambda rank: sharded(rank, loaded, filled=False)))
+    for rank, state in enumerate(states):
+        assert torch.equal(state["model"]["weight"].local, rows(WHOLE, rank, loaded).local)
+        assert state["step"] == 3
+    (anew,) = fine(job(1).load(tmp_path / "it", lambda rank: None))
+    assert torch.equal(anew["model"]["weight"], WHOLE) and anew["step"] == 3
+
+
+def test_a_repeated_save_talks_to_nobody(job: Jobs, tmp_path: Path) -> None:
+    three = job(3)
+    fine(three.save(tmp_path / "1", lambda rank: sharded(rank, 3)))
+    before = three.requests
+    fine(three.save(tmp_path / "2", lambda rank: sharded(rank, 3)))
+    fine(three.save(tmp_path / "3", lambda rank: {"step": 4, "more": torch.ones(2)}))  # another structure, too
+    assert three.requests == before
+
+
+def replicated(rank: int) -> dict[str, Any]:
+    model = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(6)), torch.nn.BatchNorm1d(300))
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.fill_(number)
+        for name, buffer in model.named_buffers():
+            buffer.fill_(rank + (10 if name.endswith("var") else 0))
+    return {"model": model}
+
+
+def test_replicas_are_written_once_evenly_and_buffers_by_one(job: Jobs, tmp_path: Path) -> None:
+    results = fine(job(4).save(tmp_path / "it", replicated))
+    data = [path.stat().st_size for path in sorted(tmp_path.glob("it/*.safetensors"))]
+    total = sum(tensor.nbytes for tensor in replicated(0)["model"].state_dict().values())
+    assert sum(data) < total + 4 * 4096 * 2
+    assert max(result.tensor_bytes for result in results) <= 1.1 * total / 4
+    (loaded,) = fine(job(1).load(tmp_path / "it", lambda rank: None))
+    assert set(loaded["model"]["6.running_mean"].tolist()) == {0.0}
+    assert set(loaded["model"]["6.running_var"].tolist()) == {10.0}
+    for number, (name, _) in enumerate(replicated(0)["model"].named_parameters()):
+        assert set(loaded["model"][name].flatten().tolist()) == {float(number)}
+
+
+def test_what_is_no_replica_is_refused_before_anything_is_written(job: Jobs, tmp_path: Path) -> None:
+    for state, name in (
+        (lambda rank: {"rng": torch.full((4,), rank)}, "rng has another content on rank 1 than on rank 0"),
+        (lambda rank: {"stage": torch.ones(rank + 1)}, r"stage is float32\[1\] on rank 0, float32\[2\] on rank 1"),
+        (lambda rank: {"position": rank}, "position has another value on rank 1 than on rank 0"),
+    ):
+        for error in job(2).save(tmp_path / "it", state):
+            assert isinstance(error, ReplicaMismatch)
+            with pytest.raises(ReplicaMismatch, match=rf"under one name: {name}\. Wrap in PerRank"):
+                raise error
+    assert not list(tmp_path.glob("it/*.safetensors"))
+
+
+def own(rank: int) -> dict[str, Any]:
+    return {"rng": PerRank({"state": torch.full((3,), rank), "count": rank * 10}), "shared": torch.ones(2)}
+
+
+def blank(rank: int) -> dict[str, Any]:
+    return {"rng": PerRank({"state": torch.full((3,), -1), "count": -1}), "shared": torch.zeros(2)}
+
+
+def test_what_is_each_ranks_own_comes_back_to_it(job: Jobs, tmp_path: Path) -> None:
+    fine(job(3).save(tmp_path / "it", own))
+    for rank, state in enumerate(fine(job(3).load(tmp_path / "it", blank))):
+        assert state["rng"].value["state"].tolist() == [rank] * 3 and state["rng"].value["count"] == rank * 10
+        assert state["shared"].tolist() == [1, 1]
+
+
+def test_what_is_each_ranks_own_in_another_world(job: Jobs, tmp_path: Path) -> None:
+    fine(job(3).save(tmp_path / "it", own))
+    two = job(2)
+    for error in two.load(tmp_path / "it", blank):
+        with pytest.raises(
+            StateMismatch, match=r"saved by 3 ranks and is loaded by 2: whose rng\.count, rng\.state \("
+        ):
+            raise error
+    for loaded in fine(two.load(tmp_path / "it", blank, per_rank="rank0")):
+        assert loaded["rng"].value["count"] == 0 and loaded["rng"].value["state"].tolist() == [0] * 3
+    for loaded in fine(two.load(tmp_path / "it", blank, per_rank="drop")):
+        assert loaded["rng"].value["count"] == -1 and loaded["rng"].value["state"].tolist() == [-1] * 3
+        assert loaded["shared"].tolist() == [1, 1]
+    (anew,) = fine(job(1).load(tmp_path / "it", lambda rank: None, per_rank="drop"))
+    assert list(anew) == ["shared"]
+
+
+def stage(rank: int, value: float) -> dict[str, Any]:
+    return {"model": {f"layer{rank}": torch.full((4,), value)}, f"only{rank}": rank, "step": 1}
+
+
+def test_keys_that_only_some_ranks_hold(job: Jobs, tmp_path: Path) -> None:
+    three = job(3)
+    fine(three.save(tmp_path / "it", lambda rank: stage(rank, rank)))
+    for rank, state in enumerate(fine(three.load(tmp_path / "it", lambda rank: stage(rank, -1)))):
+        assert state["model"][f"layer{rank}"].tolist() == [rank] * 4
+    (anew,) = fine(job(1).load(tmp_path / "it", lambda rank: None))
+    assert list(anew["model"]) == ["layer0", "layer1", "layer2"]
+    assert [anew[f"only{rank}"] for rank in range(3)] == [0, 1, 2]
+    for error in job(2).load(tmp_path / "it", lambda rank: stage(rank, -1)):
+        with pytest.raises(StateMismatch, match="states of all ranks together do not match"):
+            raise error
+
+
+def test_a_key_more_on_one_rank_is_complete_and_a_key_less_aborts_once(job: Jobs, tmp_path: Path) -> None:
+    def state(rank: int, *, less: int = -1, more: int = -1) -> dict[str, Any]:
+        model = torch.nn.ModuleDict({str(number): torch.nn.Linear(64, 64) for number in range(4)})
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({str(number): torch.nn.Linear(64, 64) for number in range(4)})
+        if rank == less:
+            del model["0"], model["1"], model["2"]
+        return {"model": model, **({"new": torch.ones(5)} if rank == more else {})}
+
+    two = job(2)
+    fine(two.save(tmp_path / "1", state))
+    fine(two.save(tmp_path / "2", lambda rank: state(rank, more=1)))
+    assert "new" in fine(job(1).load(tmp_path / "2", lambda rank: None))[0]
+    for error in two.save(tmp_path / "3", lambda rank: state(rank, less=1)):
+        assert type(error) is StructureChanged
+        with pytest.raises(StructureChanged, match=r"leave a hole in it .* the next save is complete"):
+            raise error
+    fine(two.save(tmp_path / "4", lambda rank: state(rank, less=1)))
+    (loaded,) = fine(job(1).load(tmp_path / "4", lambda rank: None))
+    assert torch.equal(loaded["model"]["0.weight"], state(0)["model"]["0"].weight)
+
+
+def test_a_refusal_on_one_rank_is_heard_by_all_and_the_next_save_is_sound(job: Jobs, tmp_path: Path) -> None:
+    two = job(2)
+    for number, path in enumerate(("1", "2")):
+        if number:
+            fine(two.save(tmp_path / "between", lambda rank: sharded(rank, 2)))
+        refused, heard = two.save(tmp_path / path, lambda rank: {"x": torch.ones(2) if rank else object()})
+        assert isinstance(refused, UnsupportedValue)
+        assert isinstance(heard, PeerFailed) and heard.rank == 0
+        assert "'x' is a builtins.object" in str(heard)
+
+
+def test_a_load_that_fails_on_one_rank_fails_on_all_before_anything_is_taken_over(job: Jobs, tmp_path: Path) -> None:
+    two = job(2)
+    fine(two.save(tmp_path / "it", lambda rank: sharded(rank, 2)))
+    (damaged,) = tmp_path.glob("it/*-1-0.safetensors")
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    first, second = two.load(tmp_path / "it", lambda rank: sharded(rank, 2, filled=False))
+    assert type(first) is type(second) and first.rank == 1
+    assert str(first).startswith("rank 1: ") and "does not match its checksum" in str(second)
