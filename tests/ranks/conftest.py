@@ -55,7 +55,7 @@ class Piece(torch.Tensor):
     ) -> Any:
         raise NotImplementedError(func)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Piece({self.box})"
 
     def __create_write_items__(self, fqn: str, _: object) -> list[Any]:
