@@ -55,9 +55,6 @@ class Piece(torch.Tensor):
     ) -> Any:
         raise NotImplementedError(func)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Piece({self.box})"
-
     def __create_write_items__(self, fqn: str, _: object) -> list[Any]:
         chunk = SimpleNamespace(offsets=self.box.offsets, sizes=self.box.sizes)
         data = SimpleNamespace(chunk=chunk, size=self.shape)
