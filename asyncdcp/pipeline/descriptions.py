@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
 import msgspec
+from anyio import to_thread
 
 from asyncdcp.errors import CorruptCheckpoint, StateMismatch
 from asyncdcp.extensions import ExtensionRegistry, Seals
@@ -119,6 +120,7 @@ async def read_listed(storage: Storage, record: Record, rank: int, unseal: Unsea
 async def _read_listed_bytes(storage: Storage, record: Record, rank: int) -> bytes:
     data, found = await read_index_bytes(storage, record.save_id, rank, record.indexes[rank].size)
     if found != record.indexes[rank]:
+        await to_thread.run_sync(decode_index, data, found.name)  # what is wrong with it, if that is plain
         raise _unlisted(found.name)
     return data
 
