@@ -1,0 +1,65 @@
+"""The callback in a real, tiny ``Trainer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncdcp.manager import CheckpointManager, EverySteps
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainer's own, about what a tiny one lacks
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, x: Any, labels: Any = None) -> dict[str, Any]:
+        return {"loss": (self.layer(x).squeeze(-1) - labels).square().mean()}
+
+
+def trainer(folder: Path, manager: CheckpointManager, steps: int) -> Any:
+    from asyncdcp.interop.transformers import AsyncDCPCallback
+
+    torch.manual_seed(0)
+    rows = [
+        {"x": torch.full((3,), 0.5), "labels": torch.tensor(1.0)} for _ in range(8)
+    ]  # alike: their order is no matter
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=0.05,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+    )
+    return transformers.Trainer(model=Net(), args=args, train_dataset=rows, callbacks=[AsyncDCPCallback(manager)])
+
+
+def test_a_training_resumes_bit_by_bit(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "whole", save_when=EverySteps(5), process=False) as manager:
+        whole = trainer(tmp_path, manager, 6)
+        whole.train()
+    with CheckpointManager(tmp_path / "parts", save_when=EverySteps(2), process=False) as manager:
+        trainer(tmp_path, manager, 4).train()
+        assert manager.steps().result() == [2, 4]
+        latest = manager.latest().result()
+        assert latest is not None
+        assert latest.metrics["loss"] is not None
+    with CheckpointManager(tmp_path / "parts", save_when=EverySteps(2), process=False) as manager:
+        second = trainer(tmp_path, manager, 6)
+        second.train()
+        assert manager.steps().result() == [2, 4, 6]
+    assert torch.equal(second.model.layer.weight, whole.model.layer.weight)
+    assert second.state.global_step == 6
