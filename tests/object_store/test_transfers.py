@@ -87,6 +87,22 @@ async def test_parts_that_meet_with_faults_are_sent_again(make: Make, proxy: Pro
     assert await storage.get("a", len(data)) == data
 
 
+@pytest.mark.parametrize("call", ["?uploads", "?uploadId="])
+@pytest.mark.parametrize("fault", ["truncate", "after reset", "after 500", "503", "reset"])
+async def test_an_upload_whose_beginning_or_end_meets_with_a_fault(
+    make: Make, proxy: Proxy, call: str, fault: str
+) -> None:
+    storage, data = make(via=proxy.url), shared(os.urandom(PART + 1))
+    faults = [fault]
+    proxy.choose = lambda request: (
+        faults.pop() if request.method == "POST" and call in request.target and faults else ""
+    )
+    await upload(storage, data)
+    await storage.barrier()
+    assert not faults
+    assert await storage.get("a", len(data)) == data
+
+
 async def test_an_upload_that_fails_leaves_nothing(make: Make, proxy: Proxy, endpoint: str) -> None:
     storage = make(via=proxy.url, retry=0.3)
     proxy.choose = lambda request: "500" if request.is_part and "partNumber=2" in request.target else ""

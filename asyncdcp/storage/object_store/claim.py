@@ -19,6 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from asyncdcp.errors import CommitUnknown
 from asyncdcp.storage.object_store.failures import known, said, status_of, was_refused
 from asyncdcp.storage.object_store.url import ObjectURL
+from asyncdcp.storage.spec import RequestLimits
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -36,19 +37,18 @@ class Claimer:
     url: ObjectURL
     store: ObjectStore
     once: ObjectStore
-    seconds: float
-    pause: float
+    limits: RequestLimits
 
     async def create(self, operation: str, name: str, data: bytes | memoryview) -> bool:
         """Creates the object if there is none; True if this call did.
 
-        ``CommitUnknown`` if that cannot be told within ``seconds``; any other error means that it did not. Not to be
-        cancelled: run it by ``threads.ended``.
+        ``CommitUnknown`` if that cannot be told within ``limits.claim``; any other error means that it did not. Not to
+        be cancelled: run it by ``threads.ended``.
         """
         key, token = self.url.key(name), secrets.token_hex(16)
-        until = asyncio.get_running_loop().time() + self.seconds
+        until = asyncio.get_running_loop().time() + self.limits.claim
         open_error: Exception | None = None
-        pause = self.pause
+        pause = self.limits.pause
         while True:
             try:
                 await self.once.put_async(key, data, mode="create", attributes={_TOKEN: token}, use_multipart=False)
@@ -92,7 +92,7 @@ class Claimer:
             raise known(operation, self.url, name, error) from error
         path = f"{self.url}/{name}"
         raise CommitUnknown(
-            f"whether {path} was created cannot be told after {self.seconds:g} s: {said(error)}", path=path
+            f"whether {path} was created cannot be told after {self.limits.claim:g} s: {said(error)}", path=path
         ) from error
 
 

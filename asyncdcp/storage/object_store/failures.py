@@ -23,7 +23,12 @@ _CODE: Final = re.compile(r"<Code>([^<]*)</Code>|\"code\":\s*\"?([A-Za-z]+)|\"me
 _MESSAGE: Final = re.compile(r"<Message>([^<]*)</Message>")
 _QUERY: Final = re.compile(r"\?[^\s\"')]*")
 _NO_BUCKET: Final = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist", "bucket was not found")
-_ELSEWHERE: Final = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint")
+_ELSEWHERE: Final = (
+    "incorrectly configured region",
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraint",
+)
 _NOT_SENT: Final = ("kind: Connect,", "builder error")
 _CREDENTIALS: Final = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE (with boto3), or the machine's role",
@@ -45,6 +50,12 @@ def was_refused(error: BaseException) -> bool:
     if status is None:
         return any(sign in str(error) for sign in _NOT_SENT)
     return 300 <= status < 500 and status not in (408, 409, 412)
+
+
+def was_cut(error: BaseException) -> bool:
+    """Whether the store answered, and the answer broke off."""
+    text = str(error)
+    return status_of(error) is None and ("kind: Interrupted," in text or "kind: Body," in text)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ class Parts:
         self._ended = False
         self._given_up = False
         self.lent = 0
+        self.asked = False
+        """Whether obstore has taken a part; until then the upload can be begun anew."""
 
     def lend(self, part: memoryview) -> asyncio.Event:
         """Gives a part away, which must stay as it is until the event is set: nobody uses it then."""
@@ -85,4 +87,5 @@ class Parts:
                 raise StopAsyncIteration
             self._more.clear()
             await self._more.wait()
+        self.asked = True
         return self._queue.popleft()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from anyio import CapacityLimiter
@@ -13,8 +14,10 @@ from obstore.exceptions import PreconditionError
 from asyncdcp.errors import Closed, InvalidOption, StorageError
 from asyncdcp.storage.files import address
 from asyncdcp.storage.object_store.failures import translated
+from asyncdcp.storage.object_store.persistence import again
 from asyncdcp.storage.object_store.url import ObjectURL
 from asyncdcp.storage.port import Buffer, T
+from asyncdcp.storage.spec import RequestLimits
 from asyncdcp.threads import on_thread
 
 if TYPE_CHECKING:
@@ -25,16 +28,27 @@ _LONG: Final = 64 << 10
 """Copies at least so long are made without the GIL."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where an object comes from."""
+
+    url: ObjectURL
+    name: str
+    store: ObjectStore
+    limits: RequestLimits
+
+    async def get(self, options: GetOptions) -> Bytes | bytes:
+        """obstore goes on where a body broke off, if the object is still the same."""
+        found = await self.store.get_async(self.url.key(self.name), options=options)
+        return await found.bytes_async()
+
+
 class ObjectStoreReader:
     """An ``ObjectReader``. It reads the object that was there when it was opened, or fails."""
 
-    def __init__(
-        self, url: ObjectURL, name: str, store: ObjectStore, meta: ObjectMeta, limiter: CapacityLimiter
-    ) -> None:
-        self._url = url
-        self._name = name
-        self._path = f"{url}/{name}"
-        self._store = store
+    def __init__(self, source: Source, meta: ObjectMeta, limiter: CapacityLimiter) -> None:
+        self._source = source
+        self._path = f"{source.url}/{source.name}"
         self._meta = meta
         self._limiter = limiter
         self._open = True
@@ -81,11 +95,11 @@ class ObjectStoreReader:
         options: GetOptions = {"range": (offset, end)}
         if self._meta["e_tag"] is not None:
             options["if_match"] = self._meta["e_tag"]
+        source = self._source
         data: Bytes | bytes = b""
-        with translated("read", self._url, self._name):
+        with translated("read", source.url, source.name):
             try:
-                found = await self._store.get_async(self._url.key(self._name), options=options)
-                data = await found.bytes_async()
+                data = await again(source.limits, lambda: source.get(options))
             except PreconditionError as error:
                 message = f"{self._path} is another object than when it was opened"
                 raise StorageError(message, path=self._path) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
@@ -24,16 +24,18 @@ from asyncdcp.errors import CommitUnknown, CorruptCheckpoint, StorageError, ungr
 from asyncdcp.storage.object_store.claim import Claimer
 from asyncdcp.storage.object_store.connect import Access, access, connect
 from asyncdcp.storage.object_store.failures import translated
-from asyncdcp.storage.object_store.reader import ObjectStoreReader
+from asyncdcp.storage.object_store.persistence import again
+from asyncdcp.storage.object_store.reader import ObjectStoreReader, Source
 from asyncdcp.storage.object_store.uploads import Uploads
 from asyncdcp.storage.object_store.url import parse_url
 from asyncdcp.storage.object_store.writer import PARTS_IN_FLIGHT, Finished, ObjectStoreWriter
 from asyncdcp.storage.place import Found
-from asyncdcp.storage.port import StorageInfo, check_name
+from asyncdcp.storage.port import StorageInfo, T, check_name
 from asyncdcp.storage.spec import ObjectStoreSpec, RequestLimits, StorageSpec
 from asyncdcp.threads import ended
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 _READ_GAP: Final = 1 << 20
@@ -103,7 +105,7 @@ class ObjectStorage:
     @cached_property
     def _claimer(self) -> Claimer:
         once = connect(self.url, self._access, single=True)
-        return Claimer(self.url, self._store, once, self._access.limits.claim, self._access.limits.pause)
+        return Claimer(self.url, self._store, once, self._access.limits)
 
     @cached_property
     def _uploads(self) -> Uploads:
@@ -126,10 +128,16 @@ class ObjectStorage:
             raise
         return ObjectStoreWriter(self._claimer, name, length_hint, partial(self._on_end, name))
 
+    async def _again(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await again(self._access.limits, call)
+
+    async def _head(self, name: str) -> ObjectMeta:
+        return await self._again(lambda: self._store.head_async(self.url.key(name)))
+
     async def _is_there(self, name: str) -> bool:
         with translated("create", self.url, name):
             try:
-                await self._store.head_async(self.url.key(name))
+                await self._head(name)
             except FileNotFoundError:
                 return False
         return True
@@ -171,7 +179,7 @@ class ObjectStorage:
         path = f"{self.url}/{name}"
         with translated("verify", self.url, name):
             try:
-                meta = await self._store.head_async(self.url.key(name))
+                meta = await self._head(name)
             except FileNotFoundError as error:
                 raise StorageError(f"{path} was stored, and is not there", path=path) from error
         if meta["size"] != finished["size"]:
@@ -191,15 +199,16 @@ class ObjectStorage:
         return bytes(data)
 
     async def open(self, name: str) -> ObjectStoreReader:
-        key = self.url.key(check_name(name))
+        check_name(name)
         with translated("open", self.url, name):
-            meta = await self._store.head_async(key)
-        return ObjectStoreReader(self.url, name, self._store, meta, self._limiter)
+            meta = await self._head(name)
+        source = Source(self.url, name, self._store, self._access.limits)
+        return ObjectStoreReader(source, meta, self._limiter)
 
     async def list(self) -> dict[str, int]:
         start = len(self.url.key(""))
         with translated("list", self.url):
-            found = await self._store.list_with_delimiter_async(self.url.prefix or None)
+            found = await self._again(lambda: self._store.list_with_delimiter_async(self.url.prefix or None))
         sizes = {meta["path"][start:]: meta["size"] for meta in found["objects"]}
         return {name: size for name, size in sizes.items() if name and not name.startswith(".")}
 
@@ -210,7 +219,7 @@ class ObjectStorage:
         """Every object below the prefix, at any depth, by its key after the prefix."""
         start = len(self.url.key(""))
         with translated("list", self.url):
-            metas = await self._store.list(self.url.prefix or None).collect_async()
+            metas = await self._again(lambda: self._store.list(self.url.prefix or None).collect_async())
         return [(meta["path"][start:], Found(meta["size"], meta["last_modified"].timestamp())) for meta in metas]
 
     async def uploads_below(self) -> Sequence[tuple[str, str, Found]]:
@@ -220,7 +229,8 @@ class ObjectStorage:
     async def overwrite(self, name: str, data: bytes) -> None:
         """Puts an object in the place of one that may be there. Whoever reads it sees the one or the other."""
         with translated("write", self.url, name):
-            await self._store.put_async(self.url.key(check_name(name)), data, use_multipart=False)
+            key = self.url.key(check_name(name))
+            await self._again(lambda: self._store.put_async(key, data, use_multipart=False))
 
     async def delete(self, names: Sequence[str]) -> None:
         uploads = [name for name in names if name.startswith(".")]
@@ -247,7 +257,7 @@ class ObjectStorage:
         async def delete(key: str) -> None:
             async with limiter:
                 with suppress(FileNotFoundError):
-                    await self._store.delete_async(key)
+                    await self._again(lambda: self._store.delete_async(key))
 
         with ungrouped():
             async with anyio.create_task_group() as tasks:

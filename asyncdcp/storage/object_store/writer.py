@@ -27,8 +27,9 @@ from obstore.exceptions import BaseError
 
 from asyncdcp.errors import Closed, InvalidOption, StorageError, UsageError
 from asyncdcp.storage.object_store.claim import Claimer
-from asyncdcp.storage.object_store.failures import said, translated
+from asyncdcp.storage.object_store.failures import said, translated, was_cut
 from asyncdcp.storage.object_store.lending import Parts
+from asyncdcp.storage.object_store.persistence import again
 from asyncdcp.storage.port import Buffer
 from asyncdcp.threads import ended
 
@@ -72,8 +73,9 @@ class ObjectStoreWriter:
         self._partial: dict[int, bytearray] = {}
         self._filled: dict[int, int] = {}
         self._next = 0
-        self._upload: asyncio.Future[PutResult] | None = None
+        self._upload: asyncio.Task[PutResult] | None = None
         self._single = False
+        self._length = -1
         self._state = _State.BEGUN
         self._writing = 0
         self._failed: BaseException | None = None
@@ -144,18 +146,44 @@ class ObjectStoreWriter:
 
     def _send(self, part: memoryview) -> asyncio.Event:
         if self._upload is None:
-            self._upload = asyncio.ensure_future(
-                self._target.store.put_async(
-                    self._target.url.key(self._name),
+            self._upload = asyncio.create_task(self._run_upload())
+            self._upload.add_done_callback(self._on_upload_end)
+        self._next += 1
+        return self._parts.lend(part)
+
+    async def _run_upload(self) -> PutResult:
+        """Begun anew where the answer to its beginning broke off; where that to its end was lost, the object tells."""
+        key, limits = self._target.url.key(self._name), self._target.limits
+        until = asyncio.get_running_loop().time() + limits.retry
+        while True:
+            try:
+                return await self._target.store.put_async(
+                    key,
                     self._parts,
                     use_multipart=True,
                     chunk_size=self._part,
                     max_concurrency=PARTS_IN_FLIGHT + 1,  # so that it always asks for the next one
                 )
-            )
-            self._upload.add_done_callback(self._on_upload_end)
-        self._next += 1
-        return self._parts.lend(part)
+            except (BaseError, FileNotFoundError) as error:
+                if self._parts.asked:
+                    return await self._completed(error)
+                if not was_cut(error) or asyncio.get_running_loop().time() > until:
+                    raise
+            await asyncio.sleep(limits.pause)
+
+    async def _completed(self, error: Exception) -> PutResult:
+        """An upload is completed as a whole or not at all, and nobody else writes the name: the object's length tells.
+
+        So ``error`` is raised unless the object is there: to complete an upload a second time, since the first answer
+        was lost, fails.
+        """
+        if self._length >= 0:
+            key, store = self._target.url.key(self._name), self._target.store
+            with suppress(BaseError, FileNotFoundError):
+                meta = await again(self._target.limits, lambda: store.head_async(key))
+                if meta["size"] == self._length:
+                    return {"e_tag": meta["e_tag"], "version": meta["version"]}
+        raise error
 
     def _on_upload_end(self, upload: asyncio.Future[PutResult]) -> None:
         if not upload.cancelled():
@@ -222,7 +250,7 @@ class ObjectStoreWriter:
         return Finished(size=length, e_tag=None)
 
     async def _finish_upload(self, length: int) -> Finished:
-        sent = self._next * self._part
+        self._length, sent = length, self._next * self._part
         if length < sent:
             message = f"cannot end {self._path} at {length} bytes: {sent} were sent already"
             raise StorageError(message, path=self._path)
