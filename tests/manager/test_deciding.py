@@ -1,0 +1,259 @@
+"""When to save: policies, preemption, and the same answer on all ranks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
+
+from asyncdcp import EverySeconds, EverySteps, OnPreemption
+from asyncdcp.engine import Engine
+from asyncdcp.errors import InvalidOption, PeerFailed
+from asyncdcp.manager.deciding import WINDOW, Decider
+from asyncdcp.manager.policies import Moment, SavePolicy, When, check_policies
+from asyncdcp.manager.preemption import Preemption
+from asyncdcp.ranks import SoleRank, StoreRanks
+from tests.manager.conftest import Opened, Training
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine("test")
+    yield made
+    made.close(0)
+
+
+def test_policies() -> None:
+    assert [step for step in range(1, 10) if EverySteps(3).due(Moment(step, 0.0, False))] == [3, 6, 9]
+    assert [EverySeconds(5).due(Moment(1, seconds, False)) for seconds in (4.9, 5.0)] == [False, True]
+    assert OnPreemption().due(Moment(1, 0.0, True))
+    one, two = check_policies([EverySteps(2), lambda moment: moment.step == 7])
+    assert (one.by_step, two.by_step, two.due(Moment(7, 0.0, False))) == (True, False, True)
+    for wrong in (
+        lambda: EverySteps(0),
+        lambda: EverySeconds(0),
+        lambda: OnPreemption(()),
+        lambda: OnPreemption(deadline=0),
+    ):
+        with pytest.raises(InvalidOption):
+            wrong()
+
+
+def test_alone_it_is_decided_at_once(engine: Engine) -> None:
+    policies = check_policies([EverySteps(10), lambda moment: moment.step in (3, 4)])
+    decider = Decider(policies, None, SoleRank(), engine, lambda: None)
+    assert [step for step in range(1, 21) if decider.decide(step).save] == [3, 4, 10, 20]
+
+
+def test_seconds_count_from_the_last_save(engine: Engine) -> None:
+    seen: list[float] = []
+
+    def look_on(moment: Moment) -> bool:
+        seen.append(moment.seconds)
+        return False
+
+    decider = Decider([When(look_on)], None, SoleRank(), engine, lambda: None)
+    decider.decide(1)
+    decider.saved()
+    decider.decide(2)
+    decider.decide(3)
+    assert seen[0] > 0 and seen[2] > seen[1] > 0
+
+
+def test_the_manager_saves_by_them(opened: Opened, training: Training) -> None:
+    manager = opened(save_when=[EverySteps(4), lambda moment: moment.step == 6])
+    for step in range(1, 10):
+        assert manager.should_save(step) == manager.should_save(step)  # asked twice, it says the same
+        if manager.should_save(step):
+            manager.save(step, training.at(step)).result()
+    assert manager.steps().result() == [4, 6, 8]
+
+
+# ── preemption ──
+
+
+def test_a_signal_makes_the_next_step_the_last(opened: Opened, training: Training) -> None:
+    before: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, _: before.append(number))
+    try:
+        with opened(save_when=[EverySteps(100), OnPreemption()]) as manager:
+            assert not manager.should_save(1)
+            signal.raise_signal(signal.SIGUSR1)
+            told = [manager.preempted, manager.should_save(2), manager.preempted]
+            assert told == [False, True, True]  # it is told at a step
+            manager.save(2, training.at(2))
+            assert not manager.should_save(3)
+        assert before == [signal.SIGUSR1]
+        signal.raise_signal(signal.SIGUSR1)
+        assert before == [signal.SIGUSR1] * 2
+        assert opened().steps().result() == [2]
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+async def test_signals_are_given_back_by_an_async_context(run: Any) -> None:
+    from asyncdcp import CheckpointManager
+
+    before = signal.getsignal(signal.SIGTERM)
+    async with CheckpointManager(run, process=False, save_when=OnPreemption((signal.SIGTERM,))) as manager:
+        assert signal.getsignal(signal.SIGTERM) is not before
+        signal.raise_signal(signal.SIGTERM)  # the default handler, which would end the process, is not called
+        assert manager.should_save(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_who_takes_a_signal_over_after_us_keeps_it() -> None:
+    preemption = Preemption((signal.SIGUSR2,))
+    before = signal.getsignal(signal.SIGUSR2)
+    preemption.install()
+    try:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        preemption.remove()
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_only_the_main_thread_hears_signals(run: Any) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InvalidOption, match="main thread"):
+        pool.submit(Preemption((signal.SIGUSR2,)).install).result()
+
+
+class StuckHandle:
+    """A save that is never durable."""
+
+    path = "run/step_1"
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> bool:
+        self.cancelled.set()
+        return True
+
+    def add_done_callback(self, fn: Any) -> None:
+        """It is never done."""
+
+
+def test_the_last_save_is_cut_off_at_its_deadline(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    handle: Any = StuckHandle()
+    with opened() as manager:
+        manager._saves.limit(handle, time.monotonic() + 0.02)
+    assert handle.cancelled.is_set()
+    assert "run/step_1, was not durable in time before the process ends" in caplog.text
+
+
+# ── several ranks ──
+
+
+class Job:
+    """Ranks on threads, each with its own decider, that go through the same steps at their own pace."""
+
+    def __init__(self, world_size: int, policies: list[SavePolicy], deadline: float = 30.0) -> None:
+        store = HashStore()
+        self.engines = [Engine(f"rank {rank}") for rank in range(world_size)]
+        self.failures: list[str | None] = [None] * world_size
+        self.preemptions = [Preemption((signal.SIGUSR1,)) for _ in range(world_size)]
+        self.deciders = [
+            Decider(
+                policies,
+                self.preemptions[rank],
+                StoreRanks(PrefixStore("job", store), rank, world_size, deadline=deadline),
+                self.engines[rank],
+                partial(self.failures.__getitem__, rank),
+            )
+            for rank in range(world_size)
+        ]
+
+    def run(self, steps: Any, pause: Any = lambda rank, step: None) -> list[list[tuple[int, str]]]:
+        def walk(rank: int) -> list[tuple[int, str]]:
+            found = []
+            for step in steps:
+                pause(rank, step)
+                decision = self.deciders[rank].decide(step)
+                if decision.save:
+                    self.deciders[rank].saved()
+                what = [name for name in ("save", "preempted", "failure") if getattr(decision, name)]
+                if what:
+                    found.append((step, " ".join(what)))
+            return found
+
+        with ThreadPoolExecutor(len(self.deciders)) as pool:
+            return list(pool.map(walk, range(len(self.deciders))))
+
+    def close(self) -> None:
+        for decider, engine in zip(self.deciders, self.engines, strict=True):
+            decider.close()
+            engine.close(0)
+
+
+@pytest.fixture
+def job() -> Iterator[Any]:
+    made: list[Job] = []
+
+    def make(*args: Any, **options: Any) -> Job:
+        made.append(Job(*args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_all_ranks_save_at_the_same_steps(job: Any) -> None:
+    """Rank 0 decides by what no other knows; the others run ahead, and lag, as they can."""
+    secret = iter([True, False, True, True] + [False] * 100)
+
+    def pause(rank: int, step: int) -> None:
+        if step % 5 == rank:
+            time.sleep(0.002)
+
+    found = job(3, [EverySteps(50), When(lambda _: next(secret))]).run(range(1, 81), pause)
+    assert found[0] == found[1] == found[2]
+    assert [step for step, _ in found[0]] == [WINDOW, 3 * WINDOW, 4 * WINDOW, 50]
+
+
+def test_steps_may_be_far_apart(job: Any) -> None:
+    found = job(2, [When(lambda moment: moment.step == 100)]).run(range(0, 400, 100))
+    assert found[0] == found[1] == [(200, "save")]
+
+
+def test_preemption_of_one_rank_is_that_of_all(job: Any) -> None:
+    made = job(2, [OnPreemption((signal.SIGUSR1,))])
+
+    def pause(rank: int, step: int) -> None:
+        if rank == 1 and step == 20:
+            made.preemptions[1].heard = time.monotonic()
+        time.sleep(0.001)
+
+    found = made.run(range(1, 101), pause)
+    assert found[0] == found[1] and len(found[0]) == 1
+    step, what = found[0][0]
+    assert 20 < step <= 20 + 5 * WINDOW and what == "save preempted"
+    assert all(decider.preempted for decider in made.deciders)
+
+
+def test_a_failure_of_one_rank_surfaces_on_all_at_one_step(job: Any) -> None:
+    made = job(2, [EverySteps(1000)])
+
+    def pause(rank: int, step: int) -> None:
+        if rank == 1 and step == 20:
+            made.failures[1] = "StorageFull: no space"
+        time.sleep(0.001)
+
+    found = made.run(range(1, 101), pause)
+    assert found[0] == found[1] and [what for _, what in found[0]] == ["failure"]
+
+
+def test_a_rank_0_that_is_silent_is_named(job: Any) -> None:
+    made = job(2, [EverySeconds(100)], deadline=0.1)
+    assert not made.deciders[1].decide(1).save
+    with pytest.raises(PeerFailed, match=r"rank 0 did not say within 0\.1 s"):
+        made.deciders[1].decide(1 + WINDOW)

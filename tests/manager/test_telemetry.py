@@ -1,0 +1,97 @@
+"""Events, log records, spans and traces."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncdcp import EverySteps, KeepLast, Telemetry
+from asyncdcp.errors import InvalidOption
+from asyncdcp.manager import Event
+from asyncdcp.runs import look
+from asyncdcp.storage import LocalPlace
+from tests.manager.conftest import Opened, Training, save_all
+
+
+def test_events_come_in_order_with_their_numbers(opened: Opened, training: Training) -> None:
+    events: list[Event] = []
+    with opened(keep=KeepLast(1), telemetry=Telemetry(on_event=events.append)) as manager:
+        manager.restore_latest(training.state).result()
+        save_all(manager, training, 1, metrics={"loss": 0.5})
+        save_all(manager, training, 2)
+    assert manager._engine._callbacks.join(10)
+    assert [(event.kind, event.step) for event in events] == [
+        ("opened", None), ("save", 1), ("committed", 1), ("save", 2), ("committed", 2), ("deleted", 1),
+        ("closed", None),
+    ]  # fmt: skip
+    committed = events[2].fields
+    assert committed["metrics"] == {"loss": 0.5} and committed["tensor_bytes"] == 128
+    assert 0 < committed["staged_seconds"] <= committed["durable_seconds"]
+
+
+def test_log_records_carry_fields(opened: Opened, training: Training, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "asyncdcp.manager"):
+        save_all(opened(), training, 7)
+    (record,) = (each for each in caplog.records if getattr(each, "asyncdcp", {}).get("event") == "committed")
+    fields = vars(record)["asyncdcp"]
+    assert (fields["step"], fields["tensor_bytes"], record.levelname) == (7, 128, "INFO")
+
+
+def test_a_listener_that_fails_harms_nobody(opened: Opened, training: Training) -> None:
+    called = threading.Event()
+
+    def fail(event: Event) -> None:
+        called.set()
+        raise ValueError("not today")
+
+    manager = opened(telemetry=Telemetry(on_event=fail))
+    save_all(manager, training, 1)
+    assert called.is_set() and manager.steps().result() == [1]
+
+
+async def test_a_trace_of_every_save_is_written(opened: Opened, training: Training, run: Path) -> None:
+    with opened(telemetry=Telemetry(traces=True), save_when=EverySteps(1)) as manager:
+        save_all(manager, training, 1, 2)
+    traces = sorted((run / "traces").iterdir())
+    assert [path.name.split("-")[0] for path in traces] == ["step_1", "step_2"]
+    events = json.loads(traces[0].read_bytes())["traceEvents"]
+    assert {"stage", "transform", "write", "sync", "commit"} <= {event["name"] for event in events}
+    assert all(event["dur"] >= 0 <= event["ts"] for event in events if event["ph"] == "X")
+    assert (await look(LocalPlace(run))).steps() == [1, 2]
+
+
+def test_open_telemetry_gets_a_span_for_each_save(opened: Opened, training: Training) -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export")
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter = memory.InMemorySpanExporter()
+    provider = sdk.TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(export.SimpleSpanProcessor(exporter))
+    with opened(telemetry=Telemetry(tracer=provider.get_tracer("test"))) as manager:
+        save_all(manager, training, 7)
+    spans: dict[str, Any] = {span.name: span for span in exporter.get_finished_spans()}
+    whole = spans.pop("save step 7")
+    assert whole.attributes["asyncdcp.tensor_bytes"] == 128 and {"stage", "write", "commit"} <= set(spans)
+    for span in spans.values():
+        assert span.parent.span_id == whole.context.span_id
+        assert whole.start_time <= span.start_time <= span.end_time <= whole.end_time
+
+
+def test_a_tracer_that_fails_harms_nobody(opened: Opened, training: Training, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def start_span(self, *_: Any, **__: Any) -> Any:
+            raise ValueError("not today")
+
+    save_all(opened(telemetry=Telemetry(tracer=Broken())), training, 1)
+    assert "the tracer failed on the save of step 1" in caplog.text
+
+
+def test_wrong_listeners_are_refused() -> None:
+    for wrong in ({"on_event": 3}, {"tracer": object()}):
+        with pytest.raises(InvalidOption):
+            Telemetry(**wrong)
