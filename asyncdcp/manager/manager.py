@@ -22,6 +22,7 @@ from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
+from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
 from asyncdcp.manager.policies import EverySeconds, OnPreemption, SaveWhen, check_policies
@@ -62,7 +63,7 @@ class CheckpointManager:
       several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
 
     On all ranks the same verbs are called in the same order. Verbs start the work and return a future, as those of
-    ``AsyncCheckpointer``, whose ``options``, ``process`` and ``process_group`` these are.
+    ``AsyncCheckpointer``, whose ``options``, ``process``, ``process_group``, ``extensions`` and ``registry`` these are.
     """
 
     def __init__(  # noqa: PLR0913  # each is one word of the user's
@@ -74,6 +75,8 @@ class CheckpointManager:
         options: Options | None = None,
         process: bool = PROCESS_BY_DEFAULT,
         process_group: ProcessGroup | Ranks | None = None,
+        extensions: Sequence[Extension] = (),
+        registry: ExtensionRegistry | None = None,
         read_only: bool = False,
         takeover_seconds: float = 5.0,
         telemetry: Telemetry | None = None,
@@ -99,7 +102,11 @@ class CheckpointManager:
         self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds)
         self._saves = Saves(self._session, self._engine, self._reporter, leads=self._leads)
         self._checkpointer = AsyncCheckpointer(
-            replace(self._options, on_error=self._saves.collect), process=process, process_group=process_group
+            replace(self._options, on_error=self._saves.collect),
+            process=process,
+            process_group=process_group,
+            extensions=extensions,
+            registry=registry,
         )
         self._ending = next((policy for policy in policies if isinstance(policy, OnPreemption)), None)
         self._preemption = None if self._ending is None else Preemption(self._ending.signals)

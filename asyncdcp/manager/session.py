@@ -16,7 +16,7 @@ from asyncdcp.manager.telemetry import Reporter
 from asyncdcp.ranks import Ranks, gather
 from asyncdcp.results import SaveResult
 from asyncdcp.runs import Checkpoint, Retention, Run, Saved, look
-from asyncdcp.runs.history import append_history
+from asyncdcp.runs.history import append_history, stage_times
 from asyncdcp.runs.layout import TRACES, step_name
 from asyncdcp.runs.lineage import UNCLAIMED
 from asyncdcp.runs.listing import Known, Mode
@@ -225,6 +225,7 @@ class RunSession:
             staged_seconds=result.staged_seconds,
             durable_seconds=result.durable_seconds,
             stage_seconds=dict(result.stage_seconds),
+            stages=stage_times(result.spans),
             metrics=finished.metrics,
         )
 

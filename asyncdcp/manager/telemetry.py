@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from asyncdcp.engine import Engine
 from asyncdcp.errors import InvalidOption
 from asyncdcp.results import SaveResult
-from asyncdcp.trace import Span
+from asyncdcp.runs.history import stage_times
 
 _logger = logging.getLogger("asyncdcp.manager")
 
@@ -118,18 +118,8 @@ def record_spans(tracer: Tracer, name: str, step: int, result: SaveResult) -> No
     sizes = {"asyncdcp.tensor_bytes": result.tensor_bytes, "asyncdcp.stored_bytes": result.stored_bytes}
     whole = tracer.start_span(name, attributes={**about, **sizes}, start_time=nanoseconds(begin))
     context = set_span_in_context(whole)
-    for stage, (start, stop, nbytes) in stages(result.spans).items():
-        part = tracer.start_span(
-            stage, context=context, attributes={"asyncdcp.bytes": nbytes}, start_time=nanoseconds(start)
-        )
-        part.end(end_time=nanoseconds(stop))
+    for stage, time_of in stage_times(result.spans).items():
+        moment, sizes = nanoseconds(begin + time_of.begin), {"asyncdcp.bytes": time_of.bytes}
+        part = tracer.start_span(stage, context=context, attributes=sizes, start_time=moment)
+        part.end(end_time=nanoseconds(begin + time_of.end))
     whole.end(end_time=nanoseconds(end))
-
-
-def stages(spans: tuple[Span, ...]) -> dict[str, tuple[float, float, int]]:
-    """Begin, end and bytes of each stage."""
-    found: dict[str, tuple[float, float, int]] = {}
-    for span in spans:
-        start, end, nbytes = found.get(span.stage, (span.start, span.end, 0))
-        found[span.stage] = (min(start, span.start), max(end, span.end), nbytes + span.bytes)
-    return found

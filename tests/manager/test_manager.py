@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from asyncdcp import CheckpointManager, EverySteps, KeepBest, KeepEvery, KeepLast, SyncCheckpointer
+from asyncdcp import CheckpointManager, EverySteps, KeepBest, KeepEvery, KeepLast, SyncCheckpointer, ZStandard
 from asyncdcp.errors import CheckpointExists, CheckpointGone, CheckpointNotFound, Closed, InvalidOption
 from asyncdcp.runs import list_checkpoints, look, read_history
 from asyncdcp.storage import LocalPlace, MemoryPlace
@@ -56,6 +56,14 @@ def test_with_the_background_process(run: Path, training: Training) -> None:
             manager.save(step, training.at(step), metrics={"loss": step}).staged.result()
     (only,) = asyncio.run(list_checkpoints(run))
     assert (only.step, only.term, only.metrics) == (3, 1, {"loss": 3.0})
+
+
+def test_with_extensions(opened: Opened, training: Training) -> None:
+    manager = opened(extensions=[ZStandard()], keep=KeepLast(1))
+    save_all(manager, training, 1, 2)
+    (only,) = manager.checkpoints().result()
+    assert only.step == 2 and only.summary is not None and only.summary.transforms
+    assert manager.load(2).result()["progress"] == {"step": 2}
 
 
 def test_in_memory(opened: Opened, training: Training) -> None:
