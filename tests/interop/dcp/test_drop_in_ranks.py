@@ -1,0 +1,67 @@
+"""The drop-in where DCP has several processes: two ranks, and the process of ``async_save``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor as executor
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from asyncdcp import SyncCheckpointer
+from asyncdcp.interop.dcp import FileSystemWriter
+from tests.interop.dcp.states import State, files
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks(tmp_path: Path) -> None:
+    """They save sharded and replicated tensors, overwrite, fail on one side, load resharded; see ``ranks.py``."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.interop.dcp.ranks", str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=100)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    assert {"__0.metadata", "__1.metadata"} < files(tmp_path / "alone")
+    with SyncCheckpointer(process=False) as checkpointer:
+        loaded = checkpointer.load(tmp_path / "checkpoint")
+    assert loaded["w"].shape == (33, 700) and loaded["step"] == 4
+
+
+@pytest.mark.timeout(120)
+def test_async_save_in_a_process(tmp_path: Path) -> None:
+    x = torch.full((1000,), 3.0)
+    try:
+        saved = dcp.async_save(
+            {"x": x, "step": 3},
+            storage_writer=FileSystemWriter(tmp_path / "a", thread_count=2),
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        x.fill_(-1)
+        assert isinstance(saved, Future)
+        saved.result()
+    finally:
+        executor._CHECKPOINT_PROCESS = None  # there is no other way to end it
+    target: State = {"x": torch.zeros(1000), "step": 0}
+    dcp.load(target, storage_reader=dcp.FileSystemReader(tmp_path / "a"))
+    assert target["x"].eq(3).all() and target["step"] == 3
