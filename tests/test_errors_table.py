@@ -25,6 +25,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, RNGState, SyncCheckpointer
 from asyncdcp.errors import AsyncDCPError
+from asyncdcp.interop.dcp.metadata_pickle import load_metadata
 from asyncdcp.memory_limits import Headroom
 from asyncdcp.staging import SlabCopier
 from asyncdcp.state_dict.values import WAY_OUT
@@ -371,6 +372,11 @@ def _damage(ending: str, position: int) -> None:
 
 case("failure", "a damaged data file")(functools.partial(_damage, ".safetensors", -8))
 case("failure", "a damaged index")(functools.partial(_damage, ".index.json", -8))
+
+
+@case("failure", "a DCP checkpoint whose pickle is hostile")
+def _hostile() -> None:
+    load_metadata(b"cos\nsystem\n(S'true'\ntR.", "dcp/step_9/.metadata")
 
 
 # ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────
