@@ -65,7 +65,10 @@ class LocalStorage:
     @property
     def info(self) -> StorageInfo:
         if self._info is None:
-            kind = self._posix.filesystem(self._path)
+            try:
+                kind = self._posix.filesystem(self._path)
+            except OSError:  # no descriptor is left, say; errors must still be able to name the place
+                return StorageInfo(self._path, "unknown", volatile=False)
             self._info = StorageInfo(self._path, kind, kind in _VOLATILE)
         return self._info
 
@@ -175,9 +178,9 @@ class LocalStorage:
             return False
         try:
             self._place.sync()
-        except OSError as error:
-            message = f"{path} was claimed, and whether that is durable is not known: {error}"
-            raise CommitUnknown(message, path=path, errno=error.errno) from error
+        except Exception as error:
+            message = f"{path} was claimed, and whether that is durable is not known: {error!r}"
+            raise CommitUnknown(message, path=path, errno=getattr(error, "errno", None)) from error
         return True
 
     def _publish(self, path: str, data: bytes) -> bool:
@@ -289,7 +292,7 @@ class _Place:
         """Ancestors in which a directory was made here, or may have been: they have to be synced."""
         self._others: set[str] | None = None
         """More to be synced if they can be; None before the first sync, which finds them."""
-        self._failed: OSError | None = None
+        self._failed: BaseException | None = None
 
     def make(self) -> None:
         """Makes the directory and every missing ancestor; the next ``sync`` makes them durable."""
@@ -308,7 +311,7 @@ class _Place:
         """Raises if a sync has failed before: the system reports an error once, and the next fsync proves nothing."""
         if self._failed is not None:
             message = f"an earlier sync of {self._path} failed: {self._failed}"
-            raise StorageError(message, path=self._path, errno=self._failed.errno) from self._failed
+            raise StorageError(message, path=self._path, errno=getattr(self._failed, "errno", None)) from self._failed
 
     def sync(self) -> None:
         """Syncs the directory, then the ancestors due, innermost first.
@@ -347,9 +350,9 @@ class _Place:
         fd = directory.open(os.O_RDONLY | os.O_DIRECTORY)
         try:
             self._posix.fsync(fd)
-        except OSError as error:
+        except BaseException as error:
             # EINVAL is how filesystems answer whose directories need no sync, or have none to offer (CIFS).
-            if error.errno != errno.EINVAL:
+            if not isinstance(error, OSError) or error.errno != errno.EINVAL:
                 self._failed = error
                 raise
         finally:

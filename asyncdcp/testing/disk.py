@@ -13,7 +13,7 @@ import itertools
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
@@ -68,9 +68,35 @@ class Node:
     names: list[NameChange] = field(default_factory=list)
 
     def sync(self) -> None:
-        """Makes durable what there is of it."""
-        self.durable, self.durable_entries = bytes(self.content), dict(self.entries)
+        """Makes durable what is on its way to the disk."""
+        self.durable = replayed(self.durable, self.changes)
+        self.durable_entries = renamed(self.durable_entries, self.names)
+        self.forget()
+
+    def forget(self) -> None:
+        """A sync failed: what was on its way is still seen, and will never be written, whatever is synced later."""
         self.changes, self.names = [], []
+
+
+def replayed(content: bytes, changes: Iterable[Write | Resize]) -> bytes:
+    """A file's content after changes."""
+    if not changes:
+        return content
+    after = bytearray(content)
+    for change in changes:
+        change.apply(after)
+    return bytes(after)
+
+
+def renamed(entries: dict[str, Node], names: Iterable[NameChange]) -> dict[str, Node]:
+    """A directory's entries after changes."""
+    after = dict(entries)
+    for name, node in itertools.chain.from_iterable(names):
+        if node is None:
+            after.pop(name, None)
+        else:
+            after[name] = node
+    return after
 
 
 class SimulatedDisk:
@@ -105,9 +131,8 @@ class SimulatedDisk:
         parent, name = self._parent(path)
         made = Node(next(self._numbers), is_directory=content is None, links=1)
         made.content.extend(content or b"")
-        parent.entries[name] = made
-        made.sync()
-        parent.sync()
+        made.durable = content or b""
+        parent.entries[name] = parent.durable_entries[name] = made
 
     # ── looking at it ──
 
@@ -190,10 +215,14 @@ class SimulatedDisk:
         with self._lock:
             self._change(fd, Resize(length), "truncate")
 
+    def fail_sync(self, fd: int) -> None:
+        """What a system does that reports a failed fsync: it gives the changes up, and the next fsync succeeds."""
+        with self._lock:
+            self._node(fd).forget()
+
     def fsync(self, fd: int, /) -> None:
         with self._lock:
-            node = self._node(fd)
-            node.sync()
+            self._node(fd).sync()
             self.after("fsync", self._fds[fd][1])
 
     def drop_cache(self, fd: int, /) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Final, TypeAlias
 
-from asyncdcp.testing.disk import NameChange, Node, Resize, SimulatedDisk, Write
+from asyncdcp.testing.disk import Node, Resize, SimulatedDisk, Write, renamed, replayed
 
 TORN: Final = (512, 4096)
 _SUBSETS: Final = 6
@@ -78,11 +78,8 @@ def _contents(node: Node) -> list[bytes | _Entries]:
     histories += [changes[:number] for number in range(1, count + 1)]
     found: dict[bytes, None] = {}
     for history in histories:
-        content = bytearray(node.durable)
-        for change in history:
-            change.apply(content)
-        found[bytes(content)] = None
-    whole = bytes(node.content)
+        found[replayed(node.durable, history)] = None
+    whole = replayed(node.durable, changes)
     found.pop(whole, None)
     return [*found, whole]
 
@@ -108,17 +105,10 @@ def _names(node: Node) -> list[bytes | _Entries]:
         prefixes = [(1 << number) - 1 for number in range(count)]
         single = [1 << number for number in range(count)]
         masks = [*prefixes, *single, *(everything & ~one for one in single), everything]
-    return [_applied(node, [change for n, change in enumerate(node.names) if mask >> n & 1]) for mask in masks]
-
-
-def _applied(node: Node, changes: Sequence[NameChange]) -> _Entries:
-    entries = dict(node.durable_entries)
-    for name, new in itertools.chain.from_iterable(changes):
-        if new is None:
-            entries.pop(name, None)
-        else:
-            entries[name] = new
-    return entries
+    return [
+        renamed(node.durable_entries, [change for n, change in enumerate(node.names) if mask >> n & 1])
+        for mask in masks
+    ]
 
 
 def _image(root: Node, chosen: _Choice) -> Iterator[tuple[str, bytes | None]]:

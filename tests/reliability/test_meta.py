@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import AsyncMock, patch
 
@@ -12,7 +12,7 @@ from asyncdcp.names import record_save_id
 from asyncdcp.pipeline.commit import Event
 from asyncdcp.pipeline.settle import Settlement
 from tests.reliability.power import explore
-from tests.reliability.worlds import PLACE, Lost, Seen
+from tests.reliability.worlds import PLACE, Call, Lost, Seen
 
 
 class Roles:
@@ -27,12 +27,12 @@ class Roles:
         self._number = number
         self._claimed = False
 
-    def __call__(self, operation: str, path: str, call: Callable[[], Any]) -> Any:
-        if operation == "link":
-            self._claimed = record_save_id(path.rpartition("/")[2]) is not None
-        if operation != "fsync":
+    def __call__(self, call: Call) -> Any:
+        if call.operation == "link":
+            self._claimed = record_save_id(call.path.rpartition("/")[2]) is not None
+        if call.operation != "fsync":
             return call()
-        role = self._role(path)
+        role = self._role(call.path)
         self.seen.append(role)
         if role == self._without and self._number in (0, self.seen.count(role)):
             return None

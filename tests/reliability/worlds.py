@@ -54,10 +54,23 @@ class Killed(OSError):
     """What calls of a dead process come to: nothing."""
 
 
+class Call(NamedTuple):
+    """A call that is about to be made; called without arguments it is."""
+
+    operation: str
+    path: str
+    real: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.real(*self.args, **self.options)
+
+
 class Process:
     """A ``Posix`` of one process: its calls go to the disk until it is killed, after ``budget`` that change it.
 
-    ``intercept(operation, path, call)`` stands between, if given; it makes the call, or does not.
+    ``intercept(call)`` stands between, if given; it makes the call, or does not.
     """
 
     def __init__(self, disk: SimulatedDisk, budget: int = ENDLESS, intercept: Interceptor | None = None) -> None:
@@ -79,11 +92,11 @@ class Process:
                 raise Killed(5, "killed")
             self.left -= operation in CHANGES
             path = self._paths.get(args[0], "") if isinstance(args[0], int) else args[-1]
-            made = lambda: real(*args, **kwargs)  # noqa: E731
             if self._intercept is None:
-                result = made()
+                result = real(*args, **kwargs)
             else:
-                result = self._intercept(operation, args[0] if operation == "open" else path, made)
+                path = args[0] if operation == "open" else path
+                result = self._intercept(Call(operation, path, real, args, kwargs))
             if operation == "open":
                 self._paths[result] = args[0]
             return result
@@ -91,7 +104,7 @@ class Process:
         return call
 
 
-Interceptor = Callable[[str, str, Callable[[], Any]], Any]
+Interceptor = Callable[[Call], Any]
 Seen = set[tuple[bytes, frozenset[int]]]
 CHANGES: Final = frozenset(
     {"open", "pwrite", "fallocate", "ftruncate", "fsync", "link", "rename_noreplace", "unlink", "mkdir", "rmdir"}
@@ -130,8 +143,8 @@ class World:
         self.calls = 0
         self.expected = frozenset({NOTHING})
         self.losses: list[Loss] = []
-        self._limit = limit
-        self._intercept = intercept
+        self.limit = limit
+        self.intercept = intercept
         self._seen = seen if seen is not None else set()
         self._interned: dict[bytes, bytes] = {}
         self._attempts = 0
@@ -139,9 +152,9 @@ class World:
     def lose_power(self, operation: str, path: str) -> None:
         """Looks at what a loss of power would leave now, after an operation."""
         self.calls += 1
-        if not self._limit or path.rpartition("/")[2].startswith("."):  # nobody sees a temporary
+        if not self.limit or path.rpartition("/")[2].startswith("."):  # nobody sees a temporary
             return
-        for image in remains(self.disk, self._limit, seed=self.calls):
+        for image in remains(self.disk, self.limit, seed=self.calls):
             key = fingerprint(image), self.expected
             if key not in self._seen:
                 self._seen.add(key)
@@ -153,7 +166,7 @@ class World:
 
     def storage(self, budget: int = ENDLESS) -> ProcessStorage:
         """As a new process opens it."""
-        return ProcessStorage(Process(self.disk, budget, self._intercept))
+        return ProcessStorage(Process(self.disk, budget, self.intercept))
 
     async def save(self) -> None:
         """Saves the next version by all ranks, over what is there. Raises what one of them raised."""
