@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from asyncdcp.storage.local import _Place
-from tests.reliability.errors import FAULTS, sweep
+from tests.reliability.errors import sweep
 from tests.reliability.worlds import Lost
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "short", "MemoryError"])  # the others in the long run
 def test_one_call_fails(kind: str) -> None:
     assert sweep(kind) > 40
 
 
 @pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "short"])
 def test_all_calls_fail_from_one_on(kind: str) -> None:
-    sweep(kind, sticky=True, step=3)
+    sweep(kind, sticky=True, step=7)
 
 
 @pytest.mark.parametrize("kind", ["EIO", "MemoryError"])
 def test_one_call_of_one_of_two_ranks_fails(kind: str) -> None:
-    sweep(kind, ranks=2, step=2)
+    sweep(kind, ranks=2, step=7)
 
 
 def test_a_failed_sync_that_is_tried_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
