@@ -130,18 +130,32 @@ def deep(nodes: Iterable[Node], depth: int) -> set[int]:
 
 
 def overview(nodes: Sequence[Node], lines: int) -> set[int]:
-    """The ids of the nodes to open so that about so many lines tell the most: those with few children first."""
-    found, left = set[int](), lines - len(nodes)
-    order = count()
-    waiting = [(len(node.children), next(order), node) for node in nodes]
+    """The ids of the nodes to open so that about so many lines tell the most: those with few children first.
+
+    Numbered siblings are opened all or none, so that a list of layers looks like one.
+    """
+    found, left, order = set[int](), lines - len(nodes), count()
+    waiting = [(_lines_in(group), next(order), group) for group in _groups(nodes)]
     heapq.heapify(waiting)
     while waiting and waiting[0][0] <= left:
-        more, _, node = heapq.heappop(waiting)
+        more, _, group = heapq.heappop(waiting)
         left -= more
-        found.add(id(node))
-        for child in node.children:
-            heapq.heappush(waiting, (len(child.children), next(order), child))
+        found.update(map(id, group))
+        for node in group:
+            for deeper in _groups(node.children):
+                heapq.heappush(waiting, (_lines_in(deeper), next(order), deeper))
     return found
+
+
+def _groups(siblings: Sequence[Node]) -> list[list[Node]]:
+    """Siblings with children: those that are numbered together, the others each by itself."""
+    parents = [node for node in siblings if node.children]
+    numbered = [node for node in parents if node.label[:1].isdecimal()]
+    return [[node] for node in parents if not node.label[:1].isdecimal()] + ([numbered] if numbered else [])
+
+
+def _lines_in(group: Sequence[Node]) -> int:
+    return sum(len(node.children) for node in group)
 
 
 def rows(nodes: Sequence[Node], opened: Container[int], indent: str = "", level: int = 0) -> Iterator[Row]:

@@ -9,15 +9,41 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from asyncdcp.cli.main import COMMANDS, program
+from asyncdcp.cli.main import COMMANDS, main, program
+from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
+from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from tests.cli.conftest import Call
 
 _PROGRAM = [sys.executable, "-m", "asyncdcp.cli"]
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.fixture
+def thousand(tmp_path: Path) -> Path:
+    """A run of 1,000 checkpoints, without their tensors."""
+    for number in range(1000):
+        save_id = make_save_id("run", str(number), 1)
+        folder = tmp_path / "thousand" / f"step_{number}"
+        folder.mkdir(parents=True)
+        (folder / data_name(save_id, 0, 0)).write_bytes(b"d" * 100)
+        (folder / index_name(save_id, 0)).write_bytes(b"i" * 50)
+        record = Record(
+            save_id=save_id,
+            outcome="commit",
+            time=1.7e9 + number,
+            world_size=1,
+            versions={"asyncdcp": "0.1", "torch": "2.13.0", "python": "3.11"},
+            indexes=[IndexRef(index_name(save_id, 0), 50, "")],
+            summary=Summary(400, 10**9, 100, []),
+            metrics={"loss": 3 / (number + 1), "accuracy": 0.5},
+        )
+        (folder / record_name(save_id)).write_bytes(encode_record(record))
+    return tmp_path / "thousand"
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -49,6 +75,23 @@ assert "torch" not in sys.modules
     assert ran.returncode == 0, ran.stderr
 
 
+def _costs_at_most(limit: float, *arguments: object) -> bool:
+    """Whether a command takes no more seconds of CPU, interpreter and all; a busy machine gets five tries."""
+    for _ in range(5):
+        with start(*arguments, stdout=subprocess.DEVNULL) as child:
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        if used.ru_utime + used.ru_stime <= limit:
+            return True
+    return False
+
+
+def test_it_starts_fast(thousand: Path) -> None:
+    assert _costs_at_most(0.2, "--help")
+    assert _costs_at_most(0.5, "ls", thousand)
+
+
 def test_a_reader_that_goes_away_ends_it_quietly(run: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -72,10 +115,10 @@ def test_a_terminal_without_unicode(run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ctrl_c(tmp_path: Path) -> None:
-    """While it waits for a Record that is not coming: a fifo in its place would block it, so the storage is stuck."""
+    """While it waits for a storage that never answers."""
     code = """
 import sys
-from asyncdcp.cli import targets
+from asyncdcp.cli import checkpoints
 from asyncdcp.cli.main import main
 import anyio
 
@@ -83,7 +126,7 @@ async def stuck(_):
     print("waiting", flush=True)
     await anyio.sleep_forever()
 
-targets.formats.open_checkpoint = stuck
+checkpoints.formats.open_checkpoint = stuck
 sys.exit(main(["inspect", sys.argv[1]]))
 """
     child = subprocess.Popen(
@@ -130,6 +173,11 @@ def test_a_narrow_terminal_and_its_colours(run: Path) -> None:
 
 
 # ── in this process ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_installed_program_is_this_one() -> None:
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"asyncdcp": f"{main.__module__}:{main.__name__}"}
 
 
 def test_help_has_every_command(call: Call) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
+from asyncdcp.cli.checkpoints import complete_entry, opened
 from asyncdcp.cli.entries import Entry, entries_of, no_such_name
 from asyncdcp.cli.plain import plain_text
-from asyncdcp.cli.targets import PLACE, complete_entry, opened, run
+from asyncdcp.cli.targets import PLACE, run
 from asyncdcp.cli.text import ReaderGone, say, say_json, shown
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 

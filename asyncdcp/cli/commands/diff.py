@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from asyncdcp.cli.checkpoints import complete_entry, opened
 from asyncdcp.cli.entries import Entry, chosen, entries_of
 from asyncdcp.cli.errors import DIFFERENT
 from asyncdcp.cli.plain import plain_text
-from asyncdcp.cli.targets import PLACE, complete_entry, opened, run
+from asyncdcp.cli.targets import PLACE, run
 from asyncdcp.cli.text import (
     Column,
     bad,

@@ -63,7 +63,7 @@ async def _history(target: str, metrics: tuple[str, ...], last: int | None, *, a
 
 
 def _lines(saves: Sequence[Saved], metrics: Sequence[str]) -> Iterator[str]:
-    terms = len({saved.term for saved in saves}) > 1
+    terms = len({saved.term for saved in saves if saved.term}) > 1
     columns = [
         Column("step", right=True),
         Column("term", right=True),

@@ -8,10 +8,23 @@ from typing import Any
 
 import click
 
+from asyncdcp.cli.checkpoints import complete_entry, opened, record_of
 from asyncdcp.cli.entries import Entry, chosen, entries_of
 from asyncdcp.cli.plain import plain_text
-from asyncdcp.cli.targets import PLACE, complete_entry, opened, record_of, run
-from asyncdcp.cli.text import Column, count_text, dim, iso_text, say, say_json, shown, size_text, table, time_text
+from asyncdcp.cli.targets import PLACE, run
+from asyncdcp.cli.text import (
+    Column,
+    count_text,
+    dim,
+    iso_text,
+    number_text,
+    say,
+    say_json,
+    shown,
+    size_text,
+    table,
+    time_text,
+)
 from asyncdcp.cli.tree import Leaf, Row, deep, folded, grow, overview, rows
 from asyncdcp.metadata import Record
 from asyncdcp.pipeline.formats import ReadableCheckpoint
@@ -72,24 +85,29 @@ async def _show_tree(checkpoint: str, depth: int | None, *, everything: bool, as
         if as_json:
             say_json(_as_json(reader, entries))
             return
-        say(_header(reader, entries))
+        say(_header(checkpoint, reader, entries))
         say("")
         say(_tree(entries, depth, everything=everything))
 
 
-def _header(reader: ReadableCheckpoint, entries: list[Entry]) -> Iterator[str]:
+def _header(checkpoint: str, reader: ReadableCheckpoint, entries: list[Entry]) -> Iterator[str]:
     meta, record = reader.metadata.storage_meta, record_of(reader)
     tensors = [entry for entry in entries if entry.is_tensor]
     values = count_text(len(entries) - len(tensors), "plain value")
+    tied = sum(entry.alias_of is not None for entry in tensors)
     size = sum(entry.size for entry in tensors if entry.alias_of is None)
+    also = f"{count_text(tied, 'tied name')}, " if tied else ""
     files = count_text(len({file for entry in entries for file in entry.files}), "file")
-    yield shown(meta.checkpoint_id)
+    yield shown(checkpoint)
     if record is not None:
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         yield f"  saved     {time_text(record.time)} by {count_text(record.world_size, 'rank')}, with {shown(versions)}"
-    yield f"  holds     {count_text(len(tensors), 'tensor')} of {size_text(size)}, {values}"
+    yield f"  holds     {count_text(len(tensors) - tied, 'tensor')} of {size_text(size)}, {also}{values}"
     yield f"  stored    {_stored(record)} in {files}" if record else f"  stored    in {files} of another format"
     yield f"  save id   {shown(meta.save_id)}"
+    if record is not None and record.metrics:
+        known = {name: value for name, value in record.metrics.items() if value is not None}
+        yield "  metrics   " + ", ".join(f"{shown(name)} {number_text(value)}" for name, value in known.items())
     for name, value in meta.user.items():
         yield f"  metadata  {shown(name)} = {shown(repr(value))[:200]}"
 

@@ -58,7 +58,7 @@ async def _ls(place: str, *, as_json: bool) -> None:
 def _table(found: Run) -> Iterator[str]:
     checkpoints = found.checkpoints
     metrics = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.metrics))
-    terms = len({checkpoint.term for checkpoint in checkpoints}) > 1
+    terms = len({checkpoint.term for checkpoint in checkpoints if checkpoint.term}) > 1
     columns = [
         Column("step", right=True),
         Column("state"),

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import click
 from msgspec import to_builtins
 
+from asyncdcp.cli.checkpoints import hint
 from asyncdcp.cli.errors import DIFFERENT, TROUBLE, describe
 from asyncdcp.cli.progress import shown_progress
-from asyncdcp.cli.targets import PLACE, hint, open_folder, run
+from asyncdcp.cli.targets import PLACE, open_folder, run
 from asyncdcp.cli.text import bad, count_text, dim, good, say, say_json, seconds_text, shown, size_text
 from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.pipeline.verify import VerifyReport, verify
@@ -40,7 +41,7 @@ def command(checkpoints: tuple[str, ...], *, as_json: bool) -> int:
         if not report.ok:
             status = max(status, DIFFERENT)
         if not as_json:
-            say(_lines(report))
+            say(_lines(checkpoint, report))
     if as_json:
         say_json([{"ok": report.ok, **to_builtins(report)} for report in reports])
     return status
@@ -55,11 +56,11 @@ async def _verify(checkpoint: str) -> VerifyReport:
             raise click.ClickException(f"{error}{await hint(storage)}") from error
 
 
-def _lines(report: VerifyReport) -> Iterator[str]:
+def _lines(checkpoint: str, report: VerifyReport) -> Iterator[str]:
     rate = report.bytes / max(report.seconds, 1e-9)
     what = f"{size_text(report.bytes)} in {count_text(report.files, 'file')}, {count_text(report.blocks, 'block')}"
     time = f"{seconds_text(report.seconds)}, {size_text(int(rate))}/s"
-    yield f"{good('whole  ') if report.ok else bad('damaged')}  {shown(report.path)}  {dim(f'{what}, {time}')}"
+    yield f"{good('whole  ') if report.ok else bad('damaged')}  {shown(checkpoint)}  {dim(f'{what}, {time}')}"
     for damage in report.damages[:_SHOWN]:
         yield f"         {shown(damage.message)}"
     if len(report.damages) > _SHOWN:
