@@ -26,6 +26,7 @@ from asyncdcp.interop.dcp.catalog import Described
 from asyncdcp.interop.dcp.checkpoint import DcpCheckpoint, for_each, read_entry
 from asyncdcp.interop.dcp.entries import VALUE_LIMIT, Chunk, Entry, undo
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
+from asyncdcp.interop.dcp.own_format import OwnFormat
 from asyncdcp.metadata import INDEX_LIMIT
 from asyncdcp.pipeline.load import load
 from asyncdcp.planning import Want, plan_load
@@ -40,7 +41,8 @@ _BATCH_BYTES = 1 << 30
 
 
 class FileSystemReader(StorageReader):
-    """In the place of torch's class of this name: the same parameters, for directories that either writer wrote.
+    """In the place of torch's class of this name: the same parameters, for what either writer wrote, and for asyncdcp's
+    own checkpoints.
 
     What differs: of a sharded tensor only the ranges that are wanted are read, several at a time, straight into the
     targets where they take them; what has a checksum is verified; and ``.metadata`` is unpickled by a list of DCP's own
@@ -55,11 +57,13 @@ class FileSystemReader(StorageReader):
         self.rank: int | None = None
         self.use_collectives = True
         self._tensors: dict[str, DcpTensor] = {}
+        self._own: OwnFormat | None = None
 
     # ── what DCP calls, in this order ───────────────────────────────────────────────────────────────────────────────
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self.storage_data = {}
+        self._own = None
         if checkpoint_id:
             self.path = Path(checkpoint_id)
         self.load_id = str(uuid.uuid4())
@@ -68,8 +72,13 @@ class FileSystemReader(StorageReader):
         rank = kwargs.get("rank")
         name = ".metadata" if rank is None else f"__{rank}.metadata"
         with start_blocking_portal("asyncio") as portal:
-            data = portal.call(ForeignDirectory(self.path).get, name, INDEX_LIMIT)
-        metadata = load_metadata(data, str(self.path / name))
+            try:
+                data = portal.call(ForeignDirectory(self.path).get, name, INDEX_LIMIT)
+            except FileNotFoundError:
+                self._own = portal.call(OwnFormat.find, self.path) if rank is None else None
+                if self._own is None:
+                    raise
+        metadata = self._own.described() if self._own is not None else load_metadata(data, str(self.path / name))
         if metadata.storage_meta is None:
             metadata.storage_meta = DcpStorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -101,12 +110,18 @@ class FileSystemReader(StorageReader):
         tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         storage = ForeignDirectory(self.path)
         with start_blocking_portal("asyncio") as portal:
-            for item, data in portal.call(self._read_values, storage, values):
+            found = self._own.read_values(values) if self._own else portal.call(self._read_values, storage, values)
+            for item, data in found:
                 planner.load_bytes(item, io.BytesIO(data))
             sizes = portal.call(storage.list)
             for batch in self._batches(tensors):
                 targets = [(item, planner.resolve_tensor(item).detach()) for item in batch]
-                portal.call(self._read_tensors, storage, sizes, targets)
+                for item, target in targets:
+                    _check_size(item, target)
+                if self._own is not None:
+                    portal.call(self._own.read_tensors, targets)
+                else:
+                    portal.call(self._read_tensors, storage, sizes, targets)
                 for item, target in targets:
                     planner.commit_tensor(item, target)
         future: Future[None] = Future()
@@ -145,8 +160,6 @@ class FileSystemReader(StorageReader):
         places: dict[native.MetadataIndex, native.ChunkLocation] = {}
         wants, buffers = [], []
         for item, target in targets:
-            if tuple(target.size()) != tuple(item.lengths):
-                raise AssertionError(f"req {item.storage_index} mismatch sizes {target.size()} vs {item.lengths}")
             entry, chunk = self._entry(item), self._chunk(item)
             key, box = f"{entry.path}:{entry.offset}", whole(chunk.sizes)
             entries[key] = (entry, chunk)
@@ -195,3 +208,8 @@ class FileSystemReader(StorageReader):
         if hint is not None and 0 <= hint < len(tensor.chunks):
             yield tensor.chunks[hint]
         yield from tensor.chunks
+
+
+def _check_size(item: ReadItem, target: Tensor) -> None:
+    if tuple(target.size()) != tuple(item.lengths):
+        raise AssertionError(f"req {item.storage_index} mismatch sizes {target.size()} vs {item.lengths}")
