@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _TOKEN: Final = "asyncdcp-token"
+_LONG: Final = 1 << 20
+"""Bytes beyond which an object is given the time of a part, not that of a claim."""
 _LONGEST_PAUSE: Final = 5.0
 _PASSING: Final = (408, 409, 425, 429)
 """Answers that may be others a moment later, though the request was not carried out."""
@@ -32,11 +34,14 @@ _PASSING: Final = (408, 409, 425, 429)
 
 @dataclass(frozen=True)
 class Claimer:
-    """What a conditional PUT needs. ``once`` sends each request once, ``store`` (of the writers) tries again."""
+    """What a conditional PUT needs. ``once``, and with more patience ``once_long``, send each request once, ``store``
+    (of the writers) tries again.
+    """
 
     url: ObjectURL
     store: ObjectStore
     once: ObjectStore
+    once_long: ObjectStore
     limits: RequestLimits
 
     async def create(self, operation: str, name: str, data: bytes | memoryview) -> bool:
@@ -46,12 +51,14 @@ class Claimer:
         be cancelled: run it by ``threads.ended``.
         """
         key, token = self.url.key(name), secrets.token_hex(16)
-        until = asyncio.get_running_loop().time() + self.limits.claim
+        long = len(data) > _LONG
+        put = (self.once_long if long else self.once).put_async
+        until = asyncio.get_running_loop().time() + (self.limits.retry if long else self.limits.claim)
         open_error: Exception | None = None
         pause = self.limits.pause
         while True:
             try:
-                await self.once.put_async(key, data, mode="create", attributes={_TOKEN: token}, use_multipart=False)
+                await put(key, data, mode="create", attributes={_TOKEN: token}, use_multipart=False)
             except AlreadyExistsError as error:
                 mine = await self._is_mine(key, token, data)
                 if mine is not None:

@@ -80,24 +80,24 @@ def access(url: ObjectURL, config: Mapping[str, str], limits: RequestLimits, pro
     return Access(merged, profile, limits, provider)
 
 
-def connect(url: ObjectURL, how: Access, *, single: bool = False) -> ObjectStore:
-    """A store of the whole bucket. With ``single``, no request is sent a second time; without, each delete of S3 is a
-    request of its own, as every store that speaks its language understands.
+def connect(url: ObjectURL, how: Access, *, single: float | None = None) -> ObjectStore:
+    """A store of the whole bucket. With ``single``, a number of seconds, each request gets so long and is sent once;
+    without, each delete of S3 is a request of its own, as every store that speaks its language understands.
     """
     if url.scheme == "memory":
         return _memories.setdefault(url.bucket, MemoryStore())
     limits = how.limits
     retries: dict[str, Any] = {"max_retries": 0}
-    if not single:
+    if single is None:
         backoff = {"init_backoff": timedelta(seconds=limits.pause), "max_backoff": timedelta(seconds=_LONGEST_PAUSE)}
         retries = {"max_retries": _TRIES, "retry_timeout": timedelta(seconds=limits.retry), "backoff": backoff}
     options = {
         "connect_timeout": timedelta(seconds=limits.connect),
-        "timeout": timedelta(seconds=limits.claim_request if single else limits.request),
+        "timeout": timedelta(seconds=single or limits.request),
         "allow_http": any(how.config.get(key, "").startswith("http://") for key in _ENDPOINTS),
     }
     config = dict(how.config)
-    if url.scheme == "s3" and not single:
+    if url.scheme == "s3" and single is None:
         config["disable_bulk_delete"] = "true"
     provider = how.provider if how.profile is None else _boto3_provider(how.profile)
     try:

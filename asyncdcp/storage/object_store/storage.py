@@ -104,8 +104,10 @@ class ObjectStorage:
 
     @cached_property
     def _claimer(self) -> Claimer:
-        once = connect(self.url, self._access, single=True)
-        return Claimer(self.url, self._store, once, self._access.limits)
+        limits = self._access.limits
+        once = connect(self.url, self._access, single=limits.claim_request)
+        long = connect(self.url, self._access, single=limits.request)
+        return Claimer(self.url, self._store, once, long, limits)
 
     @cached_property
     def _uploads(self) -> Uploads:

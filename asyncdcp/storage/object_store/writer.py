@@ -286,6 +286,7 @@ class ObjectStoreWriter:
             await self._wait_quietly(lambda: asyncio.wait((upload,)))
             if not upload.done():
                 upload.cancel()
+                await self._wait_quietly(lambda: asyncio.wait((upload,)))
                 _logger.warning(
                     "the upload of %s did not end; a rule for the bucket that aborts incomplete multipart uploads, or "
                     "gc, removes what was sent",
