@@ -25,6 +25,7 @@ from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
 from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
+from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.policies import EverySeconds, OnPreemption, SaveWhen, check_policies
 from asyncdcp.manager.preemption import Preemption
 from asyncdcp.manager.saves import Called, Saves, surface
@@ -59,6 +60,8 @@ class CheckpointManager:
       a newer one was committed; the newest good one never is.
     - ``save_when`` says when ``should_save`` is true: policies or functions of a ``Moment``; every ten minutes if
       nothing is given.
+    - ``mirror`` is a second place, such as ``"s3://bucket/run"``: what is committed is copied there in the background,
+      and ``mirror_keep`` says what to keep there. Opening fetches its newest checkpoint where the run has none so new.
     - Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of
       several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
 
@@ -80,6 +83,8 @@ class CheckpointManager:
         read_only: bool = False,
         takeover_seconds: float = 5.0,
         telemetry: Telemetry | None = None,
+        mirror: str | os.PathLike[str] | Place | None = None,
+        mirror_keep: Retention | None = None,
     ) -> None:
         self._place = open_place(run)
         self.location = self._place.storage.info.location
@@ -100,6 +105,10 @@ class CheckpointManager:
         self._engine = Engine("asyncdcp-manager", drain=lambda: _call(close()), exit_deadline=deadline)
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
         self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds)
+        self._mirror = None
+        if mirror is not None and not read_only:
+            kept = None if mirror_keep is None else check_retention("mirror_keep", mirror_keep)
+            self._mirror = self._session.mirror = Mirror(self._place, open_place(mirror), kept)
         self._saves = Saves(self._session, self._engine, self._reporter, leads=self._leads)
         self._checkpointer = AsyncCheckpointer(
             replace(self._options, on_error=self._saves.collect),
@@ -338,6 +347,8 @@ class CheckpointManager:
     async def _wait(self, opened: CheckpointFuture[None]) -> None:
         await opened
         await self._saves.settle()
+        if self._mirror is not None and self._leads:
+            await self._saves.follow()
         failures = self._saves.failures()
         if self._saves.fenced is not None:
             failures.append(self._saves.fenced)

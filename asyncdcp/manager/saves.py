@@ -162,6 +162,15 @@ class Saves:
             self.collect(error)
         finally:
             save.over.resolve(None)
+        if self._leads and self.fenced is None:
+            await self.follow()
+
+    async def follow(self) -> None:
+        """Brings the mirror up to date; a failure surfaces at the next verb, and the next save tries again."""
+        try:
+            await self._session.follow()
+        except Exception as error:  # noqa: BLE001  # whatever it is
+            self.collect(error)
 
     async def _cut_off(self, handle: SaveHandle, until: float) -> None:
         await anyio.sleep(max(until - time.monotonic(), 0.0))

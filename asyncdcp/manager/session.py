@@ -10,6 +10,7 @@ import anyio
 import msgspec
 
 from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, Fenced, PeerFailed
+from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.reading import LoadFrom, load_checkpoint
 from asyncdcp.manager.restoring import load_first, said
 from asyncdcp.manager.telemetry import Reporter
@@ -65,6 +66,7 @@ class RunSession:
         self._keep = keep
         self._quiet = quiet
         self._writer = RunWriter(place)
+        self.mirror: Mirror | None = None
         self._known = Known()
         self._looking, self._writing = anyio.Lock(), anyio.Lock()
 
@@ -73,6 +75,9 @@ class RunSession:
         self.standing = await said(self._ranks, "opened", self._open, Standing)
 
     async def _open(self) -> Standing:
+        if self.mirror is not None and (fetched := await self.mirror.fetch()) is not None:
+            text = f"step {fetched.step} is fetched from {self.mirror.location}"
+            self._reporter.emit("fetched", text, fetched.step, save_id=fetched.save_id)
         run, settled = await self._writer.open(quiet=self._quiet, deadline=TAKEOVER_DEADLINE)
         for name, save_id in settled.aborted:
             self._reporter.emit("settled", f"{name}: a save that was cut off is given up", save_id=save_id)
@@ -210,6 +215,13 @@ class RunSession:
             if self._keep is not None:
                 for gone in await self._writer.retain(self._keep, run):
                     self._reporter.emit("deleted", f"step {gone.step} is deleted", gone.step, save_id=gone.save_id)
+
+    async def follow(self) -> None:
+        """Brings the mirror up to date, if there is one. On rank 0."""
+        if self.mirror is not None:
+            for copied in await self.mirror.follow():
+                text = f"step {copied.step} is copied to {self.mirror.location}"
+                self._reporter.emit("mirrored", text, copied.step, save_id=copied.save_id)
 
     def _line_of(self, finished: Finished) -> Saved:
         result = finished.result

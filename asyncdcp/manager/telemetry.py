@@ -25,6 +25,8 @@ Kind: TypeAlias = Literal[
     "fallback",
     "save",
     "committed",
+    "mirrored",
+    "fetched",
     "failed",
     "deleted",
     "fenced",
