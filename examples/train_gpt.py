@@ -6,7 +6,7 @@ whole.
 
 The state holds modules, optimizer and scheduler as they are, the random number generators and the place in the data.
 The losses after a resume are bit for bit those of a run that nobody interrupted. Nothing in the loop waits for a save
-but ``optimizer.step()``, and only while tensors are still being copied.
+but ``optimizer.step()``, and only while tensors are still being copied. ``asyncdcp ls runs/train_gpt`` shows the run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asyncdcp import AsyncCheckpointer, AsyncDCPError, Progress, RNGState, SaveHandle
-from asyncdcp.errors import CheckpointNotFound
+from asyncdcp import (
+    AsyncDCPError,
+    CheckpointManager,
+    EverySteps,
+    KeepBest,
+    KeepLast,
+    OnPreemption,
+    Progress,
+    RNGState,
+)
 
 CONTEXT, BATCH, WIDTH, HEADS, LAYERS = 64, 8, 192, 4, 4
 
@@ -124,24 +132,6 @@ class Trainer:
         return loss.item()
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """The directories that saves began to write, committed or not."""
-    return sorted(folder.glob("step_*"), reverse=True)
-
-
-async def resume(checkpointer: AsyncCheckpointer, folder: Path, trainer: Trainer) -> None:
-    """Loads the newest checkpoint that was committed into the trainer's own state."""
-    for path in newest_first(folder):
-        try:
-            await checkpointer.load(path, trainer.state)
-        except CheckpointNotFound:
-            print(f"{path.name}: no commit, for its save was cut off: skipped")
-            continue
-        print(f"{path.name}: resumed")
-        return
-    print(f"no checkpoint in {folder}: starting at step 0")
-
-
 def kill_this_process(progress: Progress) -> None:
     """SIGKILL in the middle of a save: if all was staged the background process commits it, else it was never there."""
     verb = {"stage": "staged", "write": "written"}[progress.stage]
@@ -149,37 +139,47 @@ def kill_this_process(progress: Progress) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def train(checkpointer: AsyncCheckpointer, trainer: Trainer, args: argparse.Namespace) -> None:
+async def train(manager: CheckpointManager, trainer: Trainer, args: argparse.Namespace) -> None:
     """Trains to the end, and says what checkpointing cost."""
-    saves: list[SaveHandle] = []
-    called = 0.0
+    called, count = 0.0, 0
     begun = time.perf_counter()
-    with checkpointer.guard(trainer.optimizer) as guard:
-        while (step := trainer.progress["step"]) < args.steps:
+    with manager.guard(trainer.optimizer) as guard:
+        while (step := trainer.progress["step"] + 1) <= args.steps:
             loss = trainer.step()
-            step += 1
             print(f"step {step:>4}/{args.steps}  loss {loss!r}")
-            if step % args.save_every == 0:
+            if manager.should_save(step):
                 calling = time.perf_counter()
                 dying = kill_this_process if step == args.kill_at else None
-                saves.append(checkpointer.save(args.dir / f"step_{step:06d}", trainer.state, on_progress=dying))
-                called += time.perf_counter() - calling
+                manager.save(step, trainer.state, metrics={"loss": loss}, on_progress=dying)
+                called, count = called + time.perf_counter() - calling, count + 1
+            if manager.preempted:
+                print(f"asked to end: step {step} is saved, start again to go on")
+                break
             await asyncio.sleep(0)  # whatever else runs on this loop has its turn
         total = time.perf_counter() - begun
-        for save in saves:
-            await save  # raises if the save failed
+        await manager.wait()  # raises if a save failed
         print(
-            f"{len(saves)} checkpoints cost {called:.3f} s in save() and {guard.waited:.3f} s in optimizer.step(), "
+            f"{count} checkpoints cost {called:.3f} s in save() and {guard.waited:.3f} s in optimizer.step(), "
             f"{(called + guard.waited) / total:.2%} of {total:.3f} s of training"
         )
 
 
+def open_run(args: argparse.Namespace) -> CheckpointManager:
+    """The run's checkpoints: one every few steps, and one when the job is asked to end; the last three, and the best
+    one, are kept.
+    """
+    return CheckpointManager(
+        args.dir, keep=KeepLast(3) | KeepBest("loss"), save_when=[EverySteps(args.save_every), OnPreemption()]
+    )
+
+
 async def run(args: argparse.Namespace) -> None:
     """One life of the training run."""
-    async with AsyncCheckpointer() as checkpointer:
+    async with open_run(args) as manager:
         trainer = Trainer(args.seed, args.steps)
-        await resume(checkpointer, args.dir, trainer)
-        await train(checkpointer, trainer, args)
+        resumed = await manager.restore_latest(trainer.state)
+        print(f"resumed at step {resumed.step}" if resumed else f"no checkpoint in {args.dir}: starting at step 0")
+        await train(manager, trainer, args)
 
 
 def arguments() -> argparse.Namespace:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdcp import AsyncCheckpointer, AsyncDCPError, Options, Progress, SaveHandle
-from asyncdcp.errors import CheckpointNotFound
+from asyncdcp import AsyncDCPError, CheckpointManager, Options, Progress, SaveHandle, Telemetry
+from asyncdcp.manager import Event
 
 CONTEXT, BATCH, HIDDEN = 16, 128, 1024  # characters that the model sees, examples in a step, width
 
@@ -80,31 +80,27 @@ class Trainer:
         """Goes on from where ``state_dict`` was called."""
         progress = state["progress"]
         if progress["seed"] != self.seed:
-            raise SystemExit(f"train_small: the run was begun with --seed {progress['seed']}, not {self.seed}")
+            raise ValueError(f"the run was begun with --seed {progress['seed']}, not {self.seed}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.step, self.position, self.loss = progress["step"], progress["position"], progress["loss"]
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """The directories that saves began to write, committed or not."""
-    return sorted(folder.glob("step_*"), reverse=True)
+def say(event: Event) -> None:
+    """What the manager found when it opened the run: saves that were killed left files, but no checkpoint."""
+    if event.kind == "settled":
+        print(f"step {event.step}: its save was cut off, there is no checkpoint")
 
 
-async def resume(checkpointer: AsyncCheckpointer, folder: Path, trainer: Trainer) -> None:
-    """Loads the newest checkpoint that was committed. A save that was killed left files, but no checkpoint."""
-    for path in newest_first(folder):
-        begun = time.perf_counter()
-        try:
-            state = await checkpointer.load(path)
-        except CheckpointNotFound:
-            print(f"{path.name}: no commit, for its save was cut off: skipped")
-            continue
-        trainer.load_state_dict(state)
-        print(f"{path.name}: resumed, loaded and verified in {time.perf_counter() - begun:.3f} s")
-        return
-    print(f"no checkpoint in {folder}: starting at step 0")
+async def resume(manager: CheckpointManager, trainer: Trainer) -> None:
+    """Goes on from the newest checkpoint."""
+    begun = time.perf_counter()
+    restored = await manager.restore_latest({"trainer": trainer})
+    if restored is None:
+        print(f"no checkpoint in {manager.location}: starting at step 0")
+    else:
+        print(f"step {restored.step}: resumed, loaded and verified in {time.perf_counter() - begun:.3f} s")
 
 
 def kill_this_process(progress: Progress) -> None:
@@ -114,7 +110,7 @@ def kill_this_process(progress: Progress) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def train(checkpointer: AsyncCheckpointer, trainer: Trainer, args: argparse.Namespace) -> None:
+async def train(manager: CheckpointManager, trainer: Trainer, args: argparse.Namespace) -> None:
     """Trains to ``args.steps`` and says at the end what checkpointing cost."""
     saves: list[SaveHandle] = []
     stalled = 0.0  # seconds in which training waited for a checkpoint
@@ -129,9 +125,10 @@ async def train(checkpointer: AsyncCheckpointer, trainer: Trainer, args: argpars
         if trainer.step % args.save_every == 0 or trainer.step == args.steps:
             dying = trainer.step == args.kill_at
             saving = time.perf_counter()
-            save = checkpointer.save(
-                args.dir / f"step_{trainer.step:06d}",
-                trainer.state_dict(),
+            save = manager.save(
+                trainer.step,
+                {"trainer": trainer},
+                metrics={"loss": trainer.loss},
                 on_progress=kill_this_process if dying else None,
             )
             stalled += time.perf_counter() - saving
@@ -153,17 +150,21 @@ async def train(checkpointer: AsyncCheckpointer, trainer: Trainer, args: argpars
 
 async def run(args: argparse.Namespace) -> None:
     """One life of the training run: resume, train. Leaving the block waits until every save is settled."""
-    # On a thread, so that a save dies with this process: a background process would finish what it has. To die in the
-    # middle there is little memory to copy into, so that a part has to be written before the next can be copied.
+    # On a thread, so that a save dies with this process: a background process would finish what it has, and the next
+    # run would wait for it longer. To die in the middle there is little memory to copy into, so that a part has to be
+    # written before the next can be copied.
     options = Options() if args.kill_at is None else Options(staging_bytes=8 << 20)
-    async with AsyncCheckpointer(options, process=False) as checkpointer:
+    telemetry = Telemetry(on_event=say)
+    async with CheckpointManager(
+        args.dir, options=options, process=False, takeover_seconds=1, telemetry=telemetry
+    ) as manager:
         trainer = Trainer(args.seed)
-        await resume(checkpointer, args.dir, trainer)
+        await resume(manager, trainer)
         if trainer.step >= args.steps:
             print(f"nothing to do: step {trainer.step} was reached, and --steps is {args.steps}")
         if args.kill_at is not None and trainer.step >= args.kill_at:
             raise SystemExit(f"train_small: --kill-at {args.kill_at} has passed: the run is at step {trainer.step}")
-        await train(checkpointer, trainer, args)
+        await train(manager, trainer, args)
 
 
 def arguments() -> argparse.Namespace:

@@ -9,37 +9,28 @@ from __future__ import annotations
 import sys
 import time
 
-from train_gpt import (  # type: ignore[import-not-found]  # beside this file, as a program is run
-    Trainer,
-    arguments,
-    kill_this_process,
-    newest_first,
-)
+from train_gpt import Trainer, arguments, kill_this_process, open_run  # type: ignore[import-not-found]  # beside it
 
-from asyncdcp import AsyncCheckpointer, AsyncDCPError
-from asyncdcp.errors import CheckpointNotFound
+from asyncdcp import AsyncDCPError
 
 
 def main() -> None:
     """Resumes, trains, and leaves the block when the last save is durable."""
     args = arguments()
-    with AsyncCheckpointer() as checkpointer:
+    with open_run(args) as manager:
         trainer = Trainer(args.seed, args.steps)
-        for path in newest_first(args.dir):
-            try:
-                checkpointer.load(path, trainer.state).result()
-            except CheckpointNotFound:
-                continue
-            print(f"{path.name}: resumed")
-            break
+        resumed = manager.restore_latest(trainer.state).result()
+        if resumed is not None:
+            print(f"resumed at step {resumed.step}")
         begun, called = time.perf_counter(), 0.0
-        guard = checkpointer.guard(trainer.optimizer)
-        while (step := trainer.progress["step"] + 1) <= args.steps:
-            print(f"step {step:>4}/{args.steps}  loss {trainer.step()!r}")
-            if step % args.save_every == 0:
+        guard = manager.guard(trainer.optimizer)
+        while (step := trainer.progress["step"] + 1) <= args.steps and not manager.preempted:
+            loss = trainer.step()
+            print(f"step {step:>4}/{args.steps}  loss {loss!r}")
+            if manager.should_save(step):
                 calling = time.perf_counter()
                 dying = kill_this_process if step == args.kill_at else None
-                checkpointer.save(args.dir / f"step_{step:06d}", trainer.state, on_progress=dying)
+                manager.save(step, trainer.state, metrics={"loss": loss}, on_progress=dying)
                 called += time.perf_counter() - calling
         spent = called + guard.waited
         print(f"checkpoints cost {spent:.3f} s, {spent / (time.perf_counter() - begun):.2%} of the training")

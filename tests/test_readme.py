@@ -51,8 +51,8 @@ def test_the_train_command_dies_and_resumes(tmp_path: Path) -> None:
     killed, resumed = (_run([sys.executable, str(_ROOT / file), *rest.split()], tmp_path) for file, rest in calls)
     assert killed.returncode == -9, killed.stderr
     assert resumed.returncode == 0, resumed.stderr
-    assert "step_000040: no commit" in resumed.stdout
-    assert "step_000020: resumed" in resumed.stdout
+    assert "step 40: its save was cut off" in resumed.stdout
+    assert "step 20: resumed" in resumed.stdout
 
 
 def test_what_it_points_to_is_there() -> None:

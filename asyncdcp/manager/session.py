@@ -18,7 +18,7 @@ from asyncdcp.ranks import Ranks, gather
 from asyncdcp.results import SaveResult
 from asyncdcp.runs import Checkpoint, Retention, Run, Saved, look
 from asyncdcp.runs.history import append_history, stage_times
-from asyncdcp.runs.layout import TRACES, step_name
+from asyncdcp.runs.layout import TRACES, step_name, step_of
 from asyncdcp.runs.lineage import UNCLAIMED
 from asyncdcp.runs.listing import Known, Mode
 from asyncdcp.runs.writer import RunWriter
@@ -80,7 +80,8 @@ class RunSession:
             self._reporter.emit("fetched", text, fetched.step, save_id=fetched.save_id)
         run, settled = await self._writer.open(quiet=self._quiet, deadline=TAKEOVER_DEADLINE)
         for name, save_id in settled.aborted:
-            self._reporter.emit("settled", f"{name}: a save that was cut off is given up", save_id=save_id)
+            message = f"{name}: its save was cut off, and is given up"
+            self._reporter.emit("settled", message, step_of(name), save_id=save_id)
         self._reporter.emit("opened", f"opened as term {self._writer.term}", term=self._writer.term)
         head = run.latest()
         return _standing(self._writer.term, head)

@@ -46,7 +46,7 @@ def _is_committed(path: Path) -> bool:
 
 def _assert_same_tensors(one: Path, other: Path) -> None:
     with SyncCheckpointer() as checkpointer:
-        first, second = checkpointer.load(one), checkpointer.load(other)
+        first, second = (checkpointer.load(path)["trainer"] for path in (one, other))
     assert first["progress"] == second["progress"]
     assert torch.equal(first["rng"], second["rng"])
     for name, tensor in first["model"].items():
@@ -64,18 +64,18 @@ def test_killed_in_the_middle_of_a_save_it_resumes_bit_for_bit(tmp_path: Path) -
     killed = _run("--dir", str(tmp_path / "run"), *_STEPS, "--kill-at", "12")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "bytes written" in killed.stdout
-    assert _is_committed(tmp_path / "run" / "step_000006")
-    assert any((tmp_path / "run" / "step_000012").iterdir())
-    assert not _is_committed(tmp_path / "run" / "step_000012")
+    assert _is_committed(tmp_path / "run" / "step_6")
+    assert any((tmp_path / "run" / "step_12").iterdir())
+    assert not _is_committed(tmp_path / "run" / "step_12")
 
     resumed = _run("--dir", str(tmp_path / "run"), *_STEPS)
     assert resumed.returncode == 0, resumed.stderr
-    assert "step_000012: no commit" in resumed.stdout
-    assert "step_000006: resumed" in resumed.stdout
+    assert "step 12: its save was cut off" in resumed.stdout
+    assert "step 6: resumed" in resumed.stdout
     assert "training was stalled" in resumed.stdout
 
     assert _losses(resumed.stdout) == _losses(whole.stdout)[1:]
-    _assert_same_tensors(tmp_path / "whole" / "step_000018", tmp_path / "run" / "step_000018")
+    _assert_same_tensors(tmp_path / "whole" / "step_18", tmp_path / "run" / "step_18")
 
 
 @pytest.mark.parametrize(
