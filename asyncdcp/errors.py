@@ -10,8 +10,10 @@ processes as its class name, message and fields.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from inspect import signature
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -33,6 +35,13 @@ class AsyncDCPError(Exception):
     def __str__(self) -> str:
         # OSError and KeyError, second bases of some leaves, would print the message in their own way.
         return str(self.args[0]) if self.args else ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # With all fields. Torch gathers the errors of all ranks as pickles, and one that cannot be made again would
+        # stand in the place of what it says.
+        options = (option for option in signature(type(self)).parameters.values() if option.kind is option.KEYWORD_ONLY)
+        fields = {option.name: getattr(self, option.name) for option in options}
+        return partial(type(self), **fields), self.args, vars(self)
 
 
 # ── the caller ──────────────────────────────────────────────────────────────────────────────────────────────────────
