@@ -1,0 +1,242 @@
+"""One of four gloo processes: runs every case in turn and writes down what came of it. Started by ``test_world.py``.
+
+python -m tests.ranks.world RANK PORT FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from asyncdcp import AsyncCheckpointer, Options, RNGState, SoleRank
+from asyncdcp.state_dict.chunks import local_chunks
+
+WORLD = 4
+MESHES = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2), "4x1": (4, 1)}
+SAVED = ("2", "4", "2x2")
+KINDS = {"ddp": "2", "fsdp": "4", "fsdp2": "2", "hsdp": "2x2", "tp": "2", "fsdp_tp": "2x2", "plain": "1"}
+PAIRS = [
+    ("ddp", "fsdp"),
+    ("fsdp", "ddp"),
+    ("fsdp", "hsdp"),
+    ("hsdp", "fsdp2"),
+    ("tp", "fsdp_tp"),
+    ("fsdp_tp", "plain"),
+    ("fsdp_tp", "tp"),
+    ("plain", "fsdp_tp"),
+]
+PLACEMENTS: dict[int, list[list[Any]]] = {
+    1: [[Shard(0)], [Shard(1)], [Replicate()]],
+    2: [
+        [Shard(0), Shard(1)],
+        [Replicate(), Shard(0)],
+        [Shard(1), Replicate()],
+        [Shard(0), Shard(0)],
+        [_StridedShard(0, split_factor=2), Shard(0)],
+    ],
+}
+SHAPES = [(7, 5), (4, 4), (1, 3), (2, 9), (13, 2)]
+
+
+class World:
+    """This process among the others: meshes, groups and checkpointers over the first few ranks."""
+
+    def __init__(self, rank: int, folder: Path) -> None:
+        self.rank = rank
+        self.folder = folder
+        self.meshes = {
+            name: DeviceMesh("cpu", torch.arange(_size(name)).view(shape), mesh_dim_names=("dp", "tp")[: len(shape)])
+            for name, shape in MESHES.items()
+        }
+        groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
+        options = Options(agreement_deadline=30, save_deadline=30, load_deadline=30)
+        self.checkpointers = {
+            size: AsyncCheckpointer(options, process=False, process_group=group)
+            for size, group in groups.items()
+            if rank < size
+        }
+        self.alone = self.checkpointers[1] = AsyncCheckpointer(options, process=False, process_group=SoleRank())
+
+    def checkpointer(self, mesh: str) -> AsyncCheckpointer:
+        return self.checkpointers[_size(mesh)]
+
+    def has(self, mesh: str) -> bool:
+        return self.rank < _size(mesh)
+
+
+def _size(mesh: str) -> int:
+    return int(torch.Size(MESHES[mesh]).numel())
+
+
+# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tensors(world: World, mesh: str, *, filled: bool = True) -> dict[str, Any]:
+    """Uneven tensors, placed in all ways that there are for a mesh."""
+    placements = PLACEMENTS[len(MESHES[mesh])]
+    state = {}
+    for number, shape in enumerate(SHAPES):
+        content = torch.arange(100 * number, 100 * number + shape[0] * shape[1], dtype=torch.float64).view(shape)
+        whole = content if filled else torch.full_like(content, -1)
+        placed = placements[number % len(placements)]
+        state[f"t{number}"] = distribute_tensor(whole, world.meshes[mesh], placed, src_data_rank=None)
+    return state
+
+
+def save_tensors(world: World, mesh: str) -> None:
+    if world.has(mesh):
+        world.checkpointer(mesh).save(world.folder / f"tensors-{mesh}", tensors(world, mesh)).result()
+
+
+def load_tensors(world: World, saved: str, loaded: str) -> None:
+    if not world.has(loaded):
+        return
+    state = tensors(world, loaded, filled=False)
+    world.checkpointer(loaded).load(world.folder / f"tensors-{saved}", state).result()
+    for name, expected in tensors(world, loaded).items():
+        assert torch.equal(state[name].to_local(), expected.to_local()), name
+
+
+# ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def training(world: World, kind: str, seed: int) -> dict[str, Any]:
+    """A model as ``kind`` wraps it, with a fresh optimizer."""
+    torch.manual_seed(seed)
+    model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7))
+    mesh = world.meshes[KINDS[kind]]
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    elif kind in ("fsdp", "fsdp2", "hsdp"):
+        fully_shard(model, mesh=mesh)
+    elif kind == "tp":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    elif kind == "fsdp_tp":
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1), "step": seed}
+
+
+def step(state: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    state["optimizer"].zero_grad()
+    state["model"](torch.randn(4, 6)).square().sum().backward()
+    state["optimizer"].step()
+
+
+def save_training(world: World, kind: str) -> None:
+    if world.has(KINDS[kind]):
+        state = training(world, kind, 1)
+        step(state)
+        world.checkpointer(KINDS[kind]).save(world.folder / f"training-{kind}", state).result()
+
+
+def load_training(world: World, saved: str, loaded: str) -> None:
+    """Compares every shard with what a process alone reads of it, and takes another step."""
+    if not world.has(KINDS[loaded]):
+        return
+    state = training(world, loaded, 2)
+    world.checkpointer(KINDS[loaded]).load(world.folder / f"training-{saved}", state).result()
+    whole = world.alone.load(world.folder / f"training-{saved}").result()
+    _compare(state["model"].state_dict(), whole["model"])
+    assert state["step"] == 1
+    parameters = [parameter for group in state["optimizer"].param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        own, stored = state["optimizer"].state[parameter], whole["optimizer"]["state"][number]
+        assert type(own["exp_avg"]) is type(parameter.data), (type(own["exp_avg"]), type(parameter.data))
+        _compare(own, stored)
+    step(state)
+
+
+def _compare(own: dict[str, Any], whole: dict[str, torch.Tensor]) -> None:
+    for name, tensor in own.items():
+        expected = whole.get(name, whole.get(name.removeprefix("module."), whole.get(f"module.{name}")))
+        assert expected is not None, (name, list(whole))
+        for box, local in local_chunks(tensor):
+            place = tuple(slice(start, start + size) for start, size in zip(*box, strict=True))
+            assert torch.equal(local, expected[place]), name
+
+
+# ── one by one ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def own_generators(world: World) -> None:
+    """Each rank's random numbers go on where they were."""
+    torch.manual_seed(world.rank)
+    torch.rand(world.rank)
+    checkpointer = world.checkpointers[4]
+    checkpointer.save(world.folder / "rng", {"rng": RNGState()}).result()
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    checkpointer.load(world.folder / "rng", {"rng": RNGState()}).result()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def partial_is_refused(world: World) -> None:
+    from torch.distributed.tensor import DTensor, Partial
+
+    from asyncdcp.errors import PeerFailed, UnsupportedValue
+
+    partial = DTensor.from_local(torch.ones(2), world.meshes["4"], [Partial()], run_check=False)
+    try:
+        world.checkpointers[4].save(world.folder / "partial", {"x": partial}).result()
+    except (UnsupportedValue, PeerFailed) as error:
+        assert "'x' is a torch.distributed.tensor.DTensor" in str(error) and "redistribute()" in str(error)
+    else:
+        raise AssertionError("it was saved")
+
+
+def cases() -> dict[str, Callable[[World], None]]:
+    """By name, in the order in which all ranks run them."""
+    made: dict[str, Callable[[World], None]] = {}
+    for saved in SAVED:
+        made[f"save tensors {saved}"] = lambda world, saved=saved: save_tensors(world, saved)
+        for loaded in MESHES:
+            made[f"load tensors {saved} {loaded}"] = lambda world, a=saved, b=loaded: load_tensors(world, a, b)
+    for kind in KINDS:
+        made[f"save {kind}"] = lambda world, kind=kind: save_training(world, kind)
+    for a, b in [*PAIRS, *((kind, kind) for kind in KINDS)]:
+        made[f"load {a} {b}"] = lambda world, a=a, b=b: load_training(world, a, b)
+    made["own generators"] = own_generators
+    made["partial"] = partial_is_refused
+    return made
+
+
+def main(rank: int, port: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=40)
+    )
+    world = World(rank, folder)
+    outcomes = {}
+    for name, case in cases().items():
+        dist.barrier()
+        try:
+            case(world)
+        except BaseException:
+            outcomes[name] = traceback.format_exc()
+    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    for checkpointer in world.checkpointers.values():
+        try:
+            checkpointer.close()
+        except Exception:
+            traceback.print_exc()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
