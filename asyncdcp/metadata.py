@@ -152,9 +152,9 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The outcome of a save, claimed create-exclusively under ``<save_id>.json``.
 
     A ``commit`` lists every rank's index, and in ``replaces`` the save ids of the commits it takes the place of. An
-    ``abort`` says which ``rank`` gave up and the ``cause``. ``time`` is seconds since the epoch, for people only.
-    ``term`` and ``parent`` (a save id) belong to the lineage of a run, ``metrics`` are what the training said of
-    itself; None stands for a number that is not finite.
+    ``abort`` says which ``rank`` gave up, or was waited for in vain, and the ``cause``. ``time`` is seconds since the
+    epoch, for people only. ``term`` and ``parent`` (a save id) belong to the lineage of a run, ``metrics`` are what the
+    training said of itself; None stands for a number that is not finite.
     """
 
     save_id: str

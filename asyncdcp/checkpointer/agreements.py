@@ -27,6 +27,8 @@ from asyncdcp.storage import Storage
 
 _TOPIC = "what each rank holds"
 _PLACE = "where the checkpoint is"
+_LOOKS = (0.0, 0.1, 0.5, 2.0, 5.0)
+"""Seconds before each look for what rank 0 has put."""
 
 
 class Share(NamedTuple):
@@ -157,7 +159,7 @@ class SaveAgreements:
 
 async def _see(storage: Storage, name: str) -> None:
     """Looks for what rank 0 has put; for a while, since a network filesystem may show it late."""
-    for delay in (0.0, 0.1, 0.5, 2.0, 5.0):
+    for delay in _LOOKS:
         await anyio.sleep(delay)
         try:
             await storage.get(name, 1 << 10)

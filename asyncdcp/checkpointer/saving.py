@@ -15,7 +15,7 @@ from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.turns import Turn, TurnQueue
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, StructureChanged, ungrouped
+from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, DeadlineExceeded, StructureChanged, ungrouped
 from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
@@ -24,6 +24,9 @@ from asyncdcp.results import SaveResult, frozen
 from asyncdcp.staging import Arenas, CheckpointStager, Sources, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
+
+_AGREEMENTS = 3
+"""How many agreements there may be before a save, each with its deadline."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,15 @@ class SaveTask:
             raise self._error
 
     async def _plan(self) -> Planned:
-        with anyio.CancelScope() as self._planning:
-            planned = await self._request.plan()
-            self._request.plan = _never  # it holds the state's tensors
-            return planned
+        seconds = _AGREEMENTS * self._options.agreement_deadline + self._options.settle_seconds
+        timer = asyncio.get_running_loop().call_later(seconds, self._abandon)
+        try:
+            with anyio.CancelScope() as self._planning:
+                planned = await self._request.plan()
+                self._request.plan = _never  # it holds the state's tensors
+                return planned
+        finally:
+            timer.cancel()
         assert self._error is not None
         raise self._error
 
@@ -257,6 +265,9 @@ class SaveTask:
         if self._over:
             return
         attempt, path = self._attempt, self.handle.path
+        if self._planned is None and self._planning is not None and self._error is None:
+            message = f"the save to {path} was not begun: the ranks did not agree, or the storage does not answer"
+            self._error = DeadlineExceeded(message, path=path)
         if attempt is not None and attempt.staged and not attempt.stager.held:
             self._release(attempt)  # stuck later than with its slabs
         elif attempt is not None:

@@ -204,7 +204,9 @@ class Settlement:
         await self._name_the_missing()
         reason = self._give_up.reason
         cause = f"{reason.kind}: {reason.error}" if reason else "the commit could not be claimed"
-        return await self._claim(self._new_record("abort", rank=self._job.rank, cause=cause))
+        late = reason.error.rank if reason is not None and reason.kind == "deadline" else None
+        rank = self._job.rank if late is None else late
+        return await self._claim(self._new_record("abort", rank=rank, cause=cause))
 
     async def _name_the_missing(self) -> None:
         """A deadline that has passed is somebody's fault: that of the ranks whose Index is not there, if that can be
@@ -219,7 +221,7 @@ class Settlement:
             except Exception:  # noqa: BLE001  # the abort matters more than whom it names
                 return
             missing = [rank for rank in range(job.world_size) if index_name(job.save_id, rank) not in names]
-            if missing:
+            if missing and record_name(job.save_id) not in names:  # else who gave up before has told, and cleaned up
                 shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
                 error = DeadlineExceeded(f"{reason.error}; what is missing is of rank {shown}", path=reason.error.path)
                 error.rank = missing[0]
@@ -312,7 +314,8 @@ def peer_error(record: Record, location: str) -> AsyncDCPError:
     kind, _, text = (record.cause or "").partition(": ")
     found = next((error for error, known in _KINDS.items() if known == kind), PeerFailed)
     if found in (PeerFailed, Cancelled):
-        return PeerFailed(f"rank {record.rank} gave the save up: {record.cause}", path=location, rank=record.rank)
+        how = "was waited for in vain" if kind == "deadline" else "gave the save up"
+        return PeerFailed(f"rank {record.rank} {how}: {record.cause}", path=location, rank=record.rank)
     return found(text, path=location, rank=record.rank)
 
 

@@ -232,14 +232,15 @@ class CheckpointWriter:
 
     def _failure(self, state: State, settlement: Settlement) -> AsyncDCPError:
         location, reason, record = self._storage.info.location, self.give_up.reason, settlement.record
+        peers = state is State.ABORTED and record is not None and record.rank not in (None, self._job.rank)
         if state is State.UNKNOWN:
             error: AsyncDCPError = CommitUnknown(
                 f"whether the save to {location} was committed cannot be told", path=location
             )
+        elif record is not None and peers and (reason is None or reason.kind == "deadline"):
+            error = peer_error(record, location)  # a deadline is somebody's fault, and the Record says whose
         elif reason is not None and not isinstance(reason.error, CommitUnknown):
             return reason.error
-        elif reason is None and record is not None and record.rank not in (None, self._job.rank):
-            error = peer_error(record, location)
         else:  # the claim of the commit was not heard of, and then an abort won
             cause = record.cause if record else "unknown"
             error = SaveAborted(f"the save to {location} was given up: {cause}", path=location)
