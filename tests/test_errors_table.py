@@ -23,12 +23,21 @@ from anyio import to_thread
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, RNGState, SyncCheckpointer
+from asyncdcp import (
+    AsyncCheckpointer,
+    CheckpointManager,
+    KeepLast,
+    MemoryStorage,
+    Options,
+    RNGState,
+    SyncCheckpointer,
+)
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
 from asyncdcp.memory_limits import Headroom
 from asyncdcp.staging import SlabCopier
 from asyncdcp.state_dict.values import WAY_OUT
+from asyncdcp.storage import MemoryPlace
 
 _README = Path(__file__).parents[1] / "README.md"
 _BEGIN, _END = "<!-- errors: begin -->\n", "<!-- errors: end -->\n"
@@ -250,6 +259,30 @@ def _guard() -> None:
         checkpointer.guard(nn.Linear(1, 1))  # type: ignore[arg-type]  # that is the point
 
 
+def managed(place: MemoryPlace, **options: Any) -> CheckpointManager:
+    return CheckpointManager(place, process=False, takeover_seconds=0, **options)
+
+
+@case("call", "a step that the run has, or one before")
+def _old_step() -> None:
+    with managed(MemoryPlace("run")) as manager:
+        manager.save(9, {"x": 1}).result()
+        manager.save(9, {"x": 1})
+
+
+@case("call", "a step that the run does not have")
+def _no_step() -> None:
+    with managed(MemoryPlace("run")) as manager:
+        manager.save(9, {"x": 1}).result()
+        manager.restore(5, {"x": 1}).result()
+
+
+@case("call", "a save by a manager that only reads")
+def _read_only() -> None:
+    with managed(MemoryPlace("run"), read_only=True) as manager:
+        manager.save(9, {"x": 1})
+
+
 @case("call", "a call after close()")
 def _closed() -> None:
     checkpointer = SyncCheckpointer(process=False)
@@ -352,6 +385,23 @@ class _Failing(MemoryStorage):
 def _full() -> None:
     with SyncCheckpointer(process=False) as checkpointer:
         checkpointer.save(_Failing("run/step_9"), {"x": torch.ones(1)})
+
+
+@case("failure", "a run that another writer has opened since")
+def _fenced() -> None:
+    place = MemoryPlace("run")
+    with managed(place) as older, managed(place):
+        older.restore_latest({"x": 1}).result()
+
+
+@case("failure", "a checkpoint that retention has deleted")
+def _gone() -> None:
+    with managed(MemoryPlace("run"), keep=KeepLast(1)) as manager:
+        manager.save(8, {"x": 1}).result()
+        (listed,) = manager.checkpoints().result()
+        manager.save(9, {"x": 1}).result()
+        manager.wait().result()
+        manager.load(listed).result()
 
 
 @case("failure", "a failure that nobody looked at")
