@@ -301,6 +301,14 @@ class SlotRing:
                 self._wake_first()  # it may have had the turn already
                 raise
             self._waiters.popleft()
+        return self._grant()
+
+    def acquire_nowait(self) -> tuple[int, int] | None:
+        """As ``acquire``, if its slot is free and nobody waits; else None."""
+        self._check_thread()
+        return None if self._waiters or self._head_is_used() else self._grant()
+
+    def _grant(self) -> tuple[int, int]:
         sequence, slot = self._next, self._next % len(self._used)
         self._next += 1
         self._used[slot] = True

@@ -464,6 +464,26 @@ def test_a_ring_has_slots() -> None:
         SlotRing(0)
 
 
+async def test_acquire_nowait_takes_what_is_free_and_passes_nobody() -> None:
+    ring = SlotRing(2)
+    assert ring.acquire_nowait() == (0, 0)
+    assert ring.acquire_nowait() == (1, 1)
+    assert ring.acquire_nowait() is None
+    got: list[tuple[int, int]] = []
+
+    async def wait() -> None:
+        got.append(await ring.acquire())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        ring.release(0)
+        assert ring.acquire_nowait() is None, "slot 0 is free, and the one who waits for it is first"
+    ring.release(1)
+    assert got == [(2, 0)]
+    assert ring.acquire_nowait() == (3, 1)
+
+
 @given(slots=st.integers(1, 4), steps=st.lists(st.integers(0, 5), max_size=40))
 def test_whatever_happens_grants_are_gapless_in_order_and_exclusive(slots: int, steps: list[int]) -> None:
     """Steps: 0 release the oldest, 1 the newest; 2 cancel the first waiting, 3 the last; else acquire."""

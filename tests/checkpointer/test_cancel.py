@@ -49,7 +49,7 @@ def works(checkpointer: AsyncCheckpointer) -> bool:
 @pytest.mark.parametrize("staging_bytes", [None, 8 * MIB])
 @pytest.mark.parametrize(
     "point",
-    [("list", 1), ("create", 1), ("write", 1), ("write", 3), ("finish", 1), ("barrier", 1), ("put", 1), ("barrier", 2)],
+    [("list", 1), ("create", 1), ("write", 1), ("write", 3), ("finish", 1), ("put", 1), ("barrier", 1)],
     ids=lambda point: "-".join(map(str, point)),
 )
 @pytest.mark.parametrize("by", ["handle", "staged"])

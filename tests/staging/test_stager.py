@@ -13,8 +13,9 @@ from torch import Tensor
 
 from asyncdcp.errors import MemoryLimit
 from asyncdcp.pipeline.messages import SlabReady
-from asyncdcp.planning import SavePlan, plan_save
+from asyncdcp.planning import SavePlan, Slab, plan_save
 from asyncdcp.staging import Arenas, CheckpointStager, EagerBudget, SlabCopier, Sources, StagingArena
+from asyncdcp.staging.stager import SLABS_A_TRIP
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import describe
 from asyncdcp.trace import Trace
@@ -53,6 +54,32 @@ async def test_every_slab_is_announced_once_in_order_of_slots(arenas: Arenas) ->
     assert trace.bytes() == {"stage": plan.images[0].size}
     image = arena.bytes[: plan.images[0].size]
     assert torch.equal(image[len(plan.images[0].header) :].view(torch.int64), torch.arange(100_000))
+    for slot in stager.held:
+        arena.ring.release(slot)
+    arenas.release(arena)
+
+
+async def test_slabs_go_to_threads_in_batches_that_leave_nobody_idle(
+    arenas: Arenas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, sources = planned({"w": torch.arange(100_000)})  # 13 slabs
+    arena, batches = arenas.acquire(len(plan.slabs)), list[int]()
+    fill = CheckpointStager._fill_all
+
+    def counted(self: CheckpointStager, copier: SlabCopier, batch: list[tuple[Slab, int]]) -> object:
+        batches.append(len(batch))
+        return fill(self, copier, batch)
+
+    monkeypatch.setattr(CheckpointStager, "_fill_all", counted)
+    stager = CheckpointStager(plan, arena, Trace())
+
+    async def announce(slab: SlabReady) -> None:
+        assert slab.slot == slab.number
+
+    await stager.stage(held(sources), announce)
+    assert sum(batches) == len(plan.slabs) == 13
+    assert max(batches) == SLABS_A_TRIP
+    assert batches[-1] == 1, "the last ones are shared out"
     for slot in stager.held:
         arena.ring.release(slot)
     arenas.release(arena)
