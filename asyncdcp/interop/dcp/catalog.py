@@ -63,7 +63,7 @@ class Catalog:
         boxes = dict.fromkeys(Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks)
         if not all(contains(target, box) for box in boxes) or not (list(boxes) == [target] or tiles(target, boxes)):
             self._corrupt(f"the chunks of {name} do not cover it exactly (shape {list(tensor.size)})", name)
-        return {box: self._entry(found, name, box) for box in boxes}
+        return {box: self._entry(found, name, box) for box in boxes if box.volume}  # ranks may have empty shards
 
     def _entry(self, found: DcpMetadata, name: str, box: Box | None) -> Entry:
         places = found.storage_data
@@ -110,13 +110,16 @@ def describe(catalog: Catalog, values: Mapping[str, Any]) -> Described:
     held: dict[str, memoryview | bytes] = {}
     for fqn, tensor in flat.tensors.items():
         name = names.get(id(tensor))
-        boxes = list(catalog.chunks[name]) if name is not None else [whole(tensor.shape)]
+        boxes = list(catalog.chunks[name]) if name is not None else []
+        boxes = boxes or [whole(tensor.shape)]
         stored[fqn] = _stored(tensor, boxes)
         for box in boxes:
             chunk = Chunk(tensor.dtype, box.sizes)
             if name is None:
-                held[f"{fqn}:held"] = memory(tensor.detach().resolve_conj().resolve_neg().contiguous())
                 key = f"{fqn}:held"
+                held[key] = _held(catalog, fqn, tensor)
+            elif not chunk.nbytes:
+                key = "nowhere"
             else:
                 entry = catalog.chunks[name][box]
                 key = f"{entry.path}:{entry.offset}"
@@ -130,3 +133,10 @@ def describe(catalog: Catalog, values: Mapping[str, Any]) -> Described:
 def _stored(tensor: torch.Tensor, boxes: Sequence[Box]) -> native.TensorStorageMetadata:
     chunks = tuple(native.ChunkStorageMetadata(box.offsets, box.sizes) for box in boxes)
     return native.TensorStorageMetadata(native.TensorProperties(DTYPE_NAMES[tensor.dtype]), tuple(tensor.shape), chunks)
+
+
+def _held(catalog: Catalog, fqn: str, tensor: torch.Tensor) -> memoryview | bytes:
+    try:
+        return memory(tensor)
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{catalog.location}: in a value, {fqn}: {error}", tensors=[fqn]) from error

@@ -225,7 +225,10 @@ def decode_tensor(entry: Entry, chunk: Chunk, data: bytes | bytearray, registry:
         raise _corrupt(entry, f"it is no tensor ({error!s:.200})") from error
     if not isinstance(tensor, Tensor) or tensor.dtype != chunk.dtype or tuple(tensor.shape) != chunk.sizes:
         raise _corrupt(entry, f"it is no {chunk.dtype} of shape {list(chunk.sizes)}")
-    return memory(tensor.detach().resolve_conj().resolve_neg().contiguous())
+    try:
+        return memory(tensor)
+    except ValueError as error:
+        raise _corrupt(entry, str(error)) from error
 
 
 def decode_value(entry: Entry, data: bytes | bytearray) -> Any:
@@ -277,16 +280,21 @@ def _verify(data: bytes | bytearray) -> None:
     if zipfile.is_zipfile(io.BytesIO(data)):  # else it is of the time before torch 1.6
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile("torch compresses nothing")
                 _content(archive, info)
 
 
 def memory(tensor: Tensor) -> memoryview | bytes:
-    """The bytes of a packed CPU tensor, which keep it alive."""
-    nbytes = tensor.numel() * tensor.element_size()
+    """The elements of a tensor, packed and row-major; ValueError for one that has no memory on the CPU."""
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"a tensor of layout {tensor.layout} on {tensor.device} has no such bytes")
+    packed = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    nbytes = packed.numel() * packed.element_size()
     if nbytes == 0:
         return b""
-    block = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    block._tensor = tensor  # type: ignore[attr-defined]  # a ctypes object takes any attribute
+    block = (ctypes.c_char * nbytes).from_address(packed.data_ptr())
+    block._tensor = packed  # type: ignore[attr-defined]  # it keeps the memory alive
     return memoryview(block).cast("B")
 
 

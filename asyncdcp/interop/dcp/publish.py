@@ -44,14 +44,18 @@ def publish(path: Path, data: bytes, *, sync: bool) -> None:
                 _sync(directory)
 
 
-def remove_unnamed(directory: Path, prefix: str) -> None:
-    """Removes data files with ``prefix`` that no metadata in the directory names: those of a checkpoint that was
-    overwritten, or of a save that came to nothing. Where that cannot be told, nothing is removed.
+def remove_unnamed(published: Path, prefix: str, named: set[str]) -> None:
+    """Removes data files with ``prefix`` that are neither in ``named``, those of the metadata just ``published``, nor
+    in other metadata beside it: they are of a checkpoint that was overwritten, or of a save that came to nothing. Where
+    that cannot be told, nothing is removed.
     """
+    directory = published.parent
     try:
-        named = {name for path in _files(directory, _METADATA) for name in _named(path)}
-        for path in _files(directory, _DATA):
-            if path.name.startswith(prefix) and path.name not in named:
+        left = [path for path in _files(directory, _DATA) if path.name.startswith(prefix) and path.name not in named]
+        others = [path for path in _files(directory, _METADATA) if path != published] if left else []
+        kept = {name for path in others for name in _named(path)}
+        for path in left:
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
     except (OSError, CorruptCheckpoint) as error:
         _logger.warning("files of an earlier checkpoint in %s could not be removed: %s", directory, error)

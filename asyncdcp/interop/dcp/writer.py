@@ -127,7 +127,8 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         metadata.storage_meta = self.storage_meta()
         publish(self._metadata_path, pickle.dumps(metadata), sync=self.sync_files)
-        remove_unnamed(self.path, f"__{self.rank}_" if self._is_alone else "__")
+        named = {info.relative_path for info in metadata.storage_data.values()}
+        remove_unnamed(self._metadata_path, f"__{self.rank}_" if self._is_alone else "__", named)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)

@@ -181,7 +181,7 @@ def test_files_of_ranks_on_their_own_are_left_alone(tmp_path: Path) -> None:
 def test_where_it_cannot_be_told_nothing_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(b"x")
     (tmp_path / "__0.metadata").write_bytes(b"x")
-    remove_unnamed(tmp_path, "__")
+    remove_unnamed(tmp_path / ".metadata", "__", set())
     assert files(tmp_path) == {"__0_0.distcp", "__0.metadata"} and "could not be removed" in caplog.text
 
 

@@ -233,3 +233,32 @@ def test_a_bomb_is_cut_off(tmp_path: Path, checkpointer: SyncCheckpointer) -> No
 
 def test_blank_differs(state: State, same: Same) -> None:
     assert not same(blank(state)["big"], state["big"])
+
+
+def test_a_tensor_without_memory_is_no_memory(tmp_path: Path, checkpointer: SyncCheckpointer) -> None:
+    """``weights_only`` makes meta and sparse tensors, too; the bytes at their address are nobody's."""
+    dcp.save({"x": torch.ones(4), "v": {}}, checkpoint_id=tmp_path)
+    for other in (torch.ones(4, device="meta"), torch.ones(4).to_sparse()):
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        inside = tmp_path / "inside"
+        dcp.save({"v": {"inner": other}}, checkpoint_id=inside, planner=planner)
+        with pytest.raises((CorruptCheckpoint, UnsupportedValue), match=r"inner"):
+            checkpointer.load(inside)
+        for file in inside.iterdir():
+            file.unlink()
+        buffer = io.BytesIO()
+        torch.save(other, buffer)
+        metadata = read_metadata(tmp_path / ".metadata")
+        metadata.storage_data[MetadataIndex("x", [0])].length = len(buffer.getvalue())
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+        (tmp_path / "__0_0.distcp").write_bytes(buffer.getvalue())
+        with pytest.raises(CorruptCheckpoint, match=r"entry of x .* has no such bytes"):
+            checkpointer.load(tmp_path)
+
+
+def test_empty_shards(tmp_path: Path, checkpointer: SyncCheckpointer) -> None:
+    """With fewer rows than ranks some ranks hold nothing, at the end of the tensor."""
+    whole = torch.randn(2, 5)
+    parts = [shard(whole[rank : rank + 1], (min(rank, 2), 0), whole.shape) for rank in range(4)]
+    save_as_ranks(lambda: dcp.FileSystemWriter(tmp_path), [{"w": part} for part in parts])
+    assert torch.equal(checkpointer.load(tmp_path)["w"], whole)
