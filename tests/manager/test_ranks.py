@@ -1,0 +1,124 @@
+"""A manager on several ranks, which are threads here: one truth, and failures that all of them see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
+
+from asyncdcp import CheckpointManager, EverySteps, KeepLast, PerRank
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, Fenced, PeerFailed, UnseenFailure
+from asyncdcp.manager.deciding import WINDOW
+from asyncdcp.ranks import StoreRanks
+
+WORLD = 2
+Everywhere = Callable[[Callable[[int, CheckpointManager], Any]], list[Any]]
+
+
+@pytest.fixture
+def everywhere(run: Path) -> Iterator[Callable[..., list[Any]]]:
+    """Calls a function on every rank, each with a manager of the run, and returns the results, or the errors."""
+    with ThreadPoolExecutor(WORLD) as pool:
+
+        def call(function: Callable[[int, CheckpointManager], Any], **options: Any) -> list[Any]:
+            store = HashStore()
+
+            def work(rank: int) -> Any:
+                ranks = StoreRanks(PrefixStore("job", store), rank, WORLD, deadline=20)
+                options.update(process=False, process_group=ranks, takeover_seconds=0)
+                with CheckpointManager(run, **dict(options)) as manager:
+                    return function(rank, manager)
+
+            jobs = [pool.submit(work, rank) for rank in range(WORLD)]
+            return [job.exception(40) or job.result() for job in jobs]
+
+        yield call
+
+
+def state(rank: int, step: int) -> dict[str, Any]:
+    return {"weight": torch.full((8,), float(step)), "own": PerRank({"rank": rank, "step": step})}
+
+
+def save_some(rank: int, manager: CheckpointManager) -> list[int]:
+    manager.restore_latest(state(rank, 0)).result()
+    for step in range(1, 7):
+        if manager.should_save(step):
+            manager.save(step, state(rank, step), metrics={"loss": 1 / step}).result()
+    manager.wait().result()
+    return manager.steps().result()
+
+
+def test_all_save_and_all_restore_the_same(everywhere: Callable[..., list[Any]]) -> None:
+    options = {"save_when": EverySteps(2), "keep": KeepLast(2)}
+    assert everywhere(save_some, **options) == [[4, 6]] * WORLD
+
+    def restore(rank: int, manager: CheckpointManager) -> Any:
+        target = state(rank, 0)
+        restored = manager.restore_latest(target).result()
+        assert restored is not None and restored.ranks == WORLD
+        return restored.step, float(target["weight"][0]), target["own"].value
+
+    assert everywhere(restore) == [(6, 6.0, {"rank": rank, "step": 6}) for rank in range(WORLD)]
+
+
+def test_damage_that_one_rank_meets_makes_all_fall_back(everywhere: Callable[..., list[Any]], run: Path) -> None:
+    everywhere(save_some, save_when=EverySteps(3))
+    for path in (run / "step_6").glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        break
+
+    def restore(rank: int, manager: CheckpointManager) -> Any:
+        target = state(rank, 0)
+        restored = manager.restore_latest(target).result()
+        assert restored is not None
+        return restored.step, float(target["weight"][0])
+
+    assert everywhere(restore) == [(3, 3.0)] * WORLD
+
+
+def test_what_rank_0_cannot_find_no_rank_finds(everywhere: Callable[..., list[Any]]) -> None:
+    found = everywhere(lambda rank, manager: manager.restore(5, state(rank, 0)).result())
+    assert isinstance(found[0], CheckpointNotFound)
+    assert isinstance(found[1], PeerFailed) and "no checkpoint of step 5" in str(found[1])
+
+
+def test_a_failed_save_comes_up_on_all_ranks_at_one_step(everywhere: Callable[..., list[Any]], run: Path) -> None:
+    run.mkdir()
+    (run / f"step_{2 * WINDOW}").write_text("in the way")
+
+    def train(rank: int, manager: CheckpointManager) -> Any:
+        manager.restore_latest(state(rank, 0)).result()
+        for step in range(1, 20 * WINDOW):
+            try:
+                if manager.should_save(step):
+                    manager.save(step, state(rank, step)).committed.wait(20)
+            except AsyncDCPError as error:
+                return step, type(error), "step_16" in str(error)
+        return None
+
+    first, second = everywhere(train, save_when=lambda moment: moment.step == WINDOW)
+    assert first == second and first[0] > 2 * WINDOW and first[1:] == (UnseenFailure, True)
+
+
+def test_a_newer_job_fences_all_ranks(everywhere: Callable[..., list[Any]], run: Path) -> None:
+    def train(rank: int, manager: CheckpointManager) -> Any:
+        manager.restore_latest(state(rank, 0)).result()
+        if rank == 0:
+            with CheckpointManager(run, process=False, takeover_seconds=0):
+                pass
+        manager.save(1, state(rank, 1)).result()
+        try:
+            manager.wait().result()
+        except AsyncDCPError as error:
+            return type(error), str(error)
+
+    first, second = everywhere(train)
+    assert isinstance(first, Fenced)  # in wait, and again as it closes
+    assert second[0] is UnseenFailure and "rank 0 failed: Fenced: another writer" in second[1]
