@@ -16,10 +16,8 @@ from asyncdcp.names import record_save_id
 from asyncdcp.pipeline import formats
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.reader import CheckpointReader
-from asyncdcp.storage import LocalStorage, Storage
-
-_LOOKED_AT = 1000
-"""Folders in which checkpoints are looked for, for a hint."""
+from asyncdcp.runs.layout import step_of
+from asyncdcp.storage import LocalStorage, Storage, open_place
 
 
 async def open_checkpoint(target: str) -> ReadableCheckpoint:
@@ -28,7 +26,7 @@ async def open_checkpoint(target: str) -> ReadableCheckpoint:
     try:
         return await formats.open_checkpoint(storage)
     except CheckpointNotFound as error:
-        raise click.ClickException(f"{error}{await hint(storage)}") from error
+        raise click.ClickException(f"{error}{await hint(target, storage)}") from error
 
 
 @asynccontextmanager
@@ -46,7 +44,7 @@ def record_of(reader: ReadableCheckpoint) -> Record | None:
     return reader.record if isinstance(reader, CheckpointReader) else None
 
 
-async def hint(storage: Storage) -> str:
+async def hint(target: str, storage: Storage) -> str:
     """What there is at a place that holds no checkpoint, to be put behind the message that says so."""
     if isinstance(storage, LocalStorage) and storage.is_file():
         return ", which is a file of no known format; a checkpoint is a folder"
@@ -55,22 +53,17 @@ async def hint(storage: Storage) -> str:
         return ""
     if any(name.endswith(".index.json") or ".safetensors" in name for name in names):
         return ": a save was cut off there, or is still under way"
-    if isinstance(storage, LocalStorage) and (found := _checkpoints_below(storage.info.location)):
-        return f", but in folders of it, such as {found}; to list them: asyncdcp ls {storage.info.location}"
+    below = await _checkpoints_below(target)
+    if below:
+        return f", but in folders of it, such as {os.path.join(target, below)}; to list them: asyncdcp ls {target}"
     return "; a checkpoint is a folder with a file <save id>.json"
 
 
-def _checkpoints_below(folder: str) -> str | None:
-    """The last of the folders in it, by name, that has a Record."""
-    with os.scandir(folder) as entries:
-        folders = sorted((entry.path for entry in entries if entry.is_dir()), reverse=True)
-    for path in folders[:_LOOKED_AT]:
-        try:
-            if any(map(record_save_id, os.listdir(path))):
-                return path
-        except OSError:
-            continue
-    return None
+async def _checkpoints_below(target: str) -> str | None:
+    """The folder of the last step of a run, or else the last folder that has a Record."""
+    survey = await open_place(target).survey(lambda child, name: False, 0)
+    found = [name for name, contents in survey.children.items() if any(map(record_save_id, contents.objects))]
+    return max(found, key=lambda name: (step_of(name) or -1, name), default=None)
 
 
 async def _metadata(target: str) -> Metadata:

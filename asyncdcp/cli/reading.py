@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,15 +62,15 @@ def batches(parts: Iterator[Piece], itemsizes: dict[str, int]) -> Iterator[list[
 async def read_pieces(reader: ReadableCheckpoint, parts: Sequence[Piece], trace: Trace) -> list[Array]:
     """The elements of each piece as they are stored (see ``numbers``), in the piece's shape."""
     ranges: list[ReadRange] = []
-    placed: list[tuple[Array, list[_Run]]] = []
+    placed: list[tuple[np.dtype[Any], list[_Run]]] = []
     for part in parts:
         tensor = stored(reader, part.name)
         dtype = np.dtype(stored_dtype(tensor.properties.dtype))
         runs = [*_runs(reader, part, tensor, dtype)]
         ranges += (ReadRange(run.file, run.begin, run.begin + run.data.nbytes, _bytes(run.data), None) for run in runs)
-        placed.append((np.empty(part.box.sizes, dtype), runs))
+        placed.append((dtype, runs))
     await reader.read([each for each in ranges if each.end > each.begin], trace)
-    return [_assembled(target, part.box, runs) for part, (target, runs) in zip(parts, placed, strict=True)]
+    return [_assembled(part.box, dtype, runs) for part, (dtype, runs) in zip(parts, placed, strict=True)]
 
 
 class _Run(NamedTuple):
@@ -83,7 +83,7 @@ class _Run(NamedTuple):
 
 
 def _runs(
-    reader: ReadableCheckpoint, part: Piece, tensor: TensorStorageMetadata, dtype: np.dtype[np.generic]
+    reader: ReadableCheckpoint, part: Piece, tensor: TensorStorageMetadata, dtype: np.dtype[Any]
 ) -> Iterator[_Run]:
     """The rows of each chunk that meet the piece. In a chunk they follow each other."""
     for chunk in tensor.chunks:
@@ -100,9 +100,10 @@ def _runs(
         yield _Run(rows, place.file, place.begin + skipped, np.empty(rows.sizes, dtype))
 
 
-def _assembled(target: Array, box: Box, runs: list[_Run]) -> Array:
+def _assembled(box: Box, dtype: np.dtype[Any], runs: list[_Run]) -> Array:
     if len(runs) == 1 and runs[0].box == box:
         return runs[0].data
+    target = np.empty(box.sizes, dtype)
     for run in runs:
         common = intersect(box, run.box)
         assert common is not None

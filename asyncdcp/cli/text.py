@@ -106,6 +106,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int |
 
     A table library would cost more time than all else that a listing of 1,000 rows does.
     """
+    if not rows:
+        return
     kept = [n for n in range(len(columns)) if any(row[n] for row in rows)]
     plain = [[click.unstyle(row[n]) for n in kept] for row in rows]
     widths = [max(len(columns[n].title), *(len(row[at]) for row in plain)) for at, n in enumerate(kept)]

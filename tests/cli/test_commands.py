@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
+from asyncdcp import PerRank, SyncCheckpointer
 from asyncdcp.runs import Saved
 from tests.cli.conftest import Call, Small
 from tests.cli.test_wrong_input import spoil
+from tests.ranks.conftest import Job, everywhere, job, rows
+
+__all__ = ["everywhere", "job"]
 
 
 class TestInspect:
@@ -53,17 +59,56 @@ class TestInspect:
         table = call("inspect", checkpoint, "-t", "model.head.*").out
         assert "MEAN" in table and "model.head.weight" in table
 
+    def test_a_checkpoint_of_nothing(self, call: Call, tmp_path: Path) -> None:
+        with SyncCheckpointer(process=False) as checkpointer:
+            checkpointer.save(tmp_path / "c", {})
+        assert "holds     0 tensors of 0 B, 0 plain values" in call("inspect", tmp_path / "c").out
+        assert call("diff", tmp_path / "c", tmp_path / "c", "--values").status == 0
+        assert call("inspect", tmp_path / "c", "-t", "*").error.endswith("the checkpoint holds no tensors")
+
+    def test_empty_and_scalar_tensors(self, call: Call, tmp_path: Path) -> None:
+        with SyncCheckpointer(process=False) as checkpointer:
+            checkpointer.save(tmp_path / "c", {"e": torch.ones(0, 3), "s": torch.tensor(2.5)})
+        assert "empty" in call("inspect", tmp_path / "c", "-t", "*").out
+        assert call("cat", tmp_path / "c", "s", "--json").json == 2.5
+        assert call("cat", tmp_path / "c", "e", "--json").json == []
+        assert call("diff", tmp_path / "c", tmp_path / "c", "--values").status == 0
+
     def test_a_hostile_name_cannot_steer_the_terminal(self, call: Call, tmp_path: Path) -> None:
-        import torch
-
-        from asyncdcp import SyncCheckpointer
-
         with SyncCheckpointer(process=False) as checkpointer:
             checkpointer.save(tmp_path / "c", {"a\x1b[2Jb\n": torch.ones(2), "v": "\x1b]0;title\x07"})
         for command in (("inspect",), ("inspect", "-t", "*"), ("diff", tmp_path / "c", "--values")):
             out = call(command[0], tmp_path / "c", *command[1:]).out
             assert "\x1b" not in out and "\x07" not in out
         assert "a\\x1b[2Jb\\n" in call("inspect", tmp_path / "c").out
+
+
+class TestSharded:
+    """A checkpoint of three ranks, each with rows of its own."""
+
+    @pytest.fixture
+    def sharded(self, job: Callable[..., Job], tmp_path: Path) -> Path:
+        whole = torch.arange(42, dtype=torch.float32).view(7, 6)
+
+        def state(rank: int) -> dict[str, Any]:
+            return {"w": rows(whole, rank, 3), "all": torch.ones(4), "seed": PerRank({"it": 7 + rank})}
+
+        for result in job(3).save(tmp_path / "sharded", state):
+            assert not isinstance(result, BaseException), result
+        return tmp_path / "sharded"
+
+    def test_inspect(self, call: Call, sharded: Path) -> None:
+        out = call("inspect", sharded).out
+        assert "by 3 ranks" in out and "in 3 files" in out
+        (line,) = (line for line in out.splitlines() if line.startswith("w "))
+        assert line.split() == ["w", "float32", "[7,", "6]", "168", "B", "3", "0-0,", "1-0,", "2-0"]
+        (found,) = call("inspect", sharded, "-t", "w", "--json").json
+        assert (found["chunks"], found["mean"], found["max"], found["zeros"]) == (3, 20.5, 41, 1)
+
+    def test_cat_and_diff(self, call: Call, sharded: Path) -> None:
+        assert call("cat", sharded, "w", "--json").json == np.arange(42.0).reshape(7, 6).tolist()
+        assert call("diff", sharded, sharded, "--values").status == 0
+        assert call("verify", sharded).out.startswith(f"whole    {sharded}  ")
 
 
 class TestCat:
@@ -115,10 +160,6 @@ class TestDiff:
         assert "~ progress.step  10 → 20" in text and "model.head.bias" in text
 
     def test_structure(self, call: Call, checkpoint: Path, tmp_path: Path) -> None:
-        import torch
-
-        from asyncdcp import SyncCheckpointer
-
         with SyncCheckpointer(process=False) as checkpointer:
             checkpointer.save(tmp_path / "other", {"half": torch.ones(3), "more": torch.ones(1)})
         ran = call("diff", checkpoint, tmp_path / "other", "--values")

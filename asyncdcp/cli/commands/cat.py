@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
@@ -11,6 +10,7 @@ import click
 
 from asyncdcp.cli.checkpoints import complete_entry, opened
 from asyncdcp.cli.entries import Entry, entries_of, no_such_name
+from asyncdcp.cli.files import written_whole
 from asyncdcp.cli.plain import plain_text
 from asyncdcp.cli.targets import PLACE, run
 from asyncdcp.cli.text import ReaderGone, say, say_json, shown
@@ -109,7 +109,6 @@ def _nested(array: Array) -> object:
 
 
 def _write(array: Array, output: str) -> None:
-    """Writes a .npy file. A file that cannot be written whole is not there afterwards."""
     if output == "-":
         if sys.stdout.isatty():
             raise click.ClickException("a .npy file is no text for a terminal; redirect it, or leave --output away")
@@ -118,15 +117,8 @@ def _write(array: Array, output: str) -> None:
         except BrokenPipeError as error:
             raise ReaderGone from error
         return
-    partial = f"{output}.partial"
-    try:
-        with open(partial, "wb") as file:
-            _save(file, array)
-        os.replace(partial, output)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
+    with written_whole(output) as file:
+        _save(file, array)
 
 
 def _save(file: BinaryIO, array: Array) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import click
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,10 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from asyncdcp.cli import report
 from asyncdcp.cli.entries import entries_of
 from asyncdcp.cli.errors import describe
+from asyncdcp.cli.files import written_whole
 from asyncdcp.cli.report.content import Page, page_of
 from asyncdcp.cli.runfolder import open_run
 from asyncdcp.cli.targets import PLACE, run
-from asyncdcp.cli.text import say, shown, size_text
+from asyncdcp.cli.text import count_text, say, shown, size_text
 from asyncdcp.cli.tree import Leaf, Node, grow
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.pipeline.reader import CheckpointReader
@@ -43,9 +41,10 @@ def command(place: str, output: str) -> None:
     The page is one file that works offline. The stages of saves come from the history that a CheckpointManager writes.
     """
     page = run(_page, place)
-    html = render(page)
-    _write(output, html)
-    say(f"{shown(output)}: {len(page.lines):,} checkpoints, {size_text(len(html.encode()))}")
+    html = render(page).encode()
+    with written_whole(output) as file:
+        file.write(html)
+    say(f"{shown(output)}: {count_text(len(page.lines), 'checkpoint')}, {size_text(len(html))}")
 
 
 async def _page(target: str) -> Page:
@@ -76,15 +75,3 @@ def render(page: Page) -> str:
     folder = os.path.dirname(report.__file__)
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html.j2").render(page=page)
-
-
-def _write(output: str, html: str) -> None:
-    """The file is there whole, or as it was before."""
-    partial = Path(f"{output}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(output)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-        raise

@@ -53,7 +53,7 @@ async def _verify(checkpoint: str) -> VerifyReport:
         try:
             return await verify(storage, trace)
         except CheckpointNotFound as error:
-            raise click.ClickException(f"{error}{await hint(storage)}") from error
+            raise click.ClickException(f"{error}{await hint(checkpoint, storage)}") from error
 
 
 def _lines(checkpoint: str, report: VerifyReport) -> Iterator[str]:

@@ -1,0 +1,23 @@
+"""Files that a command writes: there whole, or as they were before."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+
+@contextmanager
+def written_whole(path: str) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes ``path`` where the block ends well, and is gone where it does not."""
+    partial = f"{path}.{secrets.token_hex(4)}.partial"
+    try:
+        with open(partial, "xb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
