@@ -127,6 +127,11 @@ def job_of(plan: SavePlan, **changes: Any) -> SaveJob:
     return SaveJob(**{**fields, **changes})
 
 
+def plan_of(structure: Structure, file_limit: int = 1 << 40) -> SavePlan:
+    """In slabs of these tests' size."""
+    return plan_save(structure, slab_bytes=SLAB, file_limit=file_limit)
+
+
 def writer_of(
     storage: Storage,
     arrays: Arrays = STATE,
@@ -136,7 +141,7 @@ def writer_of(
     chain: Chain = PLAIN,
     **job: Any,
 ) -> tuple[CheckpointWriter, Slabs]:
-    plan = plan_save(structure or structure_of(arrays), slab_bytes=SLAB, file_limit=file_limit)
+    plan = plan_of(structure or structure_of(arrays), file_limit)
     slabs = Slabs(plan, images_of(plan, parts_of(plan, arrays)))
     job = {"transforms": chain.descriptors, **job}
     return CheckpointWriter(job_of(plan, **job), storage, slabs, Trace(), chain), slabs

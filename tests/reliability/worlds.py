@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from asyncdcp.boxes import Box, whole
-from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CommitUnknown, CorruptCheckpoint
+from asyncdcp.errors import AmbiguousCheckpoint, AsyncDCPError, CheckpointNotFound, CommitUnknown, CorruptCheckpoint
 from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.records import choose_commit, read_records
 from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
@@ -235,11 +235,15 @@ def fingerprint(image: Image) -> bytes:
     return hasher.digest()
 
 
-async def version_at(storage: LocalStorage | MemoryStorage) -> int:
-    """The version of the checkpoint there, every byte of it compared; ``NOTHING`` where there is none."""
+async def version_at(storage: LocalStorage | MemoryStorage, *, ambiguous: bool = False) -> int:
+    """The version of the checkpoint there, every byte of it compared; ``NOTHING`` where there is none. With
+    ``ambiguous``, two of them raise ``AmbiguousCheckpoint``.
+    """
     try:
         found = await read_all(storage)
-    except (CheckpointNotFound, CorruptCheckpoint):
+    except (CheckpointNotFound, CorruptCheckpoint) as error:
+        if ambiguous and isinstance(error, AmbiguousCheckpoint):
+            raise
         return NOTHING
     version = int(found["v"][0])
     expected = state(version)
