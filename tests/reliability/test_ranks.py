@@ -45,5 +45,5 @@ def test_giving_up_without_an_abort_is_found(monkeypatch: pytest.MonkeyPatch) ->
     peer[State.WAITING, Event.GIVE_UP] = (State.ABORTED, Action.FINISH)
     monkeypatch.setattr(commit, "TRANSITIONS", {**TRANSITIONS, "peer": peer})
     with pytest.raises(Lost):
-        for seed in range(300):
+        for seed in (*range(200, 210), *range(600)):  # the first ones that are found at the time of writing
             simulate(seed)
