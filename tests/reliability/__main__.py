@@ -1,4 +1,4 @@
-"""The long runs: ``python -m tests.reliability NAME --cases N --seed S``. Prints figures; fails with what replays it."""
+"""The long runs: ``python -m tests.reliability NAME --cases N --seed S``. Prints figures, or what replays a failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.reliability import kills, soak
+from tests.reliability import fuzz, kills, soak
 from tests.reliability.corruption import examine
 from tests.reliability.errors import FAULTS, sweep
 from tests.reliability.power import Figures, explore, workloads
@@ -52,6 +52,7 @@ RUNS: dict[str, tuple[Callable[[int, int, Figures], None], int]] = {
     "errors": (errors, 1),
     "corruption": (corruption, 5000),
     "ranks": (ranks, 10_000),
+    "fuzz": (fuzz.run, 20_000),
     "kills": (kills.run, 500),
     "soak": (soak.run, 60),
 }

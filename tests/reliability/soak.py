@@ -7,6 +7,7 @@ finds the last save that did not.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import resource
@@ -67,6 +68,7 @@ class Usage(NamedTuple):
 
     @classmethod
     def now(cls) -> Usage:
+        gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(len(os.listdir("/proc/self/fd")), threading.active_count(), pages * resource.getpagesize())
 
@@ -99,11 +101,10 @@ class Soak:
 
         from asyncdcp import AsyncCheckpointer
 
-        self._torch = torch
         self._disk = RoughDisk(seed)
         self._rng = random.Random(seed)
         self._figures = figures
-        self._state = {"w": torch.zeros(ELEMENTS), "step": 0}
+        self._tensor = torch.zeros(ELEMENTS)
         self._places = {
             "thread": (AsyncCheckpointer(process=False), LocalStorage(folder / "thread", posix=self._disk)),
             "process": (AsyncCheckpointer(), LocalStorage(folder / "process")),
@@ -113,14 +114,13 @@ class Soak:
     def run(self, seconds: float) -> None:
         """Raises ``Lost`` for what is not found, and for what has grown."""
         try:
-            for _ in range(10):  # memory is taken, threads are there
-                self._round(full=False)
-            before = Usage.now()
-            end = time.monotonic() + seconds
             with little_memory():
+                for _ in range(50):  # the allocator keeps a share for each thread; it is full after some forty
+                    self._round(full=self._rng.random() < 0.1)
+                before, end = Usage.now(), time.monotonic() + seconds
                 while time.monotonic() < end:
                     self._round(full=self._rng.random() < 0.1)
-            after = Usage.now()
+                after = Usage.now()
         finally:
             for checkpointer, _ in self._places.values():
                 checkpointer.close()
@@ -132,12 +132,12 @@ class Soak:
 
     def _round(self, *, full: bool) -> None:
         for kind, (checkpointer, storage) in self._places.items():
-            step = self._state["step"] = self._saved[kind] + 1
-            self._state["w"].fill_(step)
+            step = self._saved[kind] + 1
+            self._tensor.fill_(step)
             if full and kind == "thread":
                 self._disk.full_until = time.monotonic() + 0.05
             try:
-                checkpointer.save(storage, self._state, overwrite=True).result(60)
+                checkpointer.save(storage, {"w": self._tensor, "step": step}, overwrite=True).result(60)
             except StorageFull:
                 if not full:
                     raise
