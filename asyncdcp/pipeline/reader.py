@@ -81,12 +81,13 @@ async def _fetch(
     begin: int,
     buffers: tuple[list[memoryview], list[memoryview]],
     place: Callable[[bool], None],
+    seen: Callable[[int], None] | None = None,
 ) -> None:
     """As ``ObjectReader.fetch``, with the errors of a file that is not as long as it should be."""
     if source.size != file.stored_size:
         raise damaged(file, f"has {source.size} bytes")
     try:
-        await source.fetch(begin, *buffers, place)
+        await source.fetch(begin, *buffers, place, seen)
     except EOFError as error:
         raise damaged(file, "has become shorter") from error
 
@@ -173,12 +174,15 @@ class RangeReader:
         layout = _layout(window, straight, bounce)
         whole = [bounce[: -(-length // source.alignment) * source.alignment]]
 
+        check = _Check(window, layout)
+
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
             with trace.span("verify", length):
-                _verify_and_place(window, straight if cached else [], layout if cached else whole, bounce)
+                (check if cached else _Check(window, whole)).finish()
+                _place(window, straight if cached else [], bounce)
 
         with trace.span("read", length):
-            await _fetch(window.file, source, window.begin, (layout, whole), place)
+            await _fetch(window.file, source, window.begin, (layout, whole), place, check.advance)
 
     async def _read_transformed(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> None:
         file, length = window.file, window.end - window.begin
@@ -335,11 +339,8 @@ def _layout(window: _Window, straight: list[_Part], bounce: memoryview) -> list[
     return buffers
 
 
-def _verify_and_place(window: _Window, straight: list[_Part], layout: list[memoryview], bounce: memoryview) -> None:
-    """Checks every block of a window, then copies to their targets the parts that are not there yet, and delivers the
-    rest.
-    """
-    _verify(window, layout)
+def _place(window: _Window, straight: list[_Part], bounce: memoryview) -> None:
+    """Copies to their targets the parts of a verified window that are not there yet, and delivers the rest."""
     there = set(map(id, straight))
     for part in window.parts:
         into = part.range.into
@@ -351,27 +352,45 @@ def _verify_and_place(window: _Window, straight: list[_Part], layout: list[memor
             _copy(into[part.offset : part.offset + len(data)], data)
 
 
-def _verify(window: _Window, layout: list[memoryview]) -> None:
-    file = window.file
-    if file.checksums is None:
-        if file.check is not None:
-            file.check(window.begin, window.end, layout)
-        return
-    pieces = iter(layout)
-    piece = next(pieces)
-    for begin in range(window.begin, window.end, file.block_bytes):
-        missing = min(file.block_bytes, window.end - begin)
+class _Check:
+    """Holds a window's blocks against their checksums, as its bytes arrive in the buffers of ``layout``."""
+
+    def __init__(self, window: _Window, layout: list[memoryview]) -> None:
+        self._window = window
+        self._layout = layout
+        self._pieces = iter(layout)
+        self._piece = memoryview(b"")
+        self._begin = window.begin
+
+    def advance(self, there: int) -> None:
+        """The window's first ``there`` bytes have arrived: checks the blocks that are whole."""
+        file = self._window.file
+        while file.checksums is not None and self._begin < self._window.end:
+            end = min(self._begin + file.block_bytes, self._window.end)
+            if end > self._window.begin + there:
+                return
+            block = self._begin // file.block_bytes
+            if self._digest(end - self._begin) != file.checksums[block]:
+                raise mismatch(file, block)
+            self._begin = end
+
+    def finish(self) -> None:
+        """All is there."""
+        file, window = self._window.file, self._window
+        self.advance(window.end - window.begin)
+        if file.checksums is None and file.check is not None:
+            file.check(window.begin, window.end, self._layout)
+
+    def _digest(self, missing: int) -> int:
         hasher = xxhash.xxh3_64()
         while missing:
-            if not len(piece):
-                piece = next(pieces)
-            taken = min(missing, len(piece))
-            hasher.update(piece[:taken])
-            piece = piece[taken:]
+            if not len(self._piece):
+                self._piece = next(self._pieces)
+            taken = min(missing, len(self._piece))
+            hasher.update(self._piece[:taken])
+            self._piece = self._piece[taken:]
             missing -= taken
-        block = begin // file.block_bytes
-        if hasher.intdigest() != file.checksums[block]:
-            raise mismatch(file, block)
+        return hasher.intdigest()
 
 
 def _place_block(parts: list[_Part], begin: int, block: memoryview) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from anyio import CapacityLimiter
 
@@ -16,6 +17,9 @@ from asyncdcp.storage.files import MIN_ALIGNMENT, REFUSED, Descriptor, aligned, 
 from asyncdcp.storage.port import Buffer, T
 from asyncdcp.storage.posix import IOV_MAX, PAGE, Posix
 from asyncdcp.threads import on_executor, on_thread
+
+_STEP: Final = 1 << 20
+"""What is read from the page cache before it is looked at: it fits into a core's own cache."""
 
 
 class LocalReader:
@@ -69,13 +73,18 @@ class LocalReader:
             return await on_thread(self._limiter, self._fill_cached, offset, buffers, expected)
 
     async def fetch(
-        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+        self,
+        offset: int,
+        cached: Sequence[Buffer],
+        otherwise: Sequence[Buffer],
+        then: Callable[[bool], T],
+        seen: Callable[[int], object] | None = None,
     ) -> T:
         within, expected = self._expected(offset, cached), self._expected(offset, otherwise)
 
         def work() -> T:
             with translated("read", self._path):
-                found = self._nowait and self._fill_cached(offset, cached, within)
+                found = self._nowait and self._fill_cached(offset, cached, within, seen)
                 if not found:
                     self._fill(offset, otherwise, expected)
             return then(found)
@@ -130,16 +139,26 @@ class LocalReader:
         with self._file.use() as fd:
             return self._posix.preadv(fd, views, offset, 0)
 
-    def _fill_cached(self, offset: int, buffers: Sequence[Buffer], expected: int) -> bool:
+    def _fill_cached(
+        self,
+        offset: int,
+        buffers: Sequence[Buffer],
+        expected: int,
+        seen: Callable[[int], object] | None = None,
+    ) -> bool:
+        """Whether the page cache has had it all. With ``seen`` it is read in steps that the processor's caches hold."""
+        step = expected if seen is None else _STEP
         with self._file.use() as fd:
             if expected and not self._seems_cached(fd, offset, expected):
                 return False
             filled = 0
             while filled < expected:
-                count = self._read_nowait(fd, offset + filled, _after(buffers, filled))
+                count = self._read_nowait(fd, offset + filled, _after(buffers, filled, step))
                 if count == 0:
                     return False
                 filled += count
+                if seen is not None:
+                    seen(filled)
         return True
 
     def _seems_cached(self, fd: int, offset: int, length: int) -> bool:
@@ -166,11 +185,12 @@ class LocalReader:
             return 0
 
 
-def _after(buffers: Sequence[Buffer], filled: int) -> list[Buffer]:
-    """What of the buffers is still to be filled, as many as one call takes."""
+def _after(buffers: Sequence[Buffer], filled: int, most: int | None = None) -> list[Buffer]:
+    """What of the buffers is still to be filled, ``most`` bytes of it, and as many buffers as one call takes."""
     views: list[Buffer] = []
     for buffer in buffers:
-        if filled < len(buffer) and len(views) < IOV_MAX:
-            views.append(buffer[filled:])
+        if filled < len(buffer) and len(views) < IOV_MAX and most != 0:
+            views.append(buffer[filled:] if most is None else buffer[filled : filled + most])
+            most = None if most is None else most - len(views[-1])
         filled = max(0, filled - len(buffer))
     return views

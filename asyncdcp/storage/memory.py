@@ -171,7 +171,12 @@ class MemoryReader:
         return True
 
     async def fetch(
-        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+        self,
+        offset: int,
+        cached: Sequence[Buffer],
+        otherwise: Sequence[Buffer],
+        then: Callable[[bool], T],
+        seen: Callable[[int], object] | None = None,
     ) -> T:
         found = await self.read_cached(offset, cached)
         return await on_thread(CapacityLimiter(1), then, found)  # it may block, and the loop has other work

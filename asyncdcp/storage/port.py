@@ -130,9 +130,17 @@ class ObjectReader(Protocol):
         ...
 
     async def fetch(
-        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+        self,
+        offset: int,
+        cached: Sequence[Buffer],
+        otherwise: Sequence[Buffer],
+        then: Callable[[bool], T],
+        seen: Callable[[int], object] | None = None,
     ) -> T:
         """Reads into ``cached`` if ``read_cached`` can, else into ``otherwise``; then calls ``then(was cached)``.
+
+        A storage may call ``seen(n)`` when the first ``n`` bytes of ``cached`` are there, so that they can be looked at
+        while the processor has them at hand; in the end the same bytes may still come in ``otherwise``.
 
         Returns, or raises, what that does. A storage that reads on threads calls it on the same one, where it may
         block: to go back to the loop in between, twice for each read, costs a fifth of a load's time.

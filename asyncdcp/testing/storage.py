@@ -152,6 +152,10 @@ async def fetch_reads_one_way_or_the_other(kit: StorageKit) -> None:
     def fail(found: bool) -> None:  # noqa: FBT001  # what the port says
         raise LookupError("the caller's")
 
+    seen: list[tuple[int, bytes]] = []
+    assert await reader.fetch(0, [cached], [otherwise], then, lambda n: seen.append((n, bytes(cached[:n])))) == data
+    assert all(data[:count] == there[: len(data)] for count, there in seen)
+    assert [count for count, _ in seen] == sorted({count for count, _ in seen})
     assert await reader.fetch(0, [cached], [otherwise], then) == data
     with _raises(LookupError, "the caller's"):
         await reader.fetch(0, [cached], [otherwise], fail)

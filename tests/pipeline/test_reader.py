@@ -74,8 +74,12 @@ class _Seen:
         cached: Sequence[memoryview],
         otherwise: Sequence[memoryview],
         then: Callable[[bool], T],
+        seen: Callable[[int], object] | None = None,
     ) -> T:
         found = await self.read_cached(offset, cached)
+        if found and seen is not None:
+            for there in range(0, sum(map(len, cached)), 3000):  # in steps that are no blocks
+                seen(there)
         if not found:
             await self.read(offset, otherwise)
         return await on_thread(CapacityLimiter(1), then, found)
@@ -253,7 +257,7 @@ async def test_a_cancelled_task_waits_for_the_thread_that_fills_its_target(monke
         assert leave.wait(10)
         left.set()
 
-    monkeypatch.setattr(reading, "_verify_and_place", slow)
+    monkeypatch.setattr(reading, "_place", slow)
     task = asyncio.create_task(read_all((await forger()).storage))
     await entered.wait()
     task.cancel()

@@ -72,7 +72,12 @@ class ObjectStoreReader:
         return False
 
     async def fetch(
-        self, offset: int, cached: Sequence[Buffer], otherwise: Sequence[Buffer], then: Callable[[bool], T]
+        self,
+        offset: int,
+        cached: Sequence[Buffer],
+        otherwise: Sequence[Buffer],
+        then: Callable[[bool], T],
+        seen: Callable[[int], object] | None = None,
     ) -> T:
         data = await self._get(offset, sum(map(len, cached)))
 
