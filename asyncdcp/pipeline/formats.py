@@ -56,11 +56,11 @@ and reads no tensor yet."""
 
 
 async def open_checkpoint(
-<<<<<<< HEAD
-    storage: Storage, viewer: Viewer | None = None, registry: ExtensionRegistry | None = None
-=======
-    storage: Storage, registry: ExtensionRegistry | None = None, *, data: bool = True
->>>>>>> 466705f (Extensions: a conformance kit, and tests of round trips, damage, keys, bounds and the background process)
+    storage: Storage,
+    viewer: Viewer | None = None,
+    registry: ExtensionRegistry | None = None,
+    *,
+    data: bool = True,
 ) -> ReadableCheckpoint:
     """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
     ``registry`` finds the extensions that its data needs; with ``data=False`` they are not looked for.
@@ -73,11 +73,7 @@ async def open_checkpoint(
     missing = CheckpointNotFound(f"no checkpoint at {location}", path=location)
     if place.name is None:
         try:
-<<<<<<< HEAD
-            return await CheckpointReader.open(storage, viewer, registry)
-=======
-            return await CheckpointReader.open(storage, registry=registry, data=data)
->>>>>>> 466705f (Extensions: a conformance kit, and tests of round trips, damage, keys, bounds and the background process)
+            return await CheckpointReader.open(storage, viewer, registry, data=data)
         except CheckpointNotFound as error:
             missing = error
     broken = []

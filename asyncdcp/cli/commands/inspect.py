@@ -80,7 +80,7 @@ def command(checkpoint: str, globs: tuple[str, ...], depth: int | None, *, every
 
 
 async def _show_tree(checkpoint: str, depth: int | None, *, everything: bool, as_json: bool) -> None:
-    async with opened(checkpoint) as reader:
+    async with opened(checkpoint, data=False) as reader:
         entries = entries_of(reader)
         if as_json:
             say_json(_as_json(reader, entries))
