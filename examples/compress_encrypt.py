@@ -53,7 +53,7 @@ class Regression:
             inputs = torch.randn(256, 64)
             loss = (self.model(inputs.bfloat16()).float() - (inputs @ self.target).tanh()).square().mean()
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch says no more of it
+            loss.backward()
             self.optimizer.step()
             self.progress["step"] += 1
         return loss.detach()

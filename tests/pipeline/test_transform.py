@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from functools import partial
 from typing import Any
 
 import anyio
@@ -93,10 +94,7 @@ async def test_random_ranges() -> None:
 
     file = suffix(chain)
     ranges = [ReadRange(file, a, b, memoryview(out), None) for (a, b), out in zip(spans, into, strict=True)]
-    ranges += [
-        ReadRange(file, a, b, None, lambda offset, data, out=out: deliver(out, offset, data))
-        for (a, b), out in zip(spans, taken, strict=True)
-    ]
+    ranges += [ReadRange(file, a, b, None, partial(deliver, out)) for (a, b), out in zip(spans, taken, strict=True)]
     async with await CheckpointReader.open(storage, registry=known("all")) as reader:
         await reader.read(ranges, Trace())
     assert into == taken == [image[begin:end] for begin, end in spans]
@@ -221,6 +219,10 @@ async def test_a_flipped_bit_anywhere_is_found(name: str) -> None:
     await read_all(made.storage, known(name))
 
 
+def at_file(change: Any, body: dict[str, Any]) -> None:
+    change(body["files"][0])
+
+
 async def test_lengths_that_make_no_sense() -> None:
     changes: list[tuple[Any, str]] = [
         (lambda file: file["lengths"].pop(), "not as many"),
@@ -232,7 +234,7 @@ async def test_lengths_that_make_no_sense() -> None:
     ]
     for change, words in changes:
         made = await forged("zstd")
-        made.index(lambda body, change=change: change(body["files"][0]))
+        made.index(partial(at_file, change))
         with pytest.raises(CorruptCheckpoint, match=words):
             await CheckpointReader.open(made.storage)
 

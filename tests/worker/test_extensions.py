@@ -61,7 +61,5 @@ def test_what_cannot_travel_runs_on_a_thread_and_says_so_once(tmp_path: Path) ->
 def test_what_cannot_be_made_there_fails_the_save_and_names_it(tmp_path: Path) -> None:
     with AsyncCheckpointer(Options(on_error="warn"), process=True, extensions=[Unmakeable()]) as checkpointer:
         handle = checkpointer.save(tmp_path / "a", STATE)
-        with pytest.raises(
-            InvalidOption, match=r"samples.Unmakeable could not be made .*not here.*process=False"
-        ):
+        with pytest.raises(InvalidOption, match=r"samples.Unmakeable could not be made .*not here.*process=False"):
             handle.result(LONG)
