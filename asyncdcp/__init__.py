@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from asyncdcp.runs import KeepBest, KeepEvery, KeepLast, list_checkpoints
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
-    from asyncdcp.train_state import TrainState
 
 _HOMES = {
     "AESGCM": "extensions",
@@ -62,7 +61,6 @@ _HOMES = {
     "Stateful": "stateful",
     "StreamTransformExtension": "extensions",
     "SyncCheckpointer": "checkpointer",
-    "TrainState": "train_state",
     "Telemetry": "manager",
     "VerifyReport": "results",
     "ZStandard": "extensions",
@@ -102,7 +100,6 @@ __all__ = [
     "StreamTransformExtension",
     "SyncCheckpointer",
     "Telemetry",
-    "TrainState",
     "VerifyReport",
     "ZStandard",
     "follow",

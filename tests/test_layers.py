@@ -25,11 +25,11 @@ LEVELS: list[set[str]] = [
     {"pipeline"},
     {"worker"},
     # ── the torch line: nothing above imports torch ──
-    {"stateful", "ranks", "train_state"},
+    {"stateful", "ranks"},
     {"state_dict"},
     {"staging"},
     {"checkpointer"},
-    {"manager"},
+    {"manager", "transport"},
     {"testing"},
     {"__init__"},
     {"interop"},

@@ -20,12 +20,7 @@ def describe(error: BaseException) -> str:
     """One printable line, without the program's name."""
     if isinstance(error, BaseExceptionGroup):
         error = first_error(error)
-    return one_line(_message(error))
-
-
-def one_line(text: str) -> str:
-    """``text`` as one printable line."""
-    return shown(" ".join(text.split()))
+    return shown(" ".join(_message(error).split()))
 
 
 def _message(error: BaseException) -> str:

@@ -56,14 +56,10 @@ and reads no tensor yet."""
 
 
 async def open_checkpoint(
-    storage: Storage,
-    viewer: Viewer | None = None,
-    registry: ExtensionRegistry | None = None,
-    *,
-    data: bool = True,
+    storage: Storage, viewer: Viewer | None = None, registry: ExtensionRegistry | None = None
 ) -> ReadableCheckpoint:
     """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
-    ``registry`` finds the extensions that its data needs; with ``data=False`` they are not looked for.
+    ``registry`` finds the extensions that its data needs.
 
     Raises as ``CheckpointReader.open`` does, which says what ``viewer`` is; ``CheckpointNotFound`` names readers that
     could not be loaded.
@@ -73,7 +69,7 @@ async def open_checkpoint(
     missing = CheckpointNotFound(f"no checkpoint at {location}", path=location)
     if place.name is None:
         try:
-            return await CheckpointReader.open(storage, viewer, registry, data=data)
+            return await CheckpointReader.open(storage, viewer, registry)
         except CheckpointNotFound as error:
             missing = error
     broken = []

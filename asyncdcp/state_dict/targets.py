@@ -25,14 +25,20 @@ class TensorTarget:
         self._tensor = tensor.detach()
         self._box = box
         self._dtype = dtype
-        plain = (
-            tensor.dtype == dtype
-            and tensor.device.type == "cpu"
-            and tensor.is_contiguous()
-            and not tensor.is_conj()
-            and not tensor.is_neg()
-        )
-        self.buffer: memoryview | None = _memory(tensor) if plain else None
+        self.packed = tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        """Whether its memory is what is stored, so that it can be written as it is."""
+        self.buffer: memoryview | None = _memory(tensor) if self.packed and tensor.device.type == "cpu" else None
+
+    @property
+    def address(self) -> int:
+        """Where ``buffer`` begins."""
+        return self._tensor.data_ptr()
+
+    def device_bytes(self) -> Tensor | None:
+        """Its memory as bytes where it is on a device; None where it is not ``packed``, or on the host."""
+        if not self.packed or self._tensor.is_cpu:
+            return None
+        return self._tensor.as_strided((self._tensor.numel(),), (1,)).view(torch.uint8)
 
     def deliver(self, chunk: Box, start: int, data: memoryview) -> None:
         """Copies whole elements of ``chunk``, from its byte ``start`` on, to where they belong in the tensor."""

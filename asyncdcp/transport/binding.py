@@ -1,0 +1,79 @@
+"""What a receive comes to: a new state, or one that is there; as a load, of what another rank offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+
+from asyncdcp.errors import CorruptCheckpoint
+from asyncdcp.metadata import TensorStorageMetadata
+from asyncdcp.planning import Want
+from asyncdcp.state_dict.flatten import FlatState
+from asyncdcp.state_dict.matching import match
+from asyncdcp.state_dict.nodes import TreeNodes
+from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.restoring import Restorer
+from asyncdcp.state_dict.targets import TensorTarget, new_tensors, targets_of
+from asyncdcp.state_dict.unflatten import unflatten
+from asyncdcp.transport.offered import Offered
+
+
+class Anew:
+    """A new state of CPU tensors."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+
+    def bind(self, offered: Offered) -> tuple[list[Want], list[TensorTarget]]:
+        """Makes the state, its tensors still without content."""
+        metadata = offered.metadata
+        tree, values = decoded(offered)
+        entries = metadata.state_dict_metadata.items()
+        tensors = new_tensors(
+            metadata, {name: torch.device("cpu") for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        )
+        ties = {alias: tensors[name] for alias, name in metadata.aliases.items()}
+        self._state = unflatten(tree, {**tensors, **ties}, values)
+        return targets_of(metadata, tensors.items())
+
+    def finish(self) -> Any:
+        """The state."""
+        return self._state
+
+
+class InPlace:
+    """A state that is there, flattened as ``flat``."""
+
+    def __init__(self, state: Any, flat: FlatState) -> None:
+        self._state = state
+        self._flat = flat
+        self._restorer: Restorer | None = None
+
+    def bind(self, offered: Offered) -> tuple[list[Want], list[TensorTarget]]:
+        """Matches the state with what is offered; ``StateMismatch`` otherwise."""
+        options = LoadOptions()
+        tree, values = decoded(offered)
+        nodes = TreeNodes(tree, options.renamed)
+        found = match(self._flat, offered.metadata, nodes, options)
+        made = new_tensors(offered.metadata, found.fresh, found.alike)
+        found.add_fresh(made)
+        self._restorer = Restorer(self._flat, found, nodes, values, options)
+        return targets_of(offered.metadata, [*found.fill, *made.items()])
+
+    def finish(self) -> Any:
+        """Plain values, and every Stateful's ``load_state_dict``, in the state's order."""
+        assert self._restorer is not None
+        return self._restorer.restore(self._state)
+
+
+def decoded(offered: Offered) -> tuple[Any, dict[str, Any]]:
+    """Tree and values, as JSON says them; not trusted yet."""
+    metadata = offered.metadata
+    try:
+        tree = msgspec.json.decode(metadata.tree)
+        values = {name: msgspec.json.decode(value) for name, value in metadata.values.items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the offer of rank {offered.rank} is malformed: {error!s:.200}") from error
+    return tree, values

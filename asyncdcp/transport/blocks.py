@@ -1,0 +1,121 @@
+"""The sender's blocks: copied into buffers, or the tensors' own memory where that is what is to be sent."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from asyncdcp.format.blocks import checksum
+from asyncdcp.planning import Slab
+from asyncdcp.staging import SlabCopier, Sources
+from asyncdcp.staging.accelerator import wait_on_host
+from asyncdcp.transport.stream import Stream
+
+
+class Batch(NamedTuple):
+    """Batch ``number`` (from 1 on) as it is sent: contiguous bytes, and their checksums."""
+
+    number: int
+    blocks: list[Tensor]
+    digests: tuple[int, ...]
+
+
+class Stager:
+    """Makes the batches of one transfer, one after another, on threads.
+
+    ``whole``: each batch gets memory of its own, and no tensor is sent from where it lies. Else the buffers of batch n
+    are used again for batch n + 2, and ``staged`` batches may refer to tensors until they are sent.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device, *, whole: bool, checksums: bool) -> None:
+        self._stream = stream
+        self._device = device
+        self._whole = whole
+        self._checksums = checksums
+        self._copier: SlabCopier | None = None
+        self._sources: list[Tensor] = []
+        self._changed: Callable[[], list[int]] = list
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+
+    def begin(self, sources: Sources) -> None:
+        """Looks at the tensors as copying begins. ``sources`` are kept until ``end``."""
+        self._sources = list(sources.tensors)
+        self._changed = sources.witness()
+        self._copier = SlabCopier(self._stream.plan, self._sources, sources.fence)
+        if self._device.type != "cpu":  # what is sent from where it lies does not wait for the fence by itself
+            wait_on_host([(work, sources.fence.marks[device]) for device, work in sources.fence.work.items()])
+
+    def stage(self, number: int) -> Batch:
+        """The batch, all of it there."""
+        numbers = self._stream.batches[number - 1]
+        blocks = [self._block(number, place, self._stream.blocks[block]) for place, block in enumerate(numbers)]
+        return Batch(number, blocks, tuple(map(checksum_of, blocks)) if self._checksums else ())
+
+    def blank(self, number: int) -> Batch:
+        """In the place of one that could not be staged: as many bytes, of no meaning."""
+        blocks = [self._stream.blocks[block] for block in self._stream.batches[number - 1]]
+        return Batch(number, [torch.zeros(b.length, dtype=torch.uint8, device=self._device) for b in blocks], ())
+
+    def torn(self) -> list[str]:
+        """The tensors that are seen to have changed since ``begin``."""
+        structure = self._stream.plan.structure
+        return [structure.tensors[structure.chunks[number].tensor].name for number in self._changed()]
+
+    def end(self) -> None:
+        """Lets go of all memory."""
+        self._copier, self._sources, self._changed = None, [], list
+        self._buffers.clear()
+
+    def _block(self, number: int, place: int, block: Slab) -> Tensor:
+        direct = None if self._whole else self._direct(block)
+        if direct is not None:
+            return direct
+        buffer = self._buffer(number, place, block.length)
+        if self._device.type == "cpu" or self._all_there(block):
+            self._copy(block, buffer)
+        else:
+            host = torch.empty(block.length, dtype=torch.uint8)
+            self._copy(block, host)
+            buffer.copy_(host)
+        return buffer
+
+    def _copy(self, block: Slab, into: Tensor) -> None:
+        assert self._copier is not None
+        arrival = self._copier.copy(block, into)
+        if arrival is not None:
+            arrival()
+
+    def _buffer(self, number: int, place: int, length: int) -> Tensor:
+        if self._whole:
+            return torch.empty(length, dtype=torch.uint8, device=self._device)
+        key = (number % 2, place)
+        found = self._buffers.get(key)
+        if found is None or len(found) < length:
+            found = self._buffers[key] = torch.empty(length, dtype=torch.uint8, device=self._device)
+        return found[:length]
+
+    def _direct(self, block: Slab) -> Tensor | None:
+        """The memory of a tensor, if the block is a run of it."""
+        if len(block.pieces) != 1:
+            return None
+        [piece] = block.pieces
+        tensor = self._sources[piece.chunk].detach()
+        if tensor.device != self._device or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            return None
+        if not tensor.is_cpu:
+            flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+            return flat[piece.start : piece.start + piece.length]
+        memory = (ctypes.c_char * piece.length).from_address(tensor.data_ptr() + piece.start)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def _all_there(self, block: Slab) -> bool:
+        return all(self._sources[piece.chunk].device == self._device for piece in block.pieces)
+
+
+def checksum_of(data: Tensor) -> int:
+    """XXH3-64 of a block, wherever it is."""
+    return checksum(data.cpu().numpy().data)

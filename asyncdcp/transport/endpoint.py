@@ -1,0 +1,134 @@
+"""One side of a transfer between two ranks: what ``wire.py`` says, on a link; failures named by rank and tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias, TypeVar, TypeVarTuple
+
+import anyio
+import torch
+from torch import Tensor
+
+from asyncdcp.errors import PeerError, PeerFailed
+from asyncdcp.threads import on_thread
+from asyncdcp.transport import wire
+from asyncdcp.transport.link import Link, LinkError, Pending
+from asyncdcp.transport.wire import Failure, Message, Tick
+from asyncdcp.worker.failures import from_frame
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_TAG: Final = 0xADC0
+"""What the sender of a state says has this tag, what the receiver says the next one: two transfers between the same
+ranks, one each way, do not mix."""
+_SHOWN: Final = 3
+
+Names: TypeAlias = Callable[[], Sequence[str]]
+"""Asked only where there is an error to name them."""
+
+
+class Endpoint:
+    """The link to ``peer``, from the ``sender`` of the state or its receiver. A wait ends by ``timeout`` seconds."""
+
+    def __init__(self, link: Link, peer: int, timeout: float, *, sender: bool) -> None:
+        self.peer = peer
+        self.timeout = timeout
+        self.device = link.device
+        self._link = link
+        self._out, self._in = (_TAG, _TAG + 1) if sender else (_TAG + 1, _TAG)
+        self._limiter = anyio.CapacityLimiter(2)  # who waits for ticks, and who waits for blocks
+
+    async def call(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Calls the function on a thread."""
+        return await on_thread(self._limiter, function, *args)
+
+    # ── blocking, on threads ──
+
+    def send(self, data: Tensor, what: str, tensors: Names = tuple) -> Pending:
+        """Begins to send; ``what`` ("sending") and the names of ``tensors`` are for errors."""
+        try:
+            return self._link.send(self.peer, self._out, data)
+        except LinkError as error:
+            raise self._failed(error, what, tensors) from error
+
+    def receive(self, into: Tensor, what: str, tensors: Names = tuple) -> Pending:
+        """Begins to receive."""
+        try:
+            return self._link.receive(self.peer, self._in, into)
+        except LinkError as error:
+            raise self._failed(error, what, tensors) from error
+
+    def wait(self, pending: Pending, what: str, tensors: Names = tuple) -> None:
+        """``PeerFailed`` with rank and tensors if it fails, or nothing happens in time."""
+        try:
+            pending.wait(self.timeout)
+        except LinkError as error:
+            raise self._failed(error, what, tensors) from error
+
+    def send_bytes(self, data: bytes, what: str) -> Pending:
+        """As ``send``; the bytes are copied."""
+        return self.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device), what)
+
+    def say_all(self, message: tuple[bytes, bytes], what: str) -> None:
+        """Sends an encoded message."""
+        for pending in [self.send_bytes(part, what) for part in message]:
+            self.wait(pending, what)
+
+    def hear_one(self, what: str) -> Message:
+        """Receives a message."""
+        head = wire.decode_head(self._receive_bytes(wire.HEAD_BYTES, what), self.peer)
+        return wire.decode(head, self._receive_bytes(head.length, what), self.peer)
+
+    def _receive_bytes(self, length: int, what: str) -> bytes:
+        into = torch.empty(length, dtype=torch.uint8, device=self.device)
+        self.wait(self.receive(into, what), what)
+        return bytes_of(into)
+
+    def post_tick(self) -> tuple[Pending, Tensor]:
+        """Begins to receive a tick."""
+        into = torch.empty(wire.TICK_BYTES, dtype=torch.uint8, device=self.device)
+        return self.receive(into, "receiving"), into
+
+    def take_tick(self, posted: tuple[Pending, Tensor], number: int, tensors: Names) -> Tick:
+        """Waits for a tick, behind ``tensors``."""
+        self.wait(posted[0], "receiving", tensors)
+        return wire.decode_tick(bytes_of(posted[1]), number, self.peer)
+
+    def _failed(self, error: LinkError, what: str, tensors: Names) -> PeerFailed:
+        names = tensors()
+        what = f"{what} {named(names)}" if names else what
+        said = f"did nothing for {self.timeout:g} s (timeout=)" if error.late else f"is gone ({error})"
+        return PeerFailed(
+            f"{what}: rank {self.peer} {said}. The process group may not be usable any more; make a new one, and a new "
+            "transport",
+            rank=self.peer,
+            tensors=names,
+        )
+
+    # ── on the loop ──
+
+    async def say(self, message: Message, what: str) -> None:
+        """Sends a message."""
+        await self.call(self.say_all, wire.encode(message), what)
+
+    async def hear(self, kind: type[T], what: str) -> T:
+        """The next message, which must be of this kind. ``PeerFailed`` with the peer's own error if it gave up."""
+        message = await self.call(self.hear_one, what)
+        if isinstance(message, Failure):
+            cause = from_frame(message.error)
+            raise PeerFailed(f"rank {self.peer} failed: {cause}", rank=self.peer, tensors=cause.tensors) from cause
+        if not isinstance(message, kind):
+            raise PeerError(f"rank {self.peer} said {type(message).__name__}, and {kind.__name__} was due")
+        return message
+
+
+def bytes_of(buffer: Tensor) -> bytes:
+    """A small buffer's content, wherever it is."""
+    return buffer.cpu().numpy().tobytes()
+
+
+def named(tensors: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    rest = len(tensors) - _SHOWN
+    return ", ".join(tensors[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

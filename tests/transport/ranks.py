@@ -1,0 +1,120 @@
+"""A rank of a world on gloo: real processes, of which one dies. Started by ``test_group.py``.
+
+python -m tests.transport.ranks RANK WORLD FOLDER
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # torch exports them without saying so
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from asyncdcp import Progress
+from asyncdcp.transport import PGTransport, TransportOptions
+
+LONG: Final = timedelta(seconds=60)
+STALL_SECONDS: Final = 0.5
+
+
+def state(seed: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Large and small tensors, strided ones, a DTensor, plain values, a Stateful."""
+    torch.manual_seed(seed)
+    return {
+        "w": torch.randn(700_000),
+        "strided": torch.randn(300, 200).t(),
+        "scalar": torch.tensor(float(seed)),
+        "many": {str(n): torch.randn(64) for n in range(2000)},
+        "sharded": distribute_tensor(torch.randn(40, 8), mesh, [Replicate()], src_data_rank=None),
+        "model": torch.nn.Linear(20, 30),
+        "seed": [seed, "x", None],
+    }
+
+
+def digest(found: Any) -> list[float]:
+    """A few sums that no two seeds share."""
+    many = sum(float(tensor.double().sum()) for tensor in found["many"].values())
+    parts = (found["w"], found["strided"][7], found["scalar"], found["sharded"].to_local(), found["model"].weight)
+    return [*(float(part.detach().double().sum()) for part in parts), many, *found["seed"]]
+
+
+def transfer(rank: int, mesh: DeviceMesh, result: dict[str, Any]) -> None:
+    """Rank 0 sends to all others at once, twice."""
+    options = TransportOptions(buffer_bytes=4 << 20)
+    with PGTransport(dist.new_group(timeout=LONG), timeout=LONG, options=options) as transport:
+        for turn in (1, 2):
+            own = state(turn if rank == 0 else 100 + rank, mesh)
+            if rank == 0:
+                transport.send_checkpoint(range(1, transport.world_size), own).result(60)
+            else:
+                transport.recv_checkpoint(0, own).result(60)
+            result[f"digest {turn}"] = digest(own)
+
+
+def stall(rank: int, store: Store, result: dict[str, Any]) -> None:
+    """Rank 1 does not come before rank 0 has given up."""
+    group = dist.new_group([0, 1], timeout=LONG)
+    if rank == 0:
+        transport = PGTransport(group, timeout=STALL_SECONDS)
+        begun = time.monotonic()
+        error = transport.send_checkpoint([1], {"w": torch.ones(3)}).exception(60)
+        result["stall"] = [type(error).__name__, str(error), time.monotonic() - begun]
+        transport.close()
+        store.set("given up", "1")
+    elif rank == 1:
+        store.wait(["given up"], LONG)
+
+
+def kill(rank: int, result: dict[str, Any]) -> None:
+    """The last rank dies by SIGKILL in the middle; the others get it all."""
+    group = dist.new_group(timeout=LONG)
+    transport = PGTransport(group, timeout=30, options=TransportOptions(buffer_bytes=1 << 20))
+    last = transport.world_size - 1
+    begun = time.monotonic()
+
+    def die(progress: Progress) -> None:
+        if progress.done > progress.total // 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        error = transport.send_checkpoint(range(1, last + 1), {"w": torch.arange(8_000_000.0)}).exception(60)
+        result["kill"] = [
+            type(error).__name__,
+            getattr(error, "rank", None),
+            getattr(error, "tensors", None),
+            str(error),
+        ]
+        result["seconds"] = time.monotonic() - begun
+    else:
+        found = transport.recv_checkpoint(0, on_progress=die if rank == last else None).result(60)
+        result["kill"] = bool(torch.equal(found["w"], torch.arange(8_000_000.0)))
+
+
+def main() -> None:
+    """Prints one line of JSON."""
+    faulthandler.dump_traceback_later(100, exit=True)
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    store = FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=LONG)
+    mesh = DeviceMesh("cpu", list(range(world)))
+    result: dict[str, Any] = {}
+    transfer(rank, mesh, result)
+    stall(rank, store, result)
+    kill(rank, result)
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # a group that has lost a rank cannot be taken apart in order
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What goes wrong: a side that dies at any point, one that does nothing, damage, cancellation, the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncdcp import CheckpointFuture
+from asyncdcp.errors import Cancelled, ChecksumMismatch, PeerFailed, UnseenFailure
+from asyncdcp.transport import MemoryHub, PGTransport
+from asyncdcp.transport.link import Link, Pending
+from tests.transport.conftest import LONG, TINY, World
+
+STATE = {"w": torch.arange(25_000.0), "many": [torch.full((50,), float(n)) for n in range(100)], "n": 1}
+"""Four batches of blocks."""
+
+
+class Loads:
+    """A Stateful that says whether it was given something."""
+
+    def __init__(self) -> None:
+        self.loaded = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = True
+
+
+def buffers_of_a_transfer() -> int:
+    hub = MemoryHub(2)
+    first, second = (PGTransport(hub.link(rank), timeout=LONG, options=TINY) for rank in (0, 1))
+    with first as sender, second as receiver:
+        sender.send_checkpoint([1], STATE)
+        receiver.recv_checkpoint(0).result(LONG)
+    return hub.moved
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_either_side_dies_at_any_point(world: World, dies: int) -> None:
+    """The other fails, or had all it needed; nobody waits for the timeout."""
+    total = buffers_of_a_transfer()
+    assert total > 40
+    for point in [*range(0, 9), *range(9, total - 5, 7), *range(total - 5, total)]:
+        hub, [sender, receiver] = world()
+
+        def die(source: int, target: int, buffer: Tensor, hub: MemoryHub = hub, point: int = point) -> None:
+            if hub.moved >= point:
+                hub.lose(dies)
+
+        hub.tamper = die
+        stateful = Loads()
+        begun = time.monotonic()
+        send = sender.send_checkpoint([1], {**STATE, "s": Loads()})
+        received = receiver.recv_checkpoint(0, {**STATE, "s": stateful})
+        errors = [send.exception(LONG), received.exception(LONG)]
+        assert time.monotonic() - begun < LONG / 2
+        survivor = errors[1 - dies]
+        if point < total - 2:
+            assert isinstance(survivor, PeerFailed)
+            assert survivor.rank == dies
+            assert "is gone" in str(survivor)
+        assert stateful.loaded == (errors[1] is None)
+
+
+def test_the_error_names_what_was_on_its_way(world: World) -> None:
+    hub, [sender, receiver] = world()
+
+    def die(source: int, target: int, buffer: Tensor) -> None:
+        if hub.moved >= 16:
+            hub.lose(0)
+
+    hub.tamper = die
+    send = sender.send_checkpoint([1], {"w": torch.zeros(200_000)})
+    error = receiver.recv_checkpoint(0).exception(LONG)
+    assert isinstance(send.exception(LONG), PeerFailed)
+    assert isinstance(error, PeerFailed)
+    assert error.tensors == ("w",)
+    assert "receiving w: rank 0 is gone" in str(error)
+
+
+class Stuck:
+    """A link that from its ``after``-th send on does nothing."""
+
+    def __init__(self, link: Link, after: int) -> None:
+        self._link = link
+        self._left = after
+        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+
+    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._left -= 1
+        if self._left < 0:
+            return MemoryHub(2).link(0).send(1, 0, data)  # into the void
+        return self._link.send(peer, tag, data)
+
+    def receive(self, peer: int, tag: int, into: Tensor) -> Pending:
+        return self._link.receive(peer, tag, into)
+
+
+@pytest.mark.parametrize("after", [0, 2, 10])
+def test_a_sender_that_stalls_fails_both_within_the_timeout(world: World, after: int) -> None:
+    _, [sender, receiver] = world(timeout=0.3, link=lambda link: Stuck(link, after) if link.rank == 0 else link)
+    begun = time.monotonic()
+    send = sender.send_checkpoint([1], STATE)
+    into = {"w": torch.zeros(25_000), "many": [torch.zeros(50) for _ in range(100)], "n": 0}
+    errors = [receiver.recv_checkpoint(0, into).exception(LONG), send.exception(LONG)]
+    assert time.monotonic() - begun < 10
+    for error, rank in zip(errors, (0, 1), strict=True):
+        assert isinstance(error, PeerFailed)
+        assert error.rank == rank
+        assert "did nothing for 0.3 s (timeout=)" in str(error)
+    assert into["n"] == 0
+    if after == 10:
+        assert errors[0] is not None
+        assert errors[0].tensors  # type: ignore[attr-defined]  # a PeerFailed
+
+
+def test_nobody_comes(world: World) -> None:
+    _, [sender, _] = world(timeout=0.1)
+    error = sender.send_checkpoint([1], STATE).exception(LONG)
+    assert isinstance(error, PeerFailed)
+    assert "sending the offer of the state: rank 1 did nothing" in str(error)
+
+
+def test_the_others_get_it_all_when_one_receiver_dies(world: World) -> None:
+    hub, transports = world(3)
+    send = transports[0].send_checkpoint([1, 2], STATE)
+    hub.lose(1)
+    found = transports[2].recv_checkpoint(0).result(LONG)
+    assert torch.equal(found["w"], STATE["w"])  # type: ignore[arg-type]  # of the dict's values
+    error = send.exception(LONG)
+    assert isinstance(error, PeerFailed)
+    assert error.rank == 1
+
+
+def test_damage_on_the_way_is_found_and_told_on_both_sides(world: World) -> None:
+    hub, [sender, receiver] = world()
+
+    def damage(source: int, target: int, buffer: Tensor) -> None:
+        if source == 0 and len(buffer) == TINY.block_bytes and int(buffer[0]) != 0xFF:
+            buffer[100] ^= 1
+
+    hub.tamper = damage
+    stateful = Loads()
+    send = sender.send_checkpoint([1], {"w": torch.ones(20_000), "s": Loads()})
+    error = receiver.recv_checkpoint(0, {"w": torch.zeros(20_000), "s": stateful}).exception(LONG)
+    assert isinstance(error, ChecksumMismatch)
+    assert error.tensors == ("w",)
+    assert "may be partly written" in str(error)
+    assert not stateful.loaded
+    assert "does not match its checksum" in str(send.exception(LONG))
+    hub.tamper = None
+    send = sender.send_checkpoint([1], STATE)
+    assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1, "the link can be used again"
+    send.result(LONG)
+
+
+def test_a_cancelled_send_ends_in_order(world: World) -> None:
+    _, [sender, receiver] = world()
+    send = sender.send_checkpoint([1], STATE)
+    assert send.cancel()
+    error = receiver.recv_checkpoint(0).exception(LONG)
+    assert isinstance(error, PeerFailed)
+    assert "was cancelled" in str(error)
+    assert isinstance(send.exception(LONG), Cancelled)
+    assert send.staged.cancelled()
+    send = sender.send_checkpoint([1], STATE)
+    assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
+    send.result(LONG)
+
+
+def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> None:
+    _, [sender, receiver] = world()
+    send = sender.send_checkpoint([1], {"w": torch.zeros(300_000)}, on_progress=lambda _: send.cancel())
+    received = receiver.recv_checkpoint(0, {"w": torch.ones(300_000)})
+    error = received.exception(LONG)
+    assert isinstance(error, PeerFailed)
+    assert "may be partly written" in str(error)
+    assert isinstance(send.exception(LONG), Cancelled)
+    send = sender.send_checkpoint([1], STATE)
+    assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
+    send.result(LONG)
+
+
+def test_a_cancelled_receive_takes_what_comes_and_throws_it_away(world: World) -> None:
+    _, [sender, receiver] = world()
+    send = sender.send_checkpoint([1], {"w": torch.zeros(200_000)})
+    futures: list[CheckpointFuture[Any]] = []
+    futures.append(
+        receiver.recv_checkpoint(
+            0, {"w": torch.ones(200_000)}, on_progress=lambda _: [each.cancel() for each in futures]
+        )
+    )
+    assert isinstance(futures[0].exception(LONG), Cancelled)
+    error = send.exception(LONG)
+    assert isinstance(error, PeerFailed)
+    assert "was cancelled" in str(error)
+    send = sender.send_checkpoint([1], STATE)
+    assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
+    send.result(LONG)
+
+
+def test_a_failure_that_nobody_looked_at_comes_up_at_close() -> None:
+    transport = PGTransport(MemoryHub(2).link(0), timeout=0.05)
+    transport.send_checkpoint([1], STATE)
+    with pytest.raises(UnseenFailure, match="did nothing"):
+        transport.close()
+    transport.close()
+
+
+def test_a_target_that_cannot_be_filled_fails_both(world: World) -> None:
+    class Refuses(Loads):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            raise ValueError("not this")
+
+    _, [sender, receiver] = world()
+    send = sender.send_checkpoint([1], {"s": Loads()})
+    error = receiver.recv_checkpoint(0, {"s": Refuses()}).exception(LONG)
+    assert "ValueError: not this" in str(error)
+    send.result(LONG)  # all had arrived and was verified; what the receiver makes of it is its own

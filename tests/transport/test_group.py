@@ -1,0 +1,69 @@
+"""Real processes on gloo, one world for all: a transfer to several, one that stalls, one that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORLD = 3
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("world")
+    command = [sys.executable, "-m", "tests.transport.ranks"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(WORLD), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[2],
+        )
+        for rank in range(WORLD)
+    ]
+    found: list[Any] = []
+    try:
+        for rank, process in enumerate(ranks):
+            out, err = process.communicate(timeout=110)
+            if rank == WORLD - 1:
+                assert process.returncode == -signal.SIGKILL, err
+            else:
+                assert process.returncode == 0, err
+                found.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return found
+
+
+def test_a_state_goes_to_all_at_once(results: list[Any]) -> None:
+    for turn in (1, 2):
+        assert results[0][f"digest {turn}"] == results[1][f"digest {turn}"]
+        assert results[0][f"digest {turn}"][-3:] == [turn, "x", None]
+
+
+def test_one_that_does_not_come_fails_the_send_within_the_timeout(results: list[Any]) -> None:
+    kind, said, seconds = results[0]["stall"]
+    assert kind == "PeerFailed"
+    assert "sending the offer of the state: rank 1 did nothing for 0.5 s (timeout=)" in said
+    assert 0.4 < seconds < 10
+
+
+def test_one_that_is_killed_fails_the_send_by_name_and_nobody_else(results: list[Any]) -> None:
+    kind, rank, tensors, said = results[0]["kill"]
+    assert (kind, rank) == ("PeerFailed", WORLD - 1)
+    assert tensors in (["w"], [])
+    assert "is gone" in said
+    assert results[0]["seconds"] < 25, "it is seen at once, not by the timeout"
+    assert results[1]["kill"] is True
