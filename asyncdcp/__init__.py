@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asyncdcp.runs import KeepBest, KeepEvery, KeepLast, list_checkpoints
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
+    from asyncdcp.train_state import TrainState
 
 _HOMES = {
     "AESGCM": "extensions",
@@ -61,6 +62,7 @@ _HOMES = {
     "Stateful": "stateful",
     "StreamTransformExtension": "extensions",
     "SyncCheckpointer": "checkpointer",
+    "TrainState": "train_state",
     "Telemetry": "manager",
     "VerifyReport": "results",
     "ZStandard": "extensions",
@@ -100,6 +102,7 @@ __all__ = [
     "StreamTransformExtension",
     "SyncCheckpointer",
     "Telemetry",
+    "TrainState",
     "VerifyReport",
     "ZStandard",
     "follow",

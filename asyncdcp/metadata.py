@@ -6,8 +6,8 @@ an envelope that names format, version and kind and carries a digest of the body
 
     {"format": "asyncdcp", "version": 1, "kind": "record", "digest": "<xxh3-128 hex of body>", "body": …}
 
-An encrypting extension adds a ``seal`` before the digest: a token over the body, or what makes an encrypted body (in
-base64) readable again.
+An encrypting extension adds a ``seal`` before the digest, which covers it: a token over the body, or the mark of an
+encrypted body, which is base64.
 
 ``Metadata`` is the read-side union of all ranks' indexes. It uses the names of
 ``torch.distributed.checkpoint.metadata`` where the concept is the same; dtypes are strings, torch's own names without
@@ -228,7 +228,8 @@ def trusting(seal: Seal | None, body: bytes, name: str) -> bytes:
 
 def _seal(kind: str, body: bytes, seal: Seal | None = None) -> bytes:
     by = "" if seal is None else f'"seal":{msgspec.json.encode(seal).decode()},'
-    head = f'{{"format":"asyncdcp","version":{FORMAT_VERSION},"kind":"{kind}",{by}"digest":"{digest(body)}","body":'
+    text = digest(by.encode() + body) if by else digest(body)
+    head = f'{{"format":"asyncdcp","version":{FORMAT_VERSION},"kind":"{kind}",{by}"digest":"{text}","body":'
     return b"".join((head.encode(), body, b"}"))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from asyncdcp import (
+    AESGCM,
     AsyncCheckpointer,
     CheckpointManager,
     KeepLast,
@@ -38,6 +39,7 @@ from asyncdcp.memory_limits import Headroom
 from asyncdcp.staging import SlabCopier
 from asyncdcp.state_dict.values import WAY_OUT
 from asyncdcp.storage import MemoryPlace
+from tests.extensions.samples import Xor
 
 _README = Path(__file__).parents[1] / "README.md"
 _BEGIN, _END = "<!-- errors: begin -->\n", "<!-- errors: end -->\n"
@@ -422,6 +424,26 @@ def _damage(ending: str, position: int) -> None:
 
 case("failure", "a damaged data file")(functools.partial(_damage, ".safetensors", -8))
 case("failure", "a damaged index")(functools.partial(_damage, ".index.json", -8))
+
+
+def _encrypted(*, key: bytes) -> None:
+    storage = MemoryStorage("run/step_9")
+    with SyncCheckpointer(process=False, extensions=[AESGCM(b"k" * 32)]) as checkpointer:
+        checkpointer.save(storage, {"x": torch.ones(1)})
+    with SyncCheckpointer(process=False, extensions=[AESGCM(key)] if key else []) as checkpointer:
+        checkpointer.load(storage)
+
+
+case("failure", "an encrypted checkpoint and no key")(functools.partial(_encrypted, key=b""))
+case("failure", "an encrypted checkpoint and another key")(functools.partial(_encrypted, key=b"x" * 32))
+
+
+@case("failure", "a checkpoint of an extension that is not there")
+def _unknown_extension() -> None:
+    storage = MemoryStorage("run/step_9")
+    with SyncCheckpointer(process=False, extensions=[Xor()]) as checkpointer:
+        checkpointer.save(storage, {"x": torch.ones(1)})
+    load(storage)
 
 
 @case("failure", "a DCP checkpoint whose pickle is hostile")

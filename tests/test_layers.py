@@ -25,7 +25,7 @@ LEVELS: list[set[str]] = [
     {"pipeline"},
     {"worker"},
     # ── the torch line: nothing above imports torch ──
-    {"stateful", "ranks"},
+    {"stateful", "ranks", "train_state"},
     {"state_dict"},
     {"staging"},
     {"checkpointer"},

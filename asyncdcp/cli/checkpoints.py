@@ -20,19 +20,21 @@ from asyncdcp.runs.layout import step_of
 from asyncdcp.storage import LocalStorage, Storage, open_place
 
 
-async def open_checkpoint(target: str) -> ReadableCheckpoint:
-    """Opens a checkpoint of any format that is known; everything that describes it is checked."""
+async def open_checkpoint(target: str, *, data: bool = True) -> ReadableCheckpoint:
+    """Opens a checkpoint of any format that is known; everything that describes it is checked. ``data=False`` is for
+    who reads no tensor: an encrypted checkpoint needs no key for that, unless its names are encrypted too.
+    """
     storage = open_storage_at(target)
     try:
-        return await formats.open_checkpoint(storage)
+        return await formats.open_checkpoint(storage, data=data)
     except CheckpointNotFound as error:
         raise click.ClickException(f"{error}{await hint(target, storage)}") from error
 
 
 @asynccontextmanager
-async def opened(target: str) -> AsyncIterator[ReadableCheckpoint]:
+async def opened(target: str, *, data: bool = True) -> AsyncIterator[ReadableCheckpoint]:
     """``open_checkpoint``, closed at the end of the block."""
-    reader = await open_checkpoint(target)
+    reader = await open_checkpoint(target, data=data)
     try:
         yield reader
     finally:
@@ -67,7 +69,7 @@ async def _checkpoints_below(target: str) -> str | None:
 
 
 async def _metadata(target: str) -> Metadata:
-    async with opened(target) as reader:
+    async with opened(target, data=False) as reader:
         return reader.metadata
 
 

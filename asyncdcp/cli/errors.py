@@ -20,7 +20,12 @@ def describe(error: BaseException) -> str:
     """One printable line, without the program's name."""
     if isinstance(error, BaseExceptionGroup):
         error = first_error(error)
-    return shown(" ".join(_message(error).split()))
+    return one_line(_message(error))
+
+
+def one_line(text: str) -> str:
+    """``text`` as one printable line."""
+    return shown(" ".join(text.split()))
 
 
 def _message(error: BaseException) -> str:

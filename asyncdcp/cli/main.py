@@ -10,16 +10,18 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
 
-from asyncdcp.cli.errors import TROUBLE, describe
+from asyncdcp.cli.errors import TROUBLE, describe, one_line
 from asyncdcp.cli.text import ReaderGone
+from asyncdcp.errors import ThreadPipelineWarning, VolatileStorageWarning
 
 COMMANDS = {
     "ls": "List the checkpoints of a run.",
@@ -107,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    showing, warnings.showwarning = warnings.showwarning, _warn
     try:
         status: Any = program.main(arguments, prog_name="asyncdcp", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -121,7 +124,22 @@ def _run(arguments: Sequence[str] | None) -> int:
         if os.environ.get("ASYNCDCP_TRACEBACK"):
             raise
         return _complain(error)
+    finally:
+        warnings.showwarning = showing
     return status if isinstance(status, int) else 0
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Warnings of asyncdcp as one line; those of others are for programmers."""
+    if issubclass(category, (ThreadPipelineWarning, VolatileStorageWarning)):
+        click.echo(f"asyncdcp: {one_line(str(message))}", err=True)
 
 
 def _complain(error: Exception) -> int:

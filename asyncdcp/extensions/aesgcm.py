@@ -16,7 +16,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from asyncdcp.errors import InvalidOption, KeyUnavailable
+from asyncdcp.errors import InvalidOption, KeyUnavailable, MissingDependency
 from asyncdcp.extensions.base import BlockContext, SealingExtension
 from asyncdcp.extensions.keys import KEY_VARIABLE, KeyProvider, check_key, keys_in_environment, ring
 
@@ -177,7 +177,7 @@ def _hkdf(key: bytes, salt: bytes, use: str, length: int) -> bytes:
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
     except ImportError as error:
-        raise InvalidOption("AESGCM needs the package cryptography: pip install 'asyncdcp[encryption]'") from error
+        raise MissingDependency("AESGCM needs the package cryptography: pip install 'asyncdcp[encryption]'") from error
     return HKDF(SHA256(), length, salt, f"asyncdcp {AESGCM.registry_name()}/1 {use}".encode()).derive(key)
 
 

@@ -65,6 +65,8 @@ class ExtensionRegistry:
                 )
             except KeyUnavailable as error:  # another instance may have that key
                 missing = missing or error
+            except InvalidOption:  # what the user gave, not what the checkpoint says
+                raise
             except ValueError as error:
                 raise UnsupportedFormat(
                     f"the data was transformed by {descriptor}, which is not readable here: {error}"

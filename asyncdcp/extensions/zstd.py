@@ -18,7 +18,7 @@ from asyncdcp.errors import InvalidOption
 from asyncdcp.extensions.base import BlockContext, BlockExtension
 from asyncdcp.extensions.zstd_frames import frames, stored_frame
 
-_SEGMENT = 128 << 10
+_SEGMENT = 256 << 10
 """What one sample decides about."""
 _PIECE = 1 << 10
 _PIECES = 4

@@ -132,7 +132,9 @@ class Decider:
         if next_one != Decision():
             self._board.decided = [*self._board.decided[-_REMEMBERED:], (window + 1, next_one)]
         self._board.until = window + 1
-        self._engine.submit(self._announce, msgspec.msgpack.encode(self._board))
+        if self._background is not None and self._background.done():
+            self._background.result()  # the store may have failed
+        self._background = self._engine.submit(self._announce, msgspec.msgpack.encode(self._board))
 
     async def _announce(self, board: bytes) -> None:
         async with self._lock:  # one after another, so that no older board takes the place of a newer one

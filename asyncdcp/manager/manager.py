@@ -147,10 +147,14 @@ class CheckpointManager:
         self.open().result()
         if self.read_only:
             raise InvalidOption(f"this manager of {self.location} is read-only; open it without read_only=True")
+        if self._alone:  # else it is for should_save and wait to say so, on all ranks
+            self._surface(self._saves.failures())
+
+    def _surface(self, failures: list[BaseException]) -> None:
+        """What came up unseen. That the run is another's is raised every time."""
         if self._saves.fenced is not None:
             raise self._saves.fenced
-        if self._alone:
-            surface(self._saves.failures(), self._options.on_error)
+        surface(failures, self._options.on_error)
 
     # ── saving ──
 
@@ -170,8 +174,7 @@ class CheckpointManager:
         due = decision.save and step > self._saves.newest()
         self._asked = (step, due)
         if decision.failure is not None:
-            failures = self._saves.failures() or [PeerFailed(f"another rank failed: {decision.failure}")]
-            surface(failures, self._options.on_error)
+            self._surface(self._saves.failures() or [PeerFailed(f"another rank failed: {decision.failure}")])
         return due
 
     @property
@@ -353,9 +356,7 @@ class CheckpointManager:
         if self._saves.fenced is not None:
             failures.append(self._saves.fenced)
         told = await self._session.tell_failures(failures)
-        if self._saves.fenced is not None:
-            raise self._saves.fenced
-        surface(failures or told, self._options.on_error)
+        self._surface(failures or told)
 
     # ── the end ──
 
@@ -382,10 +383,7 @@ class CheckpointManager:
         opening = self._opening
         if opening is not None and opening.unseen_failure is not None:
             self._saves.collect(opening.unseen_failure)
-        failures = self._saves.failures()
-        if self._saves.fenced is not None and not failures:
-            raise self._saves.fenced
-        surface(failures, self._options.on_error)
+        self._surface(self._saves.failures())
 
     async def aclose(self) -> None:
         """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""

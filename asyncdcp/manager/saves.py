@@ -63,6 +63,7 @@ class Saves:
         """Another save is under way."""
         self._reporter.emit("save", f"step {called.step} is being saved", called.step)
         save = _Save(called, handle, self._engine.future(f"all that follows from step {called.step}"))
+        self.failures(take=False)  # lets go of saves that are over
         with self._lock:
             self._saves.append(save)
         handle.add_done_callback(partial(self._settled, save))
@@ -75,13 +76,15 @@ class Saves:
     def newest(self) -> int:
         """The newest step that was saved, or is being saved, on the run's line; -1 for none."""
         with self._lock:
-            called = [save.called.step for save in self._saves if not save.handle.committed.failed]
+            left = [save for save in self._saves if not save.over.done()]  # what is over is in the session's standing
+        called = [save.called.step for save in left if not save.handle.committed.failed]
         return max([self._session.standing.step, *called])
 
     def parent(self) -> str | None:
         """The save id of the newest checkpoint on the line that is committed already."""
         with self._lock:
-            done = [save for save in self._saves if save.handle.done() and not save.handle.committed.failed]
+            left = [save for save in self._saves if not save.over.done()]
+        done = [save for save in left if save.handle.done() and not save.handle.committed.failed]
         newest = max(done, key=lambda save: save.called.step, default=None)
         if newest is None or newest.called.step <= self._session.standing.step:
             return self._session.standing.head
@@ -118,6 +121,8 @@ class Saves:
     def failure_text(self) -> str | None:
         """For the other ranks: the first of them in words."""
         found = self.failures(take=False)
+        if self.fenced is not None:
+            found.insert(0, self.fenced)
         return f"{type(found[0]).__name__}: {found[0]}" if found else None
 
     def _is_gone(self, save: _Save) -> bool:

@@ -149,7 +149,8 @@ class RunSession:
         run = await self.look()
         good = run.good()[::-1]
         newest = good[0].step if good else -1
-        broken = [each for each in run.checkpoints if each.state == "damaged" and each.step > newest]
+        damaged = [each for each in run.checkpoints if each.state == "damaged" and each.step > newest]
+        broken = [each for each in damaged if each.on_line or each.term == UNCLAIMED]
         for each in broken:
             self._fell_back(each, CorruptCheckpoint(each.cause or "it cannot be read", path=each.name))
         if broken and not good:
@@ -177,7 +178,7 @@ class RunSession:
     async def _go_on(self, base: Checkpoint | None) -> Standing:
         """From the newest checkpoint there is nothing to tell apart: the line goes on as it is."""
         head = (await self._writer.look()).latest()
-        if not self._writer.begun or head != base:
+        if not self._writer.begun or (head.save_id if head else None) != (base.save_id if base else None):
             await self._writer.go_on(base)
         return _standing(self._writer.term, base, begun=True)
 
@@ -214,7 +215,7 @@ class RunSession:
             if self._reporter.telemetry.traces:
                 await self._write_trace(finished)
             if self._keep is not None:
-                for gone in await self._writer.retain(self._keep, run):
+                for gone in await self._writer.retain(self._keep, run, finished.step):
                     self._reporter.emit("deleted", f"step {gone.step} is deleted", gone.step, save_id=gone.save_id)
 
     async def follow(self) -> None:

@@ -56,10 +56,14 @@ and reads no tensor yet."""
 
 
 async def open_checkpoint(
-    storage: Storage, viewer: Viewer | None = None, registry: ExtensionRegistry | None = None
+    storage: Storage,
+    viewer: Viewer | None = None,
+    registry: ExtensionRegistry | None = None,
+    *,
+    data: bool = True,
 ) -> ReadableCheckpoint:
     """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
-    ``registry`` finds the extensions that its data needs.
+    ``registry`` finds the extensions that its data needs; with ``data=False`` they are not looked for.
 
     Raises as ``CheckpointReader.open`` does, which says what ``viewer`` is; ``CheckpointNotFound`` names readers that
     could not be loaded.
@@ -69,7 +73,7 @@ async def open_checkpoint(
     missing = CheckpointNotFound(f"no checkpoint at {location}", path=location)
     if place.name is None:
         try:
-            return await CheckpointReader.open(storage, viewer, registry)
+            return await CheckpointReader.open(storage, viewer, registry, data=data)
         except CheckpointNotFound as error:
             missing = error
     broken = []

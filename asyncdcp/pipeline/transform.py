@@ -98,7 +98,8 @@ class Intake:
         self._job = job
         self._files = files
         self._slabs = slabs
-        self._order = ((n, slab) for n, file in enumerate(files) for slab in range(len(file.awaited)))
+        counts = [len(file.awaited) for file in files]
+        self._order = ((file, number) for file, count in enumerate(counts) for number in range(count))
         self._early: dict[tuple[int, int], SlabReady] = {}
 
     async def next(self) -> SlabReady:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
 
 from asyncdcp.errors import Fenced
 from asyncdcp.runs.deletion import delete_checkpoint
@@ -74,12 +73,13 @@ class RunWriter:
         self._check(run)
         return run
 
-    async def retain(self, policy: Retention, run: Run, spared: Sequence[int] = ()) -> list[Checkpoint]:
-        """Deletes what the policy does not keep, oldest first, but for the steps ``spared``; returns it.
+    async def retain(self, policy: Retention, run: Run, durable: int) -> list[Checkpoint]:
+        """Deletes what the policy does not keep, oldest first; returns it. The newest good checkpoint always stays.
 
-        ``run`` was looked at just now by this writer. The newest good checkpoint always stays.
+        ``run`` was looked at just now by this writer. Steps beyond ``durable`` count for nothing: a Record can be seen
+        before it is sure to survive a loss of power, and until then nothing may be deleted for its sake.
         """
-        gone = [checkpoint for checkpoint in to_delete(policy, run.checkpoints) if checkpoint.step not in spared]
+        gone = to_delete(policy, [checkpoint for checkpoint in run.checkpoints if checkpoint.step <= durable])
         for checkpoint in gone:
             assert checkpoint.save_id is not None
             await delete_checkpoint(self.place, checkpoint.name, checkpoint.save_id)

@@ -27,9 +27,8 @@ from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import own_leaves
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.subclasses import Subclass, cannot_be_made, inner_names, put_together
+from asyncdcp.train_state import TrainState, canonical_name
 
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-"""Path steps that DataParallel and DDP, torch.compile, activation checkpointing and FSDP1 put into names."""
 _SHOWN = 20
 
 
@@ -88,7 +87,7 @@ def unexpected_everywhere(path: str, names: Sequence[str]) -> StateMismatch:
 
 def canonical(name: str) -> str:
     """An FQN without the steps that wrappers add."""
-    return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
+    return canonical_name(name)
 
 
 class _Matcher:
@@ -164,9 +163,15 @@ class _Matcher:
     def _owner(self, name: str) -> str | None:
         """The Stateful with the checkpoint's say to whose part ``name`` belongs, whichever side has it."""
         for fqn in self._match.deciding:
-            if name in self._flat.statefuls[fqn].names:
-                return fqn
-            if name not in self._want and (not fqn or name == fqn or name.startswith(f"{fqn}.")):
+            taken = self._flat.statefuls[fqn]
+            if name in taken.names or (
+                name not in self._want and (not fqn or name == fqn or name.startswith(f"{fqn}."))
+            ):
+                known = taken.stateful
+                if isinstance(known, TrainState) and not known.decided_by_checkpoint(
+                    name[len(fqn) + 1 if fqn else 0 :]
+                ):
+                    continue
                 return fqn
         return None
 
@@ -290,6 +295,9 @@ def optimizer_parameters(flat: FlatState) -> dict[str, Tensor]:
             parameters = [parameter for group in taken.stateful.param_groups for parameter in group["params"]]
             prefix = f"{fqn}.state" if fqn else "state"
             found.update({f"{prefix}.{number}": parameter for number, parameter in enumerate(parameters)})
+        elif isinstance(taken.stateful, TrainState):
+            prefix = f"{fqn}." if fqn else ""
+            found.update({f"{prefix}{path}": parameter for path, parameter in taken.stateful.parameters().items()})
     return found
 
 

@@ -14,6 +14,7 @@ from asyncdcp.planning import Structure
 from asyncdcp.planning.division import Holdings, holdings_of
 from asyncdcp.state_dict.chunks import is_dtensor
 from asyncdcp.state_dict.flatten import FlatState
+from asyncdcp.train_state import TrainState
 
 _SAMPLES = 64
 
@@ -38,12 +39,18 @@ def _of_statefuls(flat: FlatState) -> tuple[set[str], set[str]]:
     """The names of what is alike on all ranks that hold it, parameters and optimizer states; and of buffers."""
     parameters: set[str] = set()
     buffers: set[str] = set()
-    for taken in flat.statefuls.values():
+    for fqn, taken in flat.statefuls.items():
         if isinstance(taken.stateful, torch.optim.Optimizer):
             parameters |= taken.names
-        elif isinstance(taken.stateful, torch.nn.Module):
-            memory = {tensor.data_ptr() for tensor in taken.stateful.parameters()}
-            tensors = taken.names & flat.tensors.keys()
+        elif isinstance(taken.stateful, torch.nn.Module | TrainState):
+            whole = isinstance(taken.stateful, TrainState)
+            modules = taken.stateful.models if isinstance(taken.stateful, TrainState) else (taken.stateful,)
+            memory = {tensor.data_ptr() for module in modules for tensor in module.parameters()}
+            states = {
+                name for name in taken.names if whole and name.startswith(f"{fqn}.optimizer." if fqn else "optimizer.")
+            }
+            parameters |= states
+            tensors = (taken.names & flat.tensors.keys()) - states
             same = {name for name in tensors if flat.tensors[name].data_ptr() in memory}
             parameters |= same
             buffers |= tensors - same

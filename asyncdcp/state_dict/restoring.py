@@ -16,9 +16,11 @@ from asyncdcp.state_dict.flatten import FlatState, Taken, is_plain_sequence
 from asyncdcp.state_dict.matching import Match
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.pruning import prune
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.state_dict.values import decode_value
 from asyncdcp.stateful import PerRank, Stateful
+from asyncdcp.train_state import TrainState
 
 _DICTS = (dict, OrderedDict)
 
@@ -114,6 +116,8 @@ class Restorer:
         """Gives a Stateful its part; what no name of was selected is left alone."""
         if fqn in self._match.deciding:
             node = self._nodes.get(fqn)
+            if node is not None and isinstance(taken.stateful, TrainState):  # the rest of it is other ranks'
+                node = prune(node, lambda name: name in self._match.tensors or name in self._values)
             if node is not None:
                 part = unflatten(node, self._match.tensors, self._values, allow_pickle=self._options.allow_pickle)
                 self._hand_over(fqn, taken.stateful, part, strict=self._options.strict)

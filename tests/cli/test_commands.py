@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
-from asyncdcp import PerRank, SyncCheckpointer
+from asyncdcp import CheckpointManager, PerRank, SyncCheckpointer
 from asyncdcp.runs import Saved
 from tests.cli.conftest import Call, Small
 from tests.cli.test_wrong_input import spoil
@@ -167,6 +168,32 @@ class TestDiff:
         assert "+ more  float32 [1]" in ran.out and "- model.embed.weight  float32 [40, 16]" in ran.out
         assert "~ half  bfloat16 [40] → float32 [3]" in ran.out
         assert call("diff", checkpoint, tmp_path / "other", "-t", "rng.p*", "--json").json["differences"]
+
+
+class TestElsewhere:
+    """Places that are no folders, and formats that are others'."""
+
+    def test_a_url(self, call: Call, tmp_path: Path) -> None:
+        pytest.importorskip("obstore")
+        with CheckpointManager("memory://cli/run", process=False) as manager:
+            manager.save(5, {"w": torch.arange(3.0)}, metrics={"loss": 0.5}).result()
+        assert call("ls", "memory://cli/run").out.splitlines()[1].split()[:2] == ["5", "committed"]
+        assert call("inspect", "memory://cli/run/step_5").out.startswith("memory://cli/run/step_5\n")
+        assert call("cat", "memory://cli/run/step_5", "w", "--json").json == [0, 1, 2]
+        assert call("verify", "memory://cli/run/step_5").status == 0
+        assert len(call("history", "memory://cli/run", "--json").json) == 1
+        assert call("gc", "memory://cli/run").out == "nothing to delete\n"
+        assert call("report", "memory://cli/run", "-o", tmp_path / "r.html").status == 0
+        assert "such as memory://cli/run/step_5" in call("inspect", "memory://cli/run").error
+        assert "asyncdcp inspect" in call("ls", "memory://cli/run/step_5").error
+
+    def test_another_format(self, call: Call, tmp_path: Path) -> None:
+        file = tmp_path / "model.safetensors"
+        save_file({"w": np.arange(6, dtype=np.float32)}, file)
+        assert "in another format" in call("inspect", file).out
+        assert call("cat", file, "w", "--json").json == [0, 1, 2, 3, 4, 5]
+        assert call("diff", file, file, "--values").status == 0
+        assert f"asyncdcp convert {tmp_path} DST" in call("verify", tmp_path).error
 
 
 class TestVerify:

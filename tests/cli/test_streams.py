@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 
 from asyncdcp.cli.main import COMMANDS, main, program
+from asyncdcp.errors import VolatileStorageWarning
 from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
 from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from tests.cli.conftest import Call
@@ -178,6 +180,24 @@ def test_a_narrow_terminal_and_its_colours(run: Path) -> None:
 def test_the_installed_program_is_this_one() -> None:
     scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"asyncdcp": f"{main.__module__}:{main.__name__}"}
+
+
+def test_our_warnings_are_lines_and_others_are_nothing(
+    call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(_: object) -> list[object]:
+        warnings.warn("for\nprogrammers", UserWarning, stacklevel=1)
+        warnings.warn("for\npeople", VolatileStorageWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr("asyncdcp.cli.commands.inspect.entries_of", warn)
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        shown = warnings.showwarning
+        assert call("inspect", checkpoint).err == "asyncdcp: for people\n"
+        assert warnings.showwarning is shown
+    assert warnings.showwarning is before
 
 
 def test_help_has_every_command(call: Call) -> None:

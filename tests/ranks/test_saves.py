@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from asyncdcp import PerRank
+from asyncdcp import PerRank, TrainState
 from asyncdcp.errors import PeerFailed, ReplicaMismatch, StateMismatch, StructureChanged, UnsupportedValue
 from tests.ranks.conftest import Job, rows
 
@@ -135,11 +136,39 @@ def test_keys_that_only_some_ranks_hold(job: Jobs, tmp_path: Path) -> None:
             raise error
 
 
+def linear(size: int, value: float) -> torch.nn.Linear:
+    """One that all threads make alike: they share torch's random numbers."""
+    made = torch.nn.Linear(size, size)
+    for number, parameter in enumerate(made.parameters()):
+        torch.nn.init.constant_(parameter, value + number / 2)
+    return made
+
+
+def stage_training(rank: int, stages: int, seed: int) -> dict[str, Any]:
+    """Layers ``rank``, ``rank + stages`` … of four, with an optimizer that numbers its parameters from 0."""
+    model = torch.nn.ModuleDict({str(number): linear(3, number * seed) for number in range(rank, 4, stages)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    sum(layer(torch.ones(2, 3)).sum() for layer in model.values()).backward()
+    if seed == 1:
+        optimizer.step()
+    return {"train": TrainState(model, optimizers=optimizer)}
+
+
+def test_pipeline_stages_with_optimizers_load_as_other_stages(job: Jobs, tmp_path: Path) -> None:
+    fine(job(2).save(tmp_path / "it", lambda rank: stage_training(rank, 2, 1)))
+    expected = stage_training(0, 1, 1)["train"].state_dict()
+    for stages in (1, 2, 4):
+        states = fine(job(stages).load(tmp_path / "it", partial(stage_training, stages=stages, seed=2)))
+        for state in states:
+            found = state["train"].state_dict()
+            for name, entries in found["optimizer"]["state"].items():
+                assert torch.equal(found["model"][name], expected["model"][name])
+                assert torch.equal(entries["exp_avg"], expected["optimizer"]["state"][name]["exp_avg"])
+
+
 def test_a_key_more_on_one_rank_is_complete_and_a_key_less_aborts_once(job: Jobs, tmp_path: Path) -> None:
     def state(rank: int, *, less: int = -1, more: int = -1) -> dict[str, Any]:
-        model = torch.nn.ModuleDict({str(number): torch.nn.Linear(64, 64) for number in range(4)})
-        torch.manual_seed(0)
-        model = torch.nn.ModuleDict({str(number): torch.nn.Linear(64, 64) for number in range(4)})
+        model = torch.nn.ModuleDict({str(number): linear(64, number) for number in range(4)})
         if rank == less:
             del model["0"], model["1"], model["2"]
         return {"model": model, **({"new": torch.ones(5)} if rank == more else {})}

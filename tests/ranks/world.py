@@ -6,6 +6,8 @@ python -m tests.ranks.world RANK PORT FOLDER
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from asyncdcp import AsyncCheckpointer, Options, RNGState, SoleRank
+from asyncdcp import AsyncCheckpointer, Options, PerRank, RNGState, SoleRank, TrainState
 from asyncdcp.errors import PeerFailed, UnsupportedValue
 from asyncdcp.state_dict.chunks import local_chunks
 
@@ -164,6 +166,28 @@ def load_training(world: World, saved: str, loaded: str) -> None:
     step(state)
 
 
+def named_training(world: World, saved: str, loaded: str) -> None:
+    """The same by parameters' names, into a fresh optimizer."""
+    place = world.folder / f"named-{saved}-{loaded}"
+    if world.has(KINDS[saved]):
+        state = training(world, saved, 1)
+        step(state)
+        train = TrainState(state["model"], optimizers=state["optimizer"])
+        world.checkpointer(KINDS[saved]).save(place, {"train": train}).result()
+    dist.barrier()
+    if world.has(KINDS[loaded]):
+        state = training(world, loaded, 2)
+        train = TrainState(state["model"], optimizers=state["optimizer"])
+        world.checkpointer(KINDS[loaded]).load(place, {"train": train}).result()
+        whole = world.alone.load(place).result()["train"]
+        _compare({name.removeprefix("module."): t for name, t in state["model"].state_dict().items()}, whole["model"])
+        for name, parameter in state["model"].named_parameters():
+            own = state["optimizer"].state[parameter]
+            assert type(own["exp_avg"]) is type(parameter.data)
+            _compare(own, whole["optimizer"]["state"][name.removeprefix("module.")])
+        step(state)
+
+
 def _compare(own: dict[str, Any], whole: dict[str, torch.Tensor]) -> None:
     for name, tensor in own.items():
         expected = whole.get(name, whole.get(name.removeprefix("module."), whole.get(f"module.{name}")))
@@ -209,6 +233,8 @@ def cases() -> dict[str, Callable[[World], None]]:
         made[f"save {kind}"] = partial(save_training, kind=kind)
     for a, b in [*PAIRS, *((kind, kind) for kind in KINDS)]:
         made[f"load {a} {b}"] = partial(load_training, saved=a, loaded=b)
+    for a, b in (("fsdp", "ddp"), ("ddp", "fsdp_tp"), ("hsdp", "plain")):
+        made[f"named {a} {b}"] = partial(named_training, saved=a, loaded=b)
     made["own generators"] = own_generators
     made["partial"] = partial_is_refused
     return made
@@ -230,7 +256,16 @@ def main(rank: int, port: str, folder: Path) -> None:
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
     for checkpointer in world.checkpointers.values():
         checkpointer.close()
-    dist.destroy_process_group()
+    die_after_staging(rank, folder)
+
+
+def die_after_staging(rank: int, folder: Path) -> None:
+    """Every trainer is killed once its part is staged; what becomes of the save, the background processes see to."""
+    checkpointer = AsyncCheckpointer(process=True)
+    staged, _ = checkpointer.save(folder / "orphaned", {"x": torch.full((3,), 4.0), "own": PerRank(rank)})
+    staged.result(60)
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

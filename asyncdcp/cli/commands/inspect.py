@@ -80,7 +80,7 @@ def command(checkpoint: str, globs: tuple[str, ...], depth: int | None, *, every
 
 
 async def _show_tree(checkpoint: str, depth: int | None, *, everything: bool, as_json: bool) -> None:
-    async with opened(checkpoint) as reader:
+    async with opened(checkpoint, data=False) as reader:
         entries = entries_of(reader)
         if as_json:
             say_json(_as_json(reader, entries))
@@ -103,8 +103,11 @@ def _header(checkpoint: str, reader: ReadableCheckpoint, entries: list[Entry]) -
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         yield f"  saved     {time_text(record.time)} by {count_text(record.world_size, 'rank')}, with {shown(versions)}"
     yield f"  holds     {count_text(len(tensors) - tied, 'tensor')} of {size_text(size)}, {also}{values}"
-    yield f"  stored    {_stored(record)} in {files}" if record else f"  stored    in {files} of another format"
-    yield f"  save id   {shown(meta.save_id)}"
+    if record is not None:
+        yield f"  stored    {_stored(record)} in {files}"
+        yield f"  save id   {record.save_id}"
+    else:
+        yield "  stored    in another format than asyncdcp's own"
     if record is not None and record.metrics:
         known = {name: value for name, value in record.metrics.items() if value is not None}
         yield "  metrics   " + ", ".join(f"{shown(name)} {number_text(value)}" for name, value in known.items())

@@ -59,7 +59,7 @@ async def _tensors(place: Place, found: Run) -> Sequence[Node]:
     if latest is None:
         return ()
     try:
-        async with await CheckpointReader.open(place.child(latest.name)) as reader:
+        async with await CheckpointReader.open(place.child(latest.name), data=False) as reader:
             entries = [entry for entry in entries_of(reader) if entry.is_tensor and entry.alias_of is None]
     except AsyncDCPError as error:
         click.echo(f"asyncdcp: no sizes of step {latest.step}: {describe(error)}", err=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 from msgspec import to_builtins
 
-from asyncdcp.cli.checkpoints import hint
+from asyncdcp.cli.checkpoints import opened
 from asyncdcp.cli.errors import DIFFERENT, TROUBLE, describe
 from asyncdcp.cli.progress import shown_progress
 from asyncdcp.cli.targets import PLACE, open_folder, run
@@ -52,8 +52,12 @@ async def _verify(checkpoint: str) -> VerifyReport:
     with shown_progress("verifying", None) as trace:
         try:
             return await verify(storage, trace)
-        except CheckpointNotFound as error:
-            raise click.ClickException(f"{error}{await hint(checkpoint, storage)}") from error
+        except CheckpointNotFound:
+            async with opened(checkpoint):  # raises, with a hint, if there is none of any format
+                raise click.ClickException(
+                    f"{checkpoint} is of another format, which asyncdcp has no checksums of; "
+                    f"asyncdcp convert {checkpoint} DST makes a checkpoint that has them"
+                ) from None
 
 
 def _lines(checkpoint: str, report: VerifyReport) -> Iterator[str]:

@@ -1,0 +1,147 @@
+"""Names, orders, what travels, and keys: errors that say what is wrong and what to do."""
+
+from __future__ import annotations
+
+import base64
+import warnings
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Any
+
+import pytest
+
+from asyncdcp import AESGCM, AsyncCheckpointer, BytePlanes, ExtensionRegistry, ZStandard
+from asyncdcp.errors import AsyncDCPError, ExtensionOrderWarning, InvalidOption, KeyUnavailable, UnsupportedFormat
+from asyncdcp.extensions import Chain, registry, spec_of
+from asyncdcp.extensions.aesgcm import key_name
+from asyncdcp.testing.extensions import context
+from tests.extensions.samples import Xor, Zlib
+
+KEY, OTHER = bytes(range(32)), bytes(32)
+
+
+def test_built_in_ones_are_known_by_the_names_of_dcp() -> None:
+    descriptors = ["stream.zstd/1", "block.planes/1"]
+    assert [type(each) for each in ExtensionRegistry().from_descriptor_list(descriptors)] == [ZStandard, BytePlanes]
+
+
+def test_an_unknown_name_says_what_would_provide_it() -> None:
+    with pytest.raises(UnsupportedFormat, match=r"by os.system@evil/1, .*entry point 'os.system@evil'.*registry="):
+        ExtensionRegistry().from_descriptor("os.system@evil/1")
+    with pytest.raises(UnsupportedFormat, match=r"by stream.zstd/2, which is not readable here: version '2'"):
+        ExtensionRegistry().from_descriptor("stream.zstd/2")
+    with pytest.raises(UnsupportedFormat, match="is not the descriptor"):
+        ExtensionRegistry().from_descriptor("a b")
+
+
+def test_registered_classes_and_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ExtensionRegistry()
+    known.register(Xor)
+    found = known.with_instances([ZStandard()]).from_descriptor("xor@tests/07")
+    assert isinstance(found, Xor) and found.key == 7
+    with pytest.raises(InvalidOption, match="register takes a subclass"):
+        known.register(int)  # type: ignore[arg-type]
+    points = EntryPoints([EntryPoint("stream.zlib@tests", "tests.extensions.samples:Zlib", registry.ENTRY_POINTS)])
+    monkeypatch.setattr(registry, "entry_points", lambda **wanted: points.select(**wanted))
+    assert isinstance(ExtensionRegistry().from_descriptor("stream.zlib@tests/1"), Zlib)
+
+
+def test_an_order_that_saves_nothing_warns() -> None:
+    with pytest.warns(ExtensionOrderWarning, match=r"stream.zstd comes after encrypt.aesgcm.*put the encryption last"):
+        AsyncCheckpointer(extensions=[AESGCM(KEY), ZStandard()], process=False).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AsyncCheckpointer(extensions=[BytePlanes(), ZStandard(), AESGCM(KEY)], process=False).close()
+
+
+def test_what_is_no_extension() -> None:
+    with pytest.raises(InvalidOption, match="extensions takes instances"):
+        Chain(["zstd"])  # type: ignore[list-item]
+
+
+def test_what_an_extension_does_wrong_names_it() -> None:
+    class Empty(Xor):
+        def encode(self, data: Any, context: Any) -> bytes:
+            return b""
+
+    class Failing(Xor):
+        def encode(self, data: Any, context: Any) -> bytes:
+            raise KeyError("x")
+
+    with pytest.raises(AsyncDCPError, match=r"xor@tests/5a failed at block 2 of .*: it made 0 bytes"):
+        Chain([Empty()]).encode(memoryview(b"abc"), context(2))
+    with pytest.raises(AsyncDCPError, match=r"failed at block 2 .*KeyError"):
+        Chain([Failing()]).encode(memoryview(b"abc"), context(2))
+
+
+def test_what_cannot_travel() -> None:
+    class Local(Xor):
+        pass
+
+    assert spec_of(Local()) is None
+    assert spec_of(Xor(travels=False)) is None
+    assert spec_of(Zlib()) is None
+    assert Chain([ZStandard(), Zlib()]).specs is None
+    spec = spec_of(AESGCM(KEY))
+    assert spec is not None and KEY.hex() not in repr(spec)
+
+
+# ── keys ──
+
+
+def test_a_key_has_the_right_length_and_is_never_shown() -> None:
+    for wrong in (b"short", "a" * 32, None):
+        with pytest.raises(InvalidOption) as caught:
+            AESGCM(wrong)  # type: ignore[arg-type]
+        assert "short" not in str(caught.value)
+    with pytest.raises(InvalidOption, match="key_id"):
+        AESGCM(lambda _: KEY)
+    with pytest.raises(InvalidOption, match="key_id takes"):
+        AESGCM(KEY, key_id="a b")
+    assert KEY.hex() not in repr(AESGCM(KEY)) + AESGCM(KEY).get_descriptor()
+
+
+@pytest.mark.parametrize("text", [KEY.hex(), base64.b64encode(KEY).decode(), base64.urlsafe_b64encode(KEY).decode()])
+def test_keys_in_the_environment(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    descriptor = AESGCM(KEY).get_descriptor()
+    monkeypatch.delenv("ASYNCDCP_KEY", raising=False)
+    with pytest.raises(
+        KeyUnavailable, match=f"the key '{key_name(KEY)}', and the environment variable ASYNCDCP_KEY is not"
+    ):
+        ExtensionRegistry().from_descriptor(descriptor)
+    monkeypatch.setenv("ASYNCDCP_KEY", f"{OTHER.hex()},{text}")
+    found = ExtensionRegistry().from_descriptor(descriptor)
+    kept = AESGCM(KEY).encode(memoryview(b"abc"), context())
+    assert isinstance(found, AESGCM) and found.decode(memoryview(kept), context()) == b"abc"
+    assert AESGCM.from_environment().get_descriptor() == AESGCM(OTHER).get_descriptor()
+    monkeypatch.setenv("ASYNCDCP_KEY", "rubbish")
+    with pytest.raises(InvalidOption, match="ASYNCDCP_KEY takes a key of 32 bytes"):
+        ExtensionRegistry().from_descriptor(descriptor)
+
+
+def test_keys_by_a_callable_and_rotation() -> None:
+    keys = {"2025": OTHER, "2026": KEY}
+    old = AESGCM(keys.__getitem__, key_id="2025")
+    new = AESGCM(keys.__getitem__, key_id="2026")
+    kept = old.encode(memoryview(b"abc"), context())
+    found = ExtensionRegistry([new]).from_descriptor(old.get_descriptor())
+    assert isinstance(found, AESGCM) and found.decode(memoryview(kept), context()) == b"abc"
+    with pytest.raises(KeyUnavailable, match="'2024'"):
+        ExtensionRegistry([new]).from_descriptor("encrypt.aesgcm/1.2024")
+    both = ExtensionRegistry([AESGCM(KEY), AESGCM(OTHER)])
+    assert both.from_descriptor(AESGCM(OTHER).get_descriptor()).get_descriptor() == AESGCM(OTHER).get_descriptor()
+
+
+def test_a_block_is_bound_to_its_place() -> None:
+    cipher, home = AESGCM(KEY), context(1)
+    kept = memoryview(bytes(cipher.encode(memoryview(b"abc"), home)))
+    assert cipher.decode(kept, home) == b"abc"
+    elsewhere = [
+        home._replace(block=2),
+        home._replace(blocks=5),
+        home._replace(file="0123456789abcdef0123-1-0.bin"),
+        home._replace(save_id="f" * 20),
+    ]
+    for place in elsewhere:
+        with pytest.raises(ValueError, match="it was changed, or moved here from elsewhere"):
+            cipher.decode(kept, place)
+    assert bytes(cipher.encode(memoryview(b"abc"), home)) != bytes(kept), "a nonce was used twice"

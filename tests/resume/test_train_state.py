@@ -1,0 +1,111 @@
+"""TrainState: models and optimizers by their parameters' names, never stepped, whatever the stages and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from asyncdcp import AsyncCheckpointer, TrainState
+from asyncdcp.errors import DuplicateName, InvalidOption, StateMismatch
+
+
+@pytest.fixture
+def checkpointer() -> Iterator[AsyncCheckpointer]:
+    with AsyncCheckpointer(process=False) as made:
+        yield made
+
+
+def model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def step(net: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    torch.manual_seed(7)
+    net(torch.randn(5, 3)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def contents(net: nn.Module, *optimizers: torch.optim.Optimizer) -> list[Any]:
+    return [net.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)]
+
+
+def test_training_goes_on_as_if_nothing_had_been(checkpointer: AsyncCheckpointer, tmp_path: Path, same: Any) -> None:
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    step(net, optimizer)
+    checkpointer.save(tmp_path / "it", {"train": TrainState(net, optimizers=optimizer)}).result()
+    other = model(1)
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.9)
+    checkpointer.load(tmp_path / "it", {"train": TrainState(other, optimizers=fresh)}).result()
+    assert same(contents(other, fresh), contents(net, optimizer))
+    step(net, optimizer)
+    step(other, fresh)
+    assert same(contents(other, fresh), contents(net, optimizer))
+
+
+def test_no_optimizer_is_stepped_by_saving_or_preparing(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    net = model()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    state = {"train": TrainState(net, optimizers=optimizer)}
+    checkpointer.prepare(state).result()
+    checkpointer.save(tmp_path / "it", state).result()
+    assert not optimizer.state
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    stepped = torch.optim.Adam(net.parameters(), lr=0.5)
+    step(net, stepped)
+    checkpointer.load(tmp_path / "it", {"train": TrainState(net, optimizers=stepped)}).result()
+    assert not stepped.state and stepped.param_groups[0]["lr"] == 0.1
+
+
+def test_groups_and_optimizers_may_be_divided_otherwise(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    net = model()
+    one = torch.optim.AdamW(net.parameters(), lr=0.1)
+    step(net, one)
+    checkpointer.save(tmp_path / "it", {"train": TrainState(net, optimizers=one)}).result()
+    other = model(1)
+    two = [torch.optim.AdamW(other[2].parameters(), lr=1.0), torch.optim.AdamW(other[:2].parameters(), lr=1.0)]
+    checkpointer.load(tmp_path / "it", {"train": TrainState(other, optimizers=two)}).result()
+    for name, parameter in other.named_parameters():
+        optimizer = two[0] if name.startswith("2.") else two[1]
+        expected = one.state[net.get_parameter(name)]["exp_avg"]
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], expected)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_wrappers_do_not_count(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, optimizer)
+    checkpointer.save(tmp_path / "it", {"train": TrainState(net, optimizers=optimizer)}).result()
+    wrapped = nn.ModuleDict({"module": model(1)})
+    fresh = torch.optim.SGD(wrapped.parameters(), lr=0.2, momentum=0.9)
+    state = TrainState(wrapped, optimizers=fresh)
+    assert state._names(fresh) == [name for name, _ in net.named_parameters()]
+
+
+def test_what_is_missing_is_found_before_anything_is_read(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    net = model()
+    checkpointer.save(tmp_path / "it", {"train": TrainState(net[:2])}).result()
+    with pytest.raises(StateMismatch, match=r"nothing was read(.|\n)*train\.model\.2\.weight"):
+        checkpointer.load(tmp_path / "it", {"train": TrainState(net)}).result()
+    checkpointer.save(tmp_path / "more", {"train": TrainState(net)}).result()
+    with pytest.raises(StateMismatch, match=r"unexpected(.|\n)*train\.model\.2\.weight"):
+        checkpointer.load(tmp_path / "more", {"train": TrainState(net[:2])}).result()
+
+
+def test_what_cannot_be_named_is_refused() -> None:
+    with pytest.raises(DuplicateName, match=r"two of its models have the parameter '0\.bias'"):
+        TrainState(model(), model()).state_dict()
+    with pytest.raises(InvalidOption, match="6 parameters of a SGD are in none of its models"):
+        TrainState(nn.Linear(1, 1), optimizers=torch.optim.SGD(model().parameters())).state_dict()
+    with pytest.raises(InvalidOption, match="takes modules, not a SGD"):
+        TrainState(torch.optim.SGD(model().parameters()))  # type: ignore[arg-type]  # on purpose
