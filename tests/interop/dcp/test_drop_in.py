@@ -31,7 +31,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a file each": {"single_file_per_rank": False},
     "zstd": {"_extensions": [ZStandard()]},
     "threads": {"thread_count": 3},
-    "threads, a file each": {"thread_count": 3, "single_file_per_rank": False},
 }
 
 

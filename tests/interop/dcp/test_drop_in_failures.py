@@ -22,7 +22,7 @@ from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.spec import Fault
 from tests.interop.dcp.states import State, files, save_as_ranks, shard
 
-WAYS: list[dict[str, Any]] = [{}, {"thread_count": 2}, {"single_file_per_rank": False}]
+WAYS: list[dict[str, Any]] = [{}, {"thread_count": 2, "single_file_per_rank": False}]
 
 
 def old() -> State:
