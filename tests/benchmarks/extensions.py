@@ -156,10 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, default=1_500_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where to save; by default a temporary folder here")
+    parser.add_argument("--folder", type=Path, default=None, help="where to save; else in the temporary folder")
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
-        place: AbstractContextManager[str] = tempfile.TemporaryDirectory(dir=options.folder or Path.cwd())
+        place: AbstractContextManager[str] = tempfile.TemporaryDirectory(dir=options.folder)
         root = Path(stack.enter_context(place))
         subjects: dict[str, Subject] = {"DCP zstd": torch_zstd}
         for name, make in CHAINS.items():
