@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asyncdcp.runs import KeepBest, KeepEvery, KeepLast, list_checkpoints
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
+    from asyncdcp.storage.object_store import ObjectStorage
     from asyncdcp.train_state import TrainState
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "LoadReport": "results",
     "LocalStorage": "storage",
     "MemoryStorage": "storage",
+    "ObjectStorage": "storage.object_store",
     "OnPreemption": "manager",
     "Options": "config",
     "PerRank": "stateful",
@@ -89,6 +91,7 @@ __all__ = [
     "LoadReport",
     "LocalStorage",
     "MemoryStorage",
+    "ObjectStorage",
     "OnPreemption",
     "Options",
     "PerRank",

@@ -120,7 +120,10 @@ def _path_of(target: str, kind: str) -> str:
     if scheme is None:
         return target
     if scheme[1].lower() != "file":
-        raise InvalidOption(f"target is {target!r}; there is no storage for {scheme[1]}://; {_TAKES} {kind}")
+        raise InvalidOption(
+            f"target is {target!r}; there is no storage for {scheme[1]}:// "
+            f"(asyncdcp.storage.fsspec.FsspecStorage may have one); {_TAKES} {kind}"
+        )
     parts = urlsplit(target)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise InvalidOption(f"target is {target!r}; a file:// URL takes an absolute path: file:///where/it/lies")

@@ -58,7 +58,7 @@ def by_s3fs(source: Any, target: Any, endpoint: str) -> Subject:
     """DCP over fsspec."""
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
-    options = {
+    options: Any = {
         "key": KEYS["access_key_id"],
         "secret": KEYS["secret_access_key"],
         "client_kwargs": {"endpoint_url": endpoint, "region_name": KEYS["region"]},

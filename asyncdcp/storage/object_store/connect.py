@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from obstore.exceptions import BaseError, UnknownConfigurationKeyError
@@ -153,7 +154,7 @@ def _profile(config: Mapping[str, str]) -> str | None:
 
 def _boto3_provider(profile: str) -> Any:
     try:
-        import boto3
+        boto3 = import_module("boto3")  # which has no types, and users' type checkers need not hear of it
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise MissingDependency(

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final, NamedTuple
 
 from anyio import CapacityLimiter
@@ -99,14 +101,12 @@ class Uploads:
 
     def _connected(self) -> Any:
         if self._client is None:
-            from botocore.config import Config
-
             config, session = self._how.config, _session(self._how.profile or None)
             self._client = session.client(
                 "s3",
                 endpoint_url=config.get("aws_endpoint_url_s3") or config.get("endpoint"),
                 region_name=config.get("region") or config.get("default_region") or session.region_name or "us-east-1",
-                config=Config(
+                config=import_module("botocore.config").Config(
                     retries={"total_max_attempts": 2},
                     connect_timeout=_CONNECT_SECONDS,
                     read_timeout=self._how.limits.claim_request,
@@ -128,28 +128,21 @@ class Uploads:
 
     @contextmanager
     def _translated(self, operation: str) -> Iterator[None]:
-        from botocore.exceptions import BotoCoreError, ClientError
-
+        errors = import_module("botocore.exceptions")
         try:
             yield
-        except ClientError as error:
+        except errors.ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in _NOT_OFFERED:
                 raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
-        except BotoCoreError as error:
+        except errors.BotoCoreError as error:
             raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
 
 
 @lru_cache(maxsize=4)
 def _session(profile: str | None) -> Any:
     """One for each profile: reading the description of S3 takes a tenth of a second."""
-    import boto3
-
-    return boto3.Session(profile_name=profile)
+    return import_module("boto3").Session(profile_name=profile)
 
 
 def _has_boto3() -> bool:
-    try:
-        import boto3  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("boto3") is not None

@@ -1,0 +1,66 @@
+"""Storages by way of fsspec: its memory, where files appear whole, and its local files, where they are renamed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncdcp import SyncCheckpointer
+from asyncdcp.errors import InvalidOption, MissingDependency, StorageError, UsageError
+from asyncdcp.storage import Storage, open_storage, spec_of
+from asyncdcp.storage.fsspec import FsspecStorage
+from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture(params=["memory", "file"])
+def kit(request: pytest.FixtureRequest, tmp_path: Path) -> StorageKit:
+    numbers = itertools.count()
+
+    def make() -> Storage:
+        return FsspecStorage(f"{request.param}://{tmp_path}/{next(numbers)}/deep", single_writer=True)
+
+    return StorageKit(make, lambda storage: FsspecStorage(storage.info.location, single_writer=True))
+
+
+@pytest.mark.parametrize("check", STORAGE_CHECKS, ids=lambda check: check.__name__)
+async def test_promises(kit: StorageKit, check: Check) -> None:
+    await check(kit)
+
+
+def test_a_round_trip(tmp_path: Path) -> None:
+    with SyncCheckpointer(process=False) as checkpointer:
+        storage = FsspecStorage(f"memory://{tmp_path}/step_1", single_writer=True)
+        checkpointer.save(storage, {"x": torch.arange(5)})
+        reader = FsspecStorage(f"memory://{tmp_path}/step_1")
+        assert torch.equal(checkpointer.load(reader)["x"], torch.arange(5))
+    assert spec_of(storage) is None
+
+
+async def test_it_saves_only_where_nobody_else_does(tmp_path: Path) -> None:
+    storage = FsspecStorage(f"memory://{tmp_path}")
+    for call in (storage.create("a", 0), storage.claim("a", b""), storage.put("a", b"")):
+        with pytest.raises(UsageError, match="single_writer=True"):
+            await call
+    assert await storage.list() == {}
+
+
+async def test_what_has_changed_is_found_before_the_commit(tmp_path: Path) -> None:
+    storage = FsspecStorage(f"file://{tmp_path}", single_writer=True)
+    await storage.put("a", b"four")
+    (tmp_path / "a").write_bytes(b"longer")
+    with pytest.raises(StorageError, match="6 bytes, and 4 were stored"):
+        await storage.barrier()
+
+
+def test_what_cannot_be_had_is_named() -> None:
+    with pytest.raises(InvalidOption, match="nonsense"):
+        FsspecStorage("nonsense://x")
+    with pytest.raises(MissingDependency, match="sftp://host/x needs a package"):
+        FsspecStorage("sftp://host/x")
+    with pytest.raises(InvalidOption, match="FsspecStorage"):
+        open_storage("hf://buckets/x")
