@@ -106,7 +106,8 @@ async def play(seed: int) -> str:
     await asyncio.gather(*(job.go() for job in jobs))
     records = {record.save_id: record.outcome for record in await _records(world)}
     for job in jobs:
-        _check_agreement(job, records.get(job.save_id))
+        replaced = any(other.committed for other in jobs if other is not job)
+        _check_agreement(job, records.get(job.save_id), replaced=replaced)
     if trouble == 0 and len(jobs) == 1 and not jobs[0].committed:
         raise Lost("nothing went wrong, and nothing was committed")
     await _check_what_is_left(world, jobs, before)
@@ -118,9 +119,15 @@ async def _records(world: World) -> list[Any]:
     return await read_records(storage, await storage.list())
 
 
-def _check_agreement(job: Job, outcome: str | None) -> None:
-    """All that know agree, with each other and with the Record; it may be gone only if another save replaced it."""
+def _check_agreement(job: Job, outcome: str | None, *, replaced: bool) -> None:
+    """All that know agree, with each other and with the Record.
+
+    Another job's save may have replaced a commit, and deleted it. Whoever then claims an abort of it gets the free
+    name, and is told that the save was given up; its checkpoint is gone indeed.
+    """
     said = f"{job.committed} said committed, {job.given_up} given up, {job.unknown} unknown; the Record: {outcome}"
+    if replaced and outcome != "commit":
+        return
     if job.committed and job.given_up:
         raise Lost(said)
     if (job.committed and outcome == "abort") or (job.given_up and outcome == "commit"):
