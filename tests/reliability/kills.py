@@ -65,6 +65,8 @@ def kill_one(path: Path, before: int, rng: random.Random, figures: Figures) -> i
     heard = Heard()
     try:
         _listen_until(heard, listen, lambda: heard.last["begun"] > before)
+        if rng.random() < 0.3:
+            _listen_until(heard, listen, lambda: heard.last["saved"] > before)
         _listen_for(heard, listen, rng.choice((0.001, 0.01, 0.05)) * rng.random() * 3)
         victim = rng.choice(("trainer", "worker", "both"))
         with _watched(heard.last["worker"]) as worker:
@@ -124,7 +126,7 @@ def _listen_until(heard: Heard, listen: int, done: Callable[[], bool]) -> None:
     end = time.monotonic() + _SECONDS
     while not done():
         if time.monotonic() > end:
-            raise Lost(f"nothing was begun within {_SECONDS:g} s")
+            raise Lost(f"nothing was begun, or saved, within {_SECONDS:g} s: {heard.last}")
         _listen_for(heard, listen, 0.01, once=True)
 
 
