@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
+from anyio import to_thread
+
 from asyncdcp.boxes import Box
+from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.reader import ReadRange
-from asyncdcp.planning.load_plan import LoadPlan
+from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.trace import Trace
 
 
@@ -30,21 +33,64 @@ class Target(Protocol):
         ...
 
 
+UNALIGNED_BYTES = 64 << 20
+"""So much is held in memory at once of what has to be read as a whole before it can be delivered, or one item."""
+
+
 async def load(reader: ReadableCheckpoint, plan: LoadPlan, targets: Sequence[Target], trace: Trace) -> None:
     """Fills ``targets`` (one for each of the plan's wants). Errors and guarantees are those of
     ``ReadableCheckpoint.read``.
     """
-    ranges = []
+    ranges: list[ReadRange] = []
+    unaligned: list[ReadItem] = []
     for item in plan.items:
         target = targets[item.want]
         buffer = target.buffer if item.target >= 0 else None
         if buffer is not None:
             into = buffer[item.target : item.target + item.end - item.begin]
             ranges.append(ReadRange(item.file, item.begin, item.end, into, None))
+        elif item.begin % _itemsize(reader, plan, item):  # other formats place tensors anywhere
+            unaligned.append(item)
         else:
             deliver = partial(_deliver, target, item.chunk, item.start)
             ranges.append(ReadRange(item.file, item.begin, item.end, None, deliver))
     await reader.read(ranges, trace)
+    for batch in _batches(unaligned):
+        await _load_whole(reader, batch, targets, trace)
+
+
+async def _load_whole(
+    reader: ReadableCheckpoint, items: Sequence[ReadItem], targets: Sequence[Target], trace: Trace
+) -> None:
+    """Delivers items each in one piece: read in several, their elements would be cut."""
+    buffers = [bytearray(item.end - item.begin) for item in items]
+    ranges = [
+        ReadRange(item.file, item.begin, item.end, memoryview(buffer), None)
+        for item, buffer in zip(items, buffers, strict=True)
+    ]
+    await reader.read(ranges, trace)
+    for item, buffer in zip(items, buffers, strict=True):
+        await to_thread.run_sync(targets[item.want].deliver, item.chunk, item.start, memoryview(buffer))
+
+
+def _batches(items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
+    batch: list[ReadItem] = []
+    held = 0
+    for item in items:
+        length = item.end - item.begin
+        if batch and held + length > UNALIGNED_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += length
+    if batch:
+        yield batch
+
+
+def _itemsize(reader: ReadableCheckpoint, plan: LoadPlan, item: ReadItem) -> int:
+    tensor = reader.metadata.state_dict_metadata[plan.wants[item.want].name]
+    assert isinstance(tensor, TensorStorageMetadata)
+    return DTYPE_SIZES[tensor.properties.dtype]
 
 
 def _deliver(target: Target, chunk: Box, start: int, offset: int, data: memoryview) -> None:
