@@ -29,7 +29,7 @@ async def delete_checkpoint(place: Place, name: str, save_id: str) -> None:
     replaced = {each for each in (own.replaces if own else []) if each in records and records[each].outcome == "commit"}
     storage = place.child(name)
     if own is not None:
-        if replaced:
+        if own.replaces:  # one that is gone already may come back by a loss of power, if nobody has synced that yet
             await storage.delete([record_name(each) for each in replaced])
             await storage.barrier()
         await storage.delete([record_name(save_id)])
