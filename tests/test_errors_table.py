@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import sys
 import threading
@@ -14,6 +15,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -36,6 +38,8 @@ from asyncdcp import (
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
 from asyncdcp.memory_limits import Headroom
+from asyncdcp.pipeline.descriptions import Viewer
+from asyncdcp.planning.division import Holdings, divide
 from asyncdcp.staging import SlabCopier
 from asyncdcp.state_dict.values import WAY_OUT
 from asyncdcp.storage import MemoryPlace
@@ -290,6 +294,26 @@ def _closed() -> None:
     checkpointer = SyncCheckpointer(process=False)
     checkpointer.close()
     checkpointer.save(MemoryStorage(), {"x": 1})
+
+
+@case("call", "a launched process, and no process group yet")
+def _launched() -> None:
+    os.environ["WORLD_SIZE"] = "4"
+    try:
+        SyncCheckpointer(process=False)
+    finally:
+        del os.environ["WORLD_SIZE"]
+
+
+@case("call", "what differs by rank, and no PerRank")
+def _replicas() -> None:
+    divide([Holdings([], [], [], [], [], [], {"data.position": digest}) for digest in (b"1", b"2")])
+
+
+@case("call", "PerRank values of another number of ranks")
+def _other_world() -> None:
+    index = SimpleNamespace(plan=SimpleNamespace(own=["rng.torch", "rng.python"]))
+    Viewer(0, 2, "error").looks_as(4, [index], "run/step_9")  # type: ignore[list-item]  # all that it looks at
 
 
 @case("call", "close() in a done callback")

@@ -89,4 +89,6 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]  # just looked for
-        yield from plain_tensors(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):  # a DTensor names its mesh, too
+            yield from plain_tensors(part)
