@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from asyncdcp.storage import LocalStorage, MemoryStorage
     from asyncdcp.storage.object_store import ObjectStorage
     from asyncdcp.train_state import TrainState
+    from asyncdcp.transport import PGTransport, TransportOptions, recover
 
 _HOMES = {
     "AESGCM": "extensions",
@@ -54,6 +55,7 @@ _HOMES = {
     "ObjectStorage": "storage.object_store",
     "OnPreemption": "manager",
     "Options": "config",
+    "PGTransport": "transport",
     "PerRank": "stateful",
     "Progress": "results",
     "RNGState": "stateful",
@@ -64,12 +66,14 @@ _HOMES = {
     "Stateful": "stateful",
     "StreamTransformExtension": "extensions",
     "SyncCheckpointer": "checkpointer",
-    "TrainState": "train_state",
     "Telemetry": "manager",
+    "TrainState": "train_state",
+    "TransportOptions": "transport",
     "VerifyReport": "results",
     "ZStandard": "extensions",
     "follow": "manager",
     "list_checkpoints": "runs",
+    "recover": "transport",
 }
 
 __all__ = [
@@ -94,6 +98,7 @@ __all__ = [
     "ObjectStorage",
     "OnPreemption",
     "Options",
+    "PGTransport",
     "PerRank",
     "Progress",
     "RNGState",
@@ -106,10 +111,12 @@ __all__ = [
     "SyncCheckpointer",
     "Telemetry",
     "TrainState",
+    "TransportOptions",
     "VerifyReport",
     "ZStandard",
     "follow",
     "list_checkpoints",
+    "recover",
 ]
 
 

@@ -3,7 +3,17 @@
 from asyncdcp.transport.handle import SendHandle
 from asyncdcp.transport.memory import MemoryHub
 from asyncdcp.transport.options import TransportOptions
+from asyncdcp.transport.recovery import Recovered, recover
 from asyncdcp.transport.reports import ReceiveReport, SendReport
 from asyncdcp.transport.transport import PGTransport
 
-__all__ = ["MemoryHub", "PGTransport", "ReceiveReport", "SendHandle", "SendReport", "TransportOptions"]
+__all__ = [
+    "MemoryHub",
+    "PGTransport",
+    "ReceiveReport",
+    "Recovered",
+    "SendHandle",
+    "SendReport",
+    "TransportOptions",
+    "recover",
+]

@@ -78,6 +78,8 @@ class PGTransport:
         self.timeout = float(seconds)
         self.options = options or TransportOptions()
         self._link: Link = pg if hasattr(pg, "receive") else group_link(pg, device)  # type: ignore[assignment]  # a Link
+        self.group: Any = pg
+        """What it was made for."""
         self._lock = threading.Lock()
         self._structures = StructureCache()
         self._streams = StreamCache(self.options.block_bytes)

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import child
+from tests.benchmarks import child, transfer
 from tests.benchmarks.__main__ import arguments, main
-from tests.benchmarks.cases import CASES
+from tests.benchmarks.cases import CASES, transport
+from tests.benchmarks.measuring import Setting
 from tests.benchmarks.peers.own import OwnThread
 from tests.benchmarks.plots import plot
 from tests.benchmarks.results import Budget, Ratio, Results, interval
 
-IN_PROCESS = [name for name in CASES if name not in ("memory", "first", "worker")]
+IN_PROCESS = [name for name in CASES if name not in ("memory", "first", "worker", "transport")]
 
 
 def run(folder: Path, *words: str) -> list[dict[str, object]]:
@@ -41,6 +42,18 @@ def test_what_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     seconds = child.first(child.Unprepared, state, tmp_path / "first")
     assert seconds["first"] > 0
     assert seconds["later"] > 0
+
+
+def test_transfers_are_put_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(setting: object, receivers: int) -> transfer.Samples:
+        names = (transfer.OWN, transfer.UNVERIFIED, transfer.Torch.name, transfer.Raw.name)
+        metrics = {"big": [0.5], "small": [0.1 * receivers], "lag p99": [0.001], "memory": [0.06]}
+        return {name: dict(metrics) for name in names}
+
+    monkeypatch.setattr(transport, "measured", measured)
+    found = transport.run(Setting(Path(), "tiny", 1, 1, [], lambda _: None))
+    assert [found.values(ratio) for ratio in found.ratios] == [[1.0]] * 8
+    assert "MISSED: at most 0.2" in found.table()
 
 
 def test_its_failure_is_told(tmp_path: Path) -> None:

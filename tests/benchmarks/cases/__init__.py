@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tests.benchmarks.cases import drop_in, first, growth, lag, load, memory, save, small, train, worker
+from tests.benchmarks.cases import drop_in, first, growth, lag, load, memory, save, small, train, transport, worker
 from tests.benchmarks.measuring import Setting
 from tests.benchmarks.results import Results
 
@@ -18,5 +18,6 @@ CASES: Mapping[str, Callable[[Setting], Results]] = {
     "first": first.run,
     "growth": growth.run,
     "worker": worker.run,
+    "transport": transport.run,
     "drop-in": drop_in.run,
 }

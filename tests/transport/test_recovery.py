@@ -1,0 +1,114 @@
+"""Recovery: who has the newest gives it, or all load it; one outcome on all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
+
+from asyncdcp.errors import AsyncDCPError, InvalidOption, PeerFailed, StateMismatch
+from asyncdcp.manager import CheckpointManager
+from asyncdcp.ranks import SoleRank, StoreRanks
+from asyncdcp.transport import PGTransport, Recovered, recover
+from asyncdcp.transport.recovery import Choice, Told, choose
+from tests.transport.conftest import LONG, World
+
+
+@pytest.mark.parametrize(
+    ("told", "choice"),
+    [
+        ([Told(None, None), Told(None)], Choice("nothing", None, {})),
+        ([Told(None, 4), Told(None)], Choice("checkpoint", 4, {})),
+        ([Told(None, 4), Told(9)], Choice("live", 9, {0: 1})),
+        ([Told(4, 4), Told(None)], Choice("live", 4, {1: 0})),
+        ([Told(3, 4), Told(3)], Choice("checkpoint", 4, {})),
+        ([Told(7), Told(6), Told(None), Told(7), Told(None)], Choice("live", 7, {1: 0, 2: 3, 4: 0})),
+        ([Told(7), Told(7)], Choice("live", 7, {})),
+        ([Told(0), Told(None)], Choice("live", 0, {1: 0})),
+    ],
+)
+def test_the_newest_counts_and_donors_share_the_work(told: list[Told], choice: Choice) -> None:
+    assert choose(told) == choice
+
+
+class Rank(NamedTuple):
+    transport: PGTransport
+    ranks: StoreRanks
+    state: dict[str, Any]
+
+
+def job(world: World, values: list[float]) -> list[Rank]:
+    """Ranks whose states differ."""
+    _, transports = world(len(values))
+    store = HashStore()
+    return [
+        Rank(each, StoreRanks(PrefixStore("job", store), n, len(values), deadline=LONG), {"w": torch.full((9,), value)})
+        for n, (each, value) in enumerate(zip(transports, values, strict=True))
+    ]
+
+
+def outcomes(ranks: list[Rank], steps: list[int | None], manager: Any = None) -> list[Any]:
+    futures = [
+        recover(rank.transport, rank.state, step=step, ranks=rank.ranks, manager=manager)
+        for rank, step in zip(ranks, steps, strict=True)
+    ]
+    return [future.exception(LONG) or future.result() for future in futures]
+
+
+def test_those_that_have_nothing_or_less_receive(world: World) -> None:
+    ranks = job(world, [1.0, 2.0, 3.0, 4.0])
+    found = outcomes(ranks, [None, 8, 7, 8])
+    assert found == [Recovered("live", 8, 1), Recovered("live", 8), Recovered("live", 8, 3), Recovered("live", 8)]
+    assert [float(rank.state["w"][5]) for rank in ranks] == [2.0, 2.0, 4.0, 4.0]
+    assert outcomes(ranks, [None] * 4) == [Recovered("nothing", None)] * 4
+
+
+def test_a_newer_checkpoint_is_loaded_by_all(world: World, tmp_path: Path) -> None:
+    ranks = job(world, [1.0, 2.0])
+    with CheckpointManager(tmp_path / "run", process=False, process_group=SoleRank()) as manager:
+        assert outcomes(ranks, [None, None], manager) == [Recovered("nothing", None)] * 2
+        manager.save(5, {"w": torch.full((9,), 5.0)}).result(LONG)
+        assert outcomes(ranks, [None, 6], manager) == [Recovered("live", 6, 1), Recovered("live", 6)]
+        assert [float(rank.state["w"][0]) for rank in ranks] == [2.0, 2.0]
+        assert outcomes(ranks, [4, None], manager) == [Recovered("checkpoint", 5)] * 2
+        assert [float(rank.state["w"][0]) for rank in ranks] == [5.0, 5.0]
+
+
+def test_a_failure_is_everybodys(world: World) -> None:
+    ranks = job(world, [1.0, 2.0, 3.0])
+    ranks[1].state["more"] = 1
+    found = outcomes(ranks, [3, None, None])
+    assert isinstance(found[0], PeerFailed)
+    assert isinstance(found[1], StateMismatch)
+    assert isinstance(found[2], PeerFailed)
+    assert "rank 0 could not recover" in str(found[2])
+    del ranks[1].state["more"]
+    assert outcomes(ranks, [3, None, None])[1] == Recovered("live", 3, 0)
+
+
+def test_a_manager_that_cannot_look_is_told_to_all(world: World) -> None:
+    class Broken:
+        def latest(self) -> Any:
+            raise AsyncDCPError("the disk is gone")
+
+        def restore_latest(self, state: Any) -> Any:
+            raise AssertionError
+
+    found = outcomes(job(world, [1.0, 2.0]), [1, None], Broken())
+    assert "the disk is gone" in str(found[0])
+    assert isinstance(found[1], PeerFailed)
+    assert "the disk is gone" in str(found[1])
+
+
+def test_wrong_input(world: World) -> None:
+    [first, second] = job(world, [1.0, 2.0])
+    for step in (-1, 1.5, True):
+        with pytest.raises(InvalidOption, match="step takes"):
+            recover(first.transport, first.state, step=step, ranks=first.ranks)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(InvalidOption, match="not those of the transport"):
+        recover(first.transport, first.state, step=1, ranks=second.ranks)
+    with pytest.raises(InvalidOption, match="the state to recover"):
+        recover(first.transport, None, step=1, ranks=first.ranks)  # type: ignore[arg-type]  # on purpose
