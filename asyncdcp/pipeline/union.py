@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
-from asyncdcp.boxes import Box, contains, tiles, whole
+from asyncdcp.boxes import Box, tiles, whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
 from asyncdcp.format.blocks import SLAB_BYTES, block_count, element_runs, stored_limit, unpack_checksums
 from asyncdcp.metadata import (
@@ -127,8 +127,12 @@ def unite(indexes: Sequence[Index], viewer: int | None = 0) -> Union:
     """
     union = Union(own=frozenset(name for index in indexes for name in index.plan.own))
     tensors: dict[str, _Tensor] = {}
+    before: Index | None = None
     for index in indexes:
-        _gather(union, tensors, index, visible=index.rank == viewer)
+        alike = before is not None and _lists_alike(before.plan, index.plan)
+        chunks = check_index(index, listed=not alike)
+        _gather(union, tensors, index, chunks, visible=index.rank == viewer, alike=alike)
+        before = index
     for name, tensor in tensors.items():
         _place(union, name, tensor)
     for alias in union.aliases.keys() & union.tensors.keys():
@@ -160,14 +164,25 @@ def _unite_values(union: Union, indexes: Sequence[Index], viewer: int | None) ->
     union.tensors.update({name: BytesStorageMetadata(len(value)) for name, value in union.values.items()})
 
 
-def _gather(union: Union, tensors: dict[str, _Tensor], index: Index, *, visible: bool) -> None:
+def _lists_alike(before: IndexPlan, plan: IndexPlan) -> bool:
+    """Whether an Index lists just what the one before it does, as most do: then that is looked at once."""
+    return (
+        not (before.own or plan.own)
+        and before.names == plan.names
+        and before.dtypes == plan.dtypes
+        and before.shapes == plan.shapes
+    )
+
+
+def _gather(
+    union: Union, tensors: dict[str, _Tensor], index: Index, chunks: list[_Chunk], *, visible: bool, alike: bool
+) -> None:
     """Adds one Index: files and aliases to the union, chunks (but for empty ones) to ``tensors``. What is the rank's
-    own, and not ``visible``, is only checked.
+    own, and not ``visible``, is only checked. One that is ``alike`` lists nothing new.
     """
     name, plan = index_name(index.save_id, index.rank), index.plan
     own, hidden = set(plan.own), dict[str, _Tensor]()
-    chunks = check_index(index)
-    for tensor, dtype, shape in zip(plan.names, plan.dtypes, plan.shapes, strict=True):
+    for tensor, dtype, shape in () if alike else zip(plan.names, plan.dtypes, plan.shapes, strict=True):
         if tensor in union.own and tensor not in own:
             _corrupt(name, f"{tensor} is one rank's own, and this one shares it", tensor)
         known = hidden if tensor in own and not visible else tensors
@@ -208,14 +223,30 @@ def _check_cover(name: str, tensor: _Tensor) -> int:
     return target.volume * DTYPE_SIZES[tensor.dtype]
 
 
-def check_index(index: Index) -> list[_Chunk]:
-    """The chunks of an Index, all its numbers checked against each other; ``CorruptCheckpoint`` otherwise."""
+def check_index(index: Index, *, listed: bool = True) -> list[_Chunk]:
+    """The chunks of an Index, all its numbers checked against each other; ``CorruptCheckpoint`` otherwise.
+
+    ``listed=False`` leaves out the list of tensors, which is known to be sound.
+    """
     name, plan = index_name(index.save_id, index.rank), index.plan
     for transform in index.transforms:
         if not is_descriptor(transform):
             raise UnsupportedFormat(
                 f"{name}: its data was transformed by {transform[:80]!r}, which is no extension", path=name
             )
+    if listed:
+        _check_list(plan, name)
+    _check_aliases(index, name)
+    _check_tables(index, name)
+    if plan.held is not None:
+        for _ in _boxes(plan, plan.held, name):  # what is written covers all of every tensor, so what is held, too
+            pass
+    chunks = list(_chunks(index, name))
+    _check_tiling(index, chunks, name)
+    return chunks
+
+
+def _check_list(plan: IndexPlan, name: str) -> None:
     if not len(plan.names) == len(plan.dtypes) == len(plan.shapes):
         _corrupt(name, "names, dtypes and shapes differ in number")
     if len(set(plan.names)) != len(plan.names):
@@ -228,14 +259,6 @@ def check_index(index: Index) -> list[_Chunk]:
         extent = prod(max(size, 1) for size in shape[:_MAX_DIMENSIONS])  # strides must not overflow in an empty one
         if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0 or extent * DTYPE_SIZES[dtype] >= _LIMIT:
             _corrupt(name, f"{tensor} has the impossible shape {_shown(shape)}", tensor)
-    _check_aliases(index, name)
-    _check_tables(index, name)
-    if plan.held is not None:
-        for _ in _boxes(plan, plan.held, name):  # what is written covers all of every tensor, so what is held, too
-            pass
-    chunks = list(_chunks(index, name))
-    _check_tiling(index, chunks, name)
-    return chunks
 
 
 def _shown(shape: tuple[int, ...]) -> str:
@@ -261,11 +284,12 @@ def _boxes(plan: IndexPlan, columns: ChunkColumns | WrittenColumns, name: str) -
     position = 0
     for tensor in columns.tensor:
         end = position + ndims[tensor]
-        box = Box(tuple(columns.offsets[position:end]), tuple(columns.sizes[position:end]))
+        offsets, sizes = tuple(columns.offsets[position:end]), tuple(columns.sizes[position:end])
         position = end
-        if min(box.sizes, default=0) < 0 or not contains(whole(plan.shapes[tensor]), box):
-            _corrupt(name, f"a chunk of {plan.names[tensor]} leaves its shape", plan.names[tensor])
-        yield tensor, box
+        for start, size, extent in zip(offsets, sizes, plan.shapes[tensor], strict=True):
+            if start < 0 or size < 0 or start + size > extent:
+                _corrupt(name, f"a chunk of {plan.names[tensor]} leaves its shape", plan.names[tensor])
+        yield tensor, Box(offsets, sizes)
 
 
 def _chunks(index: Index, name: str) -> Iterator[_Chunk]:
