@@ -74,3 +74,12 @@ def make(endpoint: str) -> Make:
         return ObjectStorage(place, config={**KEYS, "endpoint": via or endpoint}, limits=changed)
 
     return storage
+
+
+@pytest.fixture
+def url(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A place by its URL alone: all else comes from the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    for name, value in KEYS.items():
+        monkeypatch.setenv(f"AWS_{name.upper()}", value)
+    return f"s3://{BUCKET}/{request.node.name.replace('[', '.').strip(']')}"

@@ -9,7 +9,7 @@ import torch
 
 from asyncdcp import AsyncCheckpointer
 from asyncdcp.errors import CheckpointExists, CheckpointNotFound, StorageError
-from tests.object_store.conftest import BUCKET, KEYS, Make, client
+from tests.object_store.conftest import BUCKET, Make, client
 from tests.object_store.proxy import proxied
 
 
@@ -18,15 +18,6 @@ def _state() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     long = torch.randn(5 << 20, generator=generator)
     return {"long": long, "short": torch.arange(10), "empty": torch.empty(0, 3)}
-
-
-@pytest.fixture
-def url(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A place by its URL alone: all else comes from the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    for name, value in KEYS.items():
-        monkeypatch.setenv(f"AWS_{name.upper()}", value)
-    return f"s3://{BUCKET}/{request.node.name.replace('[', '.').strip(']')}"
 
 
 @pytest.mark.parametrize("process", [False, True])
