@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 
@@ -23,8 +25,16 @@ def damage(path: Path) -> str:
 
 async def test_a_report_with_progress(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
     steps: list[Progress] = []
+    over = threading.Event()
+
+    def progress(step: Progress) -> None:  # on a thread of its own, which the report does not wait for
+        steps.append(step)
+        if step.done == step.total:
+            over.set()
+
     await checkpointer.save(tmp_path, {"w": torch.randn(5_000_000), "b": torch.ones(3)})
-    report: VerifyReport = await checkpointer.verify(tmp_path, on_progress=steps.append)
+    report: VerifyReport = await checkpointer.verify(tmp_path, on_progress=progress)
+    assert await anyio.to_thread.run_sync(over.wait, 60)
     assert report.ok and report.bytes == steps[-1].total == steps[-1].done
     assert [step.done for step in steps] == sorted(step.done for step in steps)
     name = damage(tmp_path)
