@@ -10,14 +10,17 @@ import torch
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.metadata import TensorStorageMetadata
 from asyncdcp.planning import Want
+from asyncdcp.state_dict.chunks import local_chunks
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.matching import match
+from asyncdcp.state_dict.matching import Match, match
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.restoring import Restorer
+from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.targets import TensorTarget, new_tensors, targets_of
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.transport.offered import Offered
+from asyncdcp.transport.wire import StreamPlan
 
 
 class Anew:
@@ -56,6 +59,9 @@ class InPlace:
         options = LoadOptions()
         tree, values = decoded(offered)
         nodes = TreeNodes(tree, options.renamed)
+        if is_alike(self._flat, offered.plan, tree, values):
+            self._restorer = Restorer(self._flat, identity(self._flat), nodes, values, options)
+            return own_targets(self._flat)
         found = match(self._flat, offered.metadata, nodes, options)
         made = new_tensors(offered.metadata, found.fresh, found.alike)
         found.add_fresh(made)
@@ -68,12 +74,49 @@ class InPlace:
         return self._restorer.restore(self._state)
 
 
+# ── a state just as the sender's, as replicas have it: nothing is to be matched ─────────────────────────────────────
+
+
+def is_alike(flat: FlatState, plan: StreamPlan, tree: Any, values: dict[str, Any]) -> bool:
+    """Whether names, dtypes, shapes, ties and containers are all the same, and every tensor can be filled."""
+    tensors = flat.tensors.values()
+    return (
+        not flat.subclasses
+        and list(flat.tensors) == plan.names
+        and [DTYPE_NAMES.get(tensor.dtype) for tensor in tensors] == plan.dtypes
+        and [tuple(tensor.shape) for tensor in tensors] == plan.shapes
+        and flat.aliases == plan.aliases
+        and flat.values.keys() == values.keys()
+        and bool(flat.tree == tree)
+        and not any(tensor.is_meta or 0 in tensor.stride() for tensor in tensors)
+    )
+
+
+def identity(flat: FlatState) -> Match:
+    """What matching would find."""
+    tensors = {**flat.tensors, **{alias: flat.tensors[name] for alias, name in flat.aliases.items()}}
+    others = (fqn for fqn, taken in flat.statefuls.items() if not isinstance(taken.stateful, torch.nn.Module))
+    return Match({name: name for name in (*tensors, *flat.values)}, tensors=tensors, deciding=frozenset(others))
+
+
+def own_targets(flat: FlatState) -> tuple[list[Want], list[TensorTarget]]:
+    """Every tensor's, as ``targets_of``."""
+    wants, targets = [], []
+    for device in {tensor.device for tensor in flat.tensors.values() if not tensor.is_cpu}:
+        torch.accelerator.synchronize(device)
+    for name, tensor in flat.tensors.items():
+        for box, local in local_chunks(tensor):
+            if box.volume:
+                wants.append(Want(name, box))
+                targets.append(TensorTarget(local, box, tensor.dtype))
+    return wants, targets
+
+
 def decoded(offered: Offered) -> tuple[Any, dict[str, Any]]:
     """Tree and values, as JSON says them; not trusted yet."""
-    metadata = offered.metadata
     try:
-        tree = msgspec.json.decode(metadata.tree)
-        values = {name: msgspec.json.decode(value) for name, value in metadata.values.items()}
+        tree = msgspec.json.decode(offered.plan.tree)
+        values = {name: msgspec.json.decode(value) for name, value in offered.values.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCheckpoint(f"the offer of rank {offered.rank} is malformed: {error!s:.200}") from error
     return tree, values

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple, NoReturn
@@ -40,17 +42,24 @@ class Chunk(NamedTuple):
     end: int
 
 
-class Offered(NamedTuple):
-    """``metadata`` is the offer as if it were a checkpoint of one file; ``chunks`` are in the order of the stream, and
-    ``of`` has their numbers by tensor. ``borders`` are where blocks begin, and at last where the stream ends.
+@dataclass(frozen=True)
+class Offered:
+    """``chunks`` are in the order of the stream, and ``of`` has their numbers by tensor. ``borders`` are where blocks
+    begin, and at last where the stream ends.
     """
 
     rank: int
     checksums: bool
-    metadata: Metadata
+    plan: StreamPlan
+    values: dict[str, msgspec.Raw]
     chunks: list[Chunk]
     of: dict[str, list[int]]
     borders: list[int]
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """The offer as if it were a checkpoint of one file. Not needed where a state is just as the sender's."""
+        return _metadata(self)
 
     def tensors_in(self, block: int) -> list[str]:
         """Which tensors have bytes in a block."""
@@ -74,7 +83,11 @@ def read_offer(offer: Offer) -> Offered:
     of: dict[str, list[int]] = {name: [] for name in plan.names}
     for number, chunk in enumerate(chunks):
         of[chunk.name].append(number)
-    return Offered(rank, offer.checksums, _metadata(offer, plan, chunks, of), chunks, of, borders)
+    values = wire.decode_values(offer)
+    for name in values:
+        if name in of or name in plan.aliases:
+            _corrupt(rank, f"{name} is both a tensor and a value")
+    return Offered(rank, offer.checksums, plan, values, chunks, of, borders)
 
 
 def _check_tensors(plan: StreamPlan, rank: int) -> None:
@@ -125,15 +138,13 @@ def _check_blocks(plan: StreamPlan, chunks: list[Chunk], borders: list[int], ran
             _corrupt(rank, f"a block begins within an element of {chunk.name}")
 
 
-def _metadata(offer: Offer, plan: StreamPlan, chunks: list[Chunk], of: dict[str, list[int]]) -> Metadata:
+def _metadata(offered: Offered) -> Metadata:
+    plan, chunks, of, values = offered.plan, offered.chunks, offered.of, offered.values
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, dtype, shape in zip(plan.names, plan.dtypes, plan.shapes, strict=True):
         held = tuple(ChunkStorageMetadata(*chunks[number].box) for number in of[name])
         entries[name] = TensorStorageMetadata(TensorProperties(dtype), shape, held)
-    values = wire.decode_values(offer)
     for name, value in values.items():
-        if name in entries or name in plan.aliases:
-            _corrupt(offer.rank, f"{name} is both a tensor and a value")
         entries[name] = BytesStorageMetadata(len(value))
     return Metadata(
         state_dict_metadata=entries,
@@ -141,7 +152,7 @@ def _metadata(offer: Offer, plan: StreamPlan, chunks: list[Chunk], of: dict[str,
             MetadataIndex(chunk.name, chunk.box.offsets): ChunkLocation(STREAM, chunk.begin, chunk.end - chunk.begin)
             for chunk in chunks
         },
-        storage_meta=StorageMeta(f"rank {offer.rank}", "", 1, 0.0, {}),
+        storage_meta=StorageMeta(f"rank {offered.rank}", "", 1, 0.0, {}),
         aliases=plan.aliases,
         tree=msgspec.Raw(plan.tree),
         values={name: msgspec.Raw(value) for name, value in values.items()},
