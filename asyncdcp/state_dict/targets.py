@@ -21,18 +21,24 @@ from asyncdcp.state_dict.structure import DTYPES
 class TensorTarget:
     """Fills one tensor. The caller keeps the tensor alive and unused until the load is done."""
 
+    __slots__ = ("_box", "_dtype", "_tensor", "packed")
+
     def __init__(self, tensor: Tensor, box: Box, dtype: torch.dtype) -> None:
         self._tensor = tensor.detach()
         self._box = box
         self._dtype = dtype
         self.packed = tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
         """Whether its memory is what is stored, so that it can be written as it is."""
-        self.buffer: memoryview | None = _memory(tensor) if self.packed and tensor.device.type == "cpu" else None
+
+    @property
+    def buffer(self) -> memoryview | None:
+        """As ``pipeline.load.Target``."""
+        return _memory(self._tensor) if self.packed and self._tensor.is_cpu else None
 
     @property
     def address(self) -> int:
-        """Where ``buffer`` begins."""
-        return self._tensor.data_ptr()
+        """Where ``buffer`` begins; 0 where there is none."""
+        return self._tensor.data_ptr() if self.packed and self._tensor.is_cpu else 0
 
     def device_bytes(self) -> Tensor | None:
         """Its memory as bytes where it is on a device; None where it is not ``packed``, or on the host."""

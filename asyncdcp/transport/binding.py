@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 
+from asyncdcp.boxes import whole
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.metadata import TensorStorageMetadata
 from asyncdcp.planning import Want
@@ -105,6 +107,11 @@ def own_targets(flat: FlatState) -> tuple[list[Want], list[TensorTarget]]:
     for device in {tensor.device for tensor in flat.tensors.values() if not tensor.is_cpu}:
         torch.accelerator.synchronize(device)
     for name, tensor in flat.tensors.items():
+        if type(tensor) is Tensor and tensor.numel():
+            box = whole(tensor.shape)
+            wants.append(Want(name, box))
+            targets.append(TensorTarget(tensor, box, tensor.dtype))
+            continue
         for box, local in local_chunks(tensor):
             if box.volume:
                 wants.append(Want(name, box))

@@ -64,10 +64,9 @@ class Landing:
         address = data.data_ptr() if data.is_cpu else 0
         for part in self._by_block[block]:
             first, last = max(begin, part.begin), min(end, part.end)
-            buffer = part.target.buffer if part.offset >= 0 else None
-            if buffer is not None and address:
-                to = part.target.address + part.offset + first - part.begin
-                ctypes.memmove(to, address + first - begin, last - first)
+            to = part.target.address if part.offset >= 0 else 0
+            if to and address:
+                ctypes.memmove(to + part.offset + first - part.begin, address + first - begin, last - first)
             else:
                 _deliver(part, data[first - begin : last - begin], first, self._device)
 
@@ -83,8 +82,8 @@ def _deliver(part: Part, data: Tensor, first: int, device: torch.device) -> None
 
 def _memory(target: TensorTarget, device: torch.device) -> Tensor | None:
     """A target's memory as bytes, if it is on ``device`` and as the stream has it."""
-    if target.buffer is not None:
-        return torch.frombuffer(target.buffer, dtype=torch.uint8) if device.type == "cpu" else None
+    if (buffer := target.buffer) is not None:
+        return torch.frombuffer(buffer, dtype=torch.uint8) if device.type == "cpu" else None
     flat = target.device_bytes()
     return flat if flat is not None and flat.device == device else None
 
