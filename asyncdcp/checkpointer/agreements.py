@@ -55,6 +55,8 @@ class SaveAgreements:
         self._divisions: list[_Agreed] = []
         self._latest: Holdings | None = None
         self._joined = self._planned = 0
+        self.order = asyncio.Lock()
+        """Held by a save while it agrees, so that whatever a later one refuses comes after."""
         self._renewed: set[str] = set()
         self._agreeing = 0
         self._agreed = asyncio.Event()
@@ -88,12 +90,13 @@ class SaveAgreements:
 
     async def refuse(self, number: int, error: AsyncDCPError) -> None:
         """Save ``number`` does not come; nothing where no agreement waits for it."""
-        if self._joined >= number:
-            return
-        if not self._probed:
-            await self._ranks.refuse(_PLACE, error)
-        elif self.wanted:
-            await self._ranks.refuse(_TOPIC, error)
+        async with self.order:
+            if self._joined >= number:
+                return
+            if not self._probed:
+                await self._ranks.refuse(_PLACE, error)
+            elif self.wanted:
+                await self._ranks.refuse(_TOPIC, error)
 
     async def prepare(self, structure: Structure, held: Holdings) -> Share:
         """Agrees, whatever was agreed before, and returns this rank's part in the next save. Collective."""

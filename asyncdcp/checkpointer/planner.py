@@ -104,9 +104,10 @@ class SavePlanner:
             def held() -> Holdings:
                 return marked or self.held(flat, described, marked=False)
 
-            self.agreements.join(order.name.number)
-            await self.agreements.check_place(order.storage, order.name.save_id)
-            share = await self.agreements.share(order.name.number, described.structure, held)
+            async with self.agreements.order:
+                self.agreements.join(order.name.number)
+                await self.agreements.check_place(order.storage, order.name.save_id)
+                share = await self.agreements.share(order.name.number, described.structure, held)
             sources.select([_rows(pick) for pick in share.picks])
             return await to_thread.run_sync(self._planned, order, share.structure, flat.values, trace)
 
