@@ -140,14 +140,18 @@ class AESGCM(SealingExtension):
     # ── keys ──
 
     def _resolved(self) -> bytes:
-        """The user's key, asked for once."""
+        """The user's key, asked for once. ``KeyUnavailable`` where the provider does not have it, or fails."""
         with self._lock:
             if self._key is None:
                 assert self._provider is not None
                 try:
-                    self._key = check_key(self._provider(self._key_id))
+                    key = self._provider(self._key_id)
                 except LookupError as error:
                     raise KeyUnavailable(f"there is no key {self._key_id!r}") from error
+                except Exception as error:  # its text may say more than is to be shown
+                    what = f"the key {self._key_id!r} could not be had: its provider raised {type(error).__name__}"
+                    raise KeyUnavailable(what) from error
+                self._key = check_key(key)
             return self._key
 
     def _cipher(self, save_id: str, use: _Use) -> Cipher:
@@ -182,16 +186,20 @@ def _hkdf(key: bytes, salt: bytes, use: str, length: int) -> bytes:
 
 
 def _check_id(key_id: str) -> str:
-    if not isinstance(key_id, str) or not 0 < len(key_id) <= 64 or not set(key_id) <= _ID_CHARACTERS:
+    if not _is_id(key_id):
         raise InvalidOption(f"key_id takes 1 to 64 of [A-Za-z0-9._-], not {key_id!r}")
     return key_id
 
 
+def _is_id(key_id: object) -> bool:
+    return isinstance(key_id, str) and 0 < len(key_id) <= 64 and set(key_id) <= _ID_CHARACTERS
+
+
 def _key_id(version: str) -> str:
     number, _, key_id = version.partition(".")
-    if number != "1":
+    if number != "1" or not _is_id(key_id):
         raise ValueError(f"version {version[:20]!r} of {AESGCM.registry_name()} is not known")
-    return _check_id(key_id)
+    return key_id
 
 
 def _place(context: BlockContext) -> bytes:

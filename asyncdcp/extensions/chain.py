@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, KeyUnavailable
+from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, UsageError
 from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension
 from asyncdcp.extensions.base import StreamTransformExtension as Stream
 from asyncdcp.extensions.streams import decode_stream, encode_stream
@@ -82,14 +82,16 @@ class Chain:
         return data
 
     def decode(self, data: memoryview, context: BlockContext, length: int) -> memoryview:
-        """The block again, of exactly ``length`` bytes. ``CorruptCheckpoint`` if it is not; ``KeyUnavailable``."""
+        """The block again, of exactly ``length`` bytes. ``CorruptCheckpoint`` if it is not; what the user is to mend,
+        such as ``KeyUnavailable``, is no damage.
+        """
         for number in reversed(range(len(self.extensions))):
             step = context._replace(limit=context.limit if number else length)
             try:
                 data = _view(_decode(self.extensions[number], data, step))
                 if len(data) > step.limit:
                     raise ValueError(f"it made {len(data)} bytes of at most {step.limit}")
-            except (KeyUnavailable, MemoryError):
+            except (UsageError, MemoryError):
                 raise
             except Exception as error:
                 raise _undecodable(self.descriptors[number], context, _said(error)) from error

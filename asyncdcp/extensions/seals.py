@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat
-from asyncdcp.extensions.base import SealingExtension
+from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat, UsageError
+from asyncdcp.extensions.base import Extension, SealingExtension
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.extensions.registry import ExtensionRegistry
 from asyncdcp.metadata import Seal
@@ -19,6 +19,7 @@ class Seals:
     def __init__(self, registry: ExtensionRegistry) -> None:
         self._registry = registry
         self._verified: set[str] = set()
+        self._found: dict[str, Extension] = {}
 
     @classmethod
     def of(cls, chain: Chain) -> Seals:
@@ -32,19 +33,25 @@ class Seals:
         if seal is None:
             return body
         try:
-            extension = self._registry.from_descriptor(seal.by)
+            extension = self._extension(seal.by)
+            if not isinstance(extension, SealingExtension):
+                raise CorruptCheckpoint(f"{name}: {seal.by} seals nothing", path=name)
+            opened = extension.unseal(bytes.fromhex(seal.token), body, name[:20], name, hidden=seal.hidden)
         except (KeyUnavailable, UnsupportedFormat) as error:
             if seal.hidden:
-                raise type(error)(f"{name} is encrypted: {error}", path=name) from error
+                raise KeyUnavailable(f"{name} is encrypted: {error}", path=name) from error
             return body
-        if not isinstance(extension, SealingExtension):
-            raise CorruptCheckpoint(f"{name}: {seal.by} seals nothing", path=name)
-        try:
-            opened = extension.unseal(bytes.fromhex(seal.token), body, name[:20], name, hidden=seal.hidden)
+        except UsageError:  # some are ValueErrors
+            raise
         except ValueError as error:
             raise CorruptCheckpoint(f"{name}: is not what was sealed by {seal.by}: {error}", path=name) from error
         self._verified.add(name)
         return opened
+
+    def _extension(self, descriptor: str) -> Extension:
+        if descriptor not in self._found:
+            self._found[descriptor] = self._registry.from_descriptor(descriptor)
+        return self._found[descriptor]
 
     def add(self, name: str) -> None:
         """Somebody else has seen that this one is authentic."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import anyio
 
 from asyncdcp.errors import InvalidOption
+from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.manager import CheckpointManager
 from asyncdcp.ranks import SoleRank
@@ -53,6 +54,8 @@ async def follow(
     after: int | None = None,
     every: Literal["newest", "all"] = "newest",
     poll_seconds: float = 1.0,
+    extensions: Sequence[Extension] = (),
+    registry: ExtensionRegistry | None = None,
 ) -> AsyncGenerator[Published, None]:
     """Comes upon the checkpoints of a run as they are committed: ``async for published in asyncdcp.follow(run)``.
 
@@ -60,7 +63,8 @@ async def follow(
     ever. ``every="newest"`` leaves out what a newer one has overtaken meanwhile; "all" yields each that is on the run's
     line when it looks, in the order of steps. After a rollback of the run, steps come anew. Nothing is claimed and
     nothing written, and the run need not exist yet. Who stops before its end closes it, as with
-    ``contextlib.aclosing``.
+    ``contextlib.aclosing``. ``extensions`` and ``registry`` are as for ``AsyncCheckpointer``; ``KeyUnavailable`` where
+    the newest checkpoint hides its metadata and its key is not at hand.
     """
     if every not in ("newest", "all"):
         raise InvalidOption(f"every takes 'newest' or 'all', not {every!r}")
@@ -68,7 +72,10 @@ async def follow(
         raise InvalidOption(f"poll_seconds takes a positive number of seconds, not {poll_seconds!r}")
     before = -1 if after is None else check_step(after)
     seen: set[str | None] = set()
-    async with CheckpointManager(run, read_only=True, process=False, process_group=SoleRank()) as manager:
+    manager = CheckpointManager(
+        run, read_only=True, process=False, process_group=SoleRank(), extensions=extensions, registry=registry
+    )
+    async with manager:
         while True:
             found = await manager.checkpoints()
             fresh = [each for each in found if each.save_id not in seen and (seen or each.step > before)]

@@ -55,15 +55,16 @@ class CheckpointManager:
     it, the first verb opens it, and waits for that. Leaving it waits until the last save is durable.
 
     - Only checkpoints on the run's *line* count: what a rollback left behind, and what a fenced writer committed late,
-      is whole but never ``latest``, and retention neither counts nor deletes it.
-    - ``keep`` says what to keep (``KeepLast(3) | KeepEvery(1000)``), None keeps all. A checkpoint is deleted only after
-      a newer one was committed; the newest good one never is.
-    - ``save_when`` says when ``should_save`` is true: policies or functions of a ``Moment``; every ten minutes if
-      nothing is given.
-    - ``mirror`` is a second place, such as ``"s3://bucket/run"``: what is committed is copied there in the background,
-      and ``mirror_keep`` says what to keep there. Opening fetches its newest checkpoint where the run has none so new.
-    - Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of
-      several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
+    is whole but never ``latest``, and retention neither counts nor deletes it. - ``keep`` says what to keep
+    (``KeepLast(3) | KeepEvery(1000)``), None keeps all. A checkpoint is deleted only after a newer one was committed;
+    the newest good one never is. - ``save_when`` says when ``should_save`` is true: policies or functions of a
+    ``Moment``; every ten minutes if nothing is given. - Keys of encrypted checkpoints are those of ``extensions`` and
+    ``registry``, or of the environment. Where the newest checkpoint hides its metadata and its key is not at hand,
+    opening raises ``KeyUnavailable`` before it claims anything, and so does whatever is asked about the line. -
+    ``mirror`` is a second place, such as ``"s3://bucket/run"``: what is committed is copied there in the background,
+    and ``mirror_keep`` says what to keep there. Opening fetches its newest checkpoint where the run has none so new. -
+    Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of
+    several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
 
     On all ranks the same verbs are called in the same order. Verbs start the work and return a future, as those of
     ``AsyncCheckpointer``, whose ``options``, ``process``, ``process_group``, ``extensions`` and ``registry`` these are.
@@ -104,11 +105,12 @@ class CheckpointManager:
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=lambda: _call(close()), exit_deadline=deadline)
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
-        self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds)
+        keys = (registry or ExtensionRegistry()).with_instances(extensions)
+        self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds, keys)
         self._mirror = None
         if mirror is not None and not read_only:
             kept = None if mirror_keep is None else check_retention("mirror_keep", mirror_keep)
-            self._mirror = self._session.mirror = Mirror(self._place, open_place(mirror), kept)
+            self._mirror = self._session.mirror = Mirror(self._place, open_place(mirror), kept, keys)
         self._saves = Saves(self._session, self._engine, self._reporter, leads=self._leads)
         self._checkpointer = AsyncCheckpointer(
             replace(self._options, on_error=self._saves.collect),

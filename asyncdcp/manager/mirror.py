@@ -11,7 +11,8 @@ import logging
 
 import anyio
 
-from asyncdcp.errors import AsyncDCPError
+from asyncdcp.errors import AsyncDCPError, KeyUnavailable
+from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.runs import Checkpoint, Retention, Run, look, to_delete
 from asyncdcp.runs.copying import copy_checkpoint, copy_lines, missing
 from asyncdcp.runs.deletion import delete_checkpoint
@@ -24,10 +25,13 @@ _logger = logging.getLogger("asyncdcp.manager")
 class Mirror:
     """Keeps ``far`` like ``near``, but for what ``keep`` says of it. Used on one loop, by one process: rank 0's."""
 
-    def __init__(self, near: Place, far: Place, keep: Retention | None) -> None:
+    def __init__(
+        self, near: Place, far: Place, keep: Retention | None, registry: ExtensionRegistry | None = None
+    ) -> None:
         self._near = near
         self._far = far
         self._keep = keep
+        self._registry = registry
         self._known_near, self._known_far = Known(), Known()
         self._lock = anyio.Lock()
         self._wanted = False
@@ -63,13 +67,14 @@ class Mirror:
         if self._keep is not None:
             for checkpoint in to_delete(self._keep, (await self._look())[1].checkpoints):
                 assert checkpoint.save_id is not None
-                await delete_checkpoint(self._far, checkpoint.name, checkpoint.save_id)
+                await delete_checkpoint(self._far, checkpoint.name, checkpoint.save_id, self._registry)
         return copied
 
     async def fetch(self) -> Checkpoint | None:
         """Copies the far place's newest checkpoint to the near one, if that has none so new; returns it.
 
         A far place that does not answer is no reason not to train: it is logged, and the near place counts alone.
+        ``KeyUnavailable`` where a newest checkpoint is encrypted and cannot be told.
         """
         async with self._lock:
             try:
@@ -81,12 +86,15 @@ class Mirror:
                     return None
                 await copy_lines(self._far, far, self._near, near)
                 return newest if await self._copy(self._far, self._near, newest) else None
+            except KeyUnavailable:
+                raise
             except AsyncDCPError as error:
                 _logger.error("%s could not be looked at, and is not restored from: %s", self.location, error)
                 return None
 
     async def _look(self) -> tuple[Run, Run]:
-        return await look(self._near, self._known_near), await look(self._far, self._known_far)
+        near = await look(self._near, self._known_near, self._registry)
+        return near, await look(self._far, self._known_far, self._registry)
 
     async def _copy(self, source: Place, target: Place, checkpoint: Checkpoint) -> bool:
         assert checkpoint.save_id is not None

@@ -9,7 +9,8 @@ from typing import Any
 import anyio
 import msgspec
 
-from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, Fenced, PeerFailed
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, Fenced, KeyUnavailable, PeerFailed
+from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.reading import LoadFrom, load_checkpoint
 from asyncdcp.manager.restoring import load_first, said
@@ -56,16 +57,29 @@ class Finished:
 
 
 class RunSession:
-    """``standing`` may be read from any thread; all else runs on one loop."""
+    """``standing`` may be read from any thread; all else runs on one loop. ``registry`` has the keys.
 
-    def __init__(self, place: Place, ranks: Ranks, reporter: Reporter, keep: Retention | None, quiet: float) -> None:
+    What is said of the line (``good``, ``latest`` …) raises ``KeyUnavailable`` where its end is encrypted and no key is
+    at hand: nobody is to go on from an older checkpoint for want of a key.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        ranks: Ranks,
+        reporter: Reporter,
+        keep: Retention | None,
+        quiet: float,
+        registry: ExtensionRegistry,
+    ) -> None:
         self.standing = Standing()
         self._place = place
         self._ranks = ranks
         self._reporter = reporter
         self._keep = keep
         self._quiet = quiet
-        self._writer = RunWriter(place)
+        self._registry = registry
+        self._writer = RunWriter(place, registry)
         self.mirror: Mirror | None = None
         self._known = Known()
         self._looking, self._writing = anyio.Lock(), anyio.Lock()
@@ -101,15 +115,15 @@ class RunSession:
     async def look(self) -> Run:
         """The run as it is now, on this rank alone."""
         async with self._looking:
-            return await look(self._place, self._known)
+            return await look(self._place, self._known, self._registry)
 
     async def good(self) -> list[Checkpoint]:
         """The checkpoints that count."""
-        return (await self.look()).good()
+        return (await self._readable()).good()
 
     async def steps(self) -> list[int]:
         """Their steps."""
-        return (await self.look()).steps()
+        return (await self._readable()).steps()
 
     async def latest(self) -> Checkpoint | None:
         """The newest one."""
@@ -117,7 +131,12 @@ class RunSession:
 
     async def best(self, metric: str, mode: Mode) -> Checkpoint | None:
         """The one with the least, or greatest, metric."""
-        return (await self.look()).best(metric, mode)
+        return (await self._readable()).best(metric, mode)
+
+    async def _readable(self) -> Run:
+        run = await self.look()
+        run.latest()
+        return run
 
     async def load(self, checkpoint: int | Checkpoint, load: LoadFrom) -> Any:
         """What ``load`` makes of it, on this rank alone."""
@@ -146,7 +165,7 @@ class RunSession:
             return restored
 
     async def _newest(self) -> _Choice:
-        run = await self.look()
+        run = await self._readable()
         good = run.good()[::-1]
         newest = good[0].step if good else -1
         damaged = [each for each in run.checkpoints if each.state == "damaged" and each.step > newest]
@@ -168,6 +187,9 @@ class RunSession:
         if found is None:
             location = self._place.storage.info.location
             others = [each for each in run.checkpoints if each.step == step]
+            for each in others:
+                if each.state == "encrypted":
+                    raise KeyUnavailable(f"{each.name} of {location} cannot be read: {each.cause}", path=location)
             why = f" ({others[-1].state}{': ' + others[-1].cause if others[-1].cause else ''})" if others else ""
             raise CheckpointNotFound(
                 f"no checkpoint of step {step} on the line of {location}{why}; there are {_shown(run.steps())}",

@@ -7,10 +7,12 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.names import file_save_id, record_name
 from asyncdcp.runs.deletion import delete_checkpoint
 from asyncdcp.runs.layout import step_of
-from asyncdcp.runs.listing import Run, live_records, read_outcomes, saves_of
+from asyncdcp.runs.listing import Run
+from asyncdcp.runs.outcomes import Outcomes, saves_of
 from asyncdcp.runs.settling import abort_save, delete_files
 from asyncdcp.storage import Contents, Place
 
@@ -33,7 +35,8 @@ def plan_collection(run: Run, *, now: float, older_than: float = 3600.0, off_lin
 
     A dead save has no Record: it was cut off, or it is under way and has not written anything for so long; collecting
     it claims its Record with an abort first, so at worst it fails, and is never torn. ``off_line=True`` also takes the
-    committed checkpoints that a rollback left behind, and late commits of writers that were replaced.
+    committed checkpoints that a rollback left behind, and late commits of writers that were replaced. What is
+    encrypted, with a key that is not at hand, is left alone.
     """
     plan: list[Leftover] = []
     for name, contents in sorted(run.survey.children.items()):
@@ -45,18 +48,25 @@ def plan_collection(run: Run, *, now: float, older_than: float = 3600.0, off_lin
             for checkpoint in run.checkpoints
             if off_line and checkpoint.name == name and checkpoint.state == "committed" and not checkpoint.on_line
         }
-        plan += (each for each in _of_saves(name, contents, off) if _age(contents, each, now) >= older_than)
+        plan += (
+            each
+            for each in _of_saves(name, contents, run.outcomes[name], off)
+            if _age(contents, each, now) >= older_than
+        )
         plan += (each for each in _of_temporaries(name, contents, now - older_than))
     return plan
 
 
-async def collect(place: Place, leftover: Leftover) -> bool:
-    """Takes one thing away; False if it turned out to be of use: a save that has committed meanwhile."""
+async def collect(place: Place, leftover: Leftover, registry: ExtensionRegistry | None = None) -> bool:
+    """Takes one thing away; False if it turned out to be of use: a save that has committed meanwhile.
+
+    ``registry`` has the keys of checkpoints with hidden metadata, by default those of the environment.
+    """
     name, save_id = leftover.name, leftover.save_id
     if leftover.kind == "dead save" and save_id is not None:
         return await abort_save(place, name, save_id, cause="collected: it had no Record and did not move")
     if leftover.kind in ("off the line",) and save_id is not None:
-        await delete_checkpoint(place, name, save_id)
+        await delete_checkpoint(place, name, save_id, registry)
     elif save_id is not None:
         storage = place.child(name)
         await delete_files(storage, save_id)
@@ -68,14 +78,14 @@ async def collect(place: Place, leftover: Leftover) -> bool:
     return True
 
 
-def _of_saves(name: str, contents: Contents, off: set[str | None]) -> Iterator[Leftover]:
-    records, broken = read_outcomes(contents)
-    live = {record.save_id for record in live_records(records)}
+def _of_saves(name: str, contents: Contents, outcomes: Outcomes, off: set[str | None]) -> Iterator[Leftover]:
+    records = outcomes.records
+    left = {record.save_id for record in outcomes.live} | outcomes.broken.keys() | outcomes.sealed.keys()
     for save_id, files in saves_of(contents).items():
         kind: Kind
         if save_id in off:
             kind = "off the line"
-        elif save_id in live or save_id in broken:
+        elif save_id in left:
             continue
         elif save_id not in records:
             kind = "dead save"

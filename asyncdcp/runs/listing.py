@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import msgspec
+from anyio import to_thread
 
-from asyncdcp.errors import CorruptCheckpoint, InvalidOption
-from asyncdcp.metadata import RECORD_LIMIT, Record, Summary, decode_record
-from asyncdcp.names import file_save_id, index_name, record_name, record_save_id
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption, KeyUnavailable
+from asyncdcp.extensions import ExtensionRegistry, Seals
+from asyncdcp.metadata import RECORD_LIMIT, Record, Summary, Unseal
+from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.runs.layout import LineStart, decode_line, line_term_of, step_of, term_of
 from asyncdcp.runs.lineage import UNCLAIMED, Line, current_line
+from asyncdcp.runs.outcomes import Outcomes, read_outcomes, saves_of
 from asyncdcp.storage import Contents, Place, Survey, open_place
 
-State: TypeAlias = Literal["committed", "partial", "aborted", "damaged"]
+State: TypeAlias = Literal["committed", "partial", "aborted", "damaged", "encrypted"]
 Mode: TypeAlias = Literal["min", "max"]
 
 
@@ -28,9 +30,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     ``committed``: there whole, as far as its Record and the sizes of its files tell. ``damaged``: committed, but the
     Record cannot be read, files are missing or too short, or two saves claim the place; ``cause`` says which.
     ``partial``: begun, and neither committed nor given up, now under way or cut off. ``aborted``: given up, for
-    ``cause``. ``size`` is in bytes, of all files of the save; ``time`` seconds since the epoch. Of a commit alone:
-    ``term``, ``parent`` (a save id), ``metrics``, ``metadata``, ``summary``. ``on_line`` is whether it counts for the
-    run as it stands (see lineage.py).
+    ``cause``. ``encrypted``: with hidden metadata, and a key that is not at hand; ``cause`` names it. ``size`` is in
+    bytes, of all files of the save; ``time`` seconds since the epoch. Of a commit alone: ``term``, ``parent`` (a save
+    id), ``metrics``, ``metadata``, ``summary``. ``on_line`` is whether it counts for the run as it stands (see
+    lineage.py).
     """
 
     name: str
@@ -60,7 +63,7 @@ class Run:
     """A run as one look at it shows it. ``term`` is the newest that was claimed, 0 where none was.
 
     ``checkpoints`` are in the order of steps, of the same step in that of terms; a save that a commit has replaced is
-    not among them.
+    not among them. ``outcomes`` are those of its steps' sub-places, by name.
     """
 
     location: str
@@ -68,6 +71,7 @@ class Run:
     line: Line
     checkpoints: tuple[Checkpoint, ...]
     survey: Survey
+    outcomes: Mapping[str, Outcomes]
 
     def good(self) -> list[Checkpoint]:
         """The committed checkpoints on the line, oldest step first."""
@@ -78,7 +82,30 @@ class Run:
         return [checkpoint.step for checkpoint in self.good()]
 
     def latest(self) -> Checkpoint | None:
-        """The newest good one; derived from what is committed, so there is no pointer that could be stale."""
+        """The newest good one; derived from what is committed, so there is no pointer that could be stale.
+
+        ``KeyUnavailable`` where that cannot be told, since one that may be newer is encrypted.
+        """
+        sealed = self.sealed_beyond()
+        if sealed is not None:
+            raise KeyUnavailable(
+                f"the latest checkpoint of {self.location} is not known: {sealed.name} may be it, but {sealed.cause}. "
+                "Without that key, use another directory for the run, or take that folder away",
+                path=self.location,
+            )
+        return self._newest()
+
+    def known_latest(self) -> Checkpoint | None:
+        """``latest`` for those who only show it; None where it cannot be told, too."""
+        return None if self.sealed_beyond() else self._newest()
+
+    def sealed_beyond(self) -> Checkpoint | None:
+        """The newest encrypted one that may be newer than any that can be read; None where there is none."""
+        newest = self._newest()
+        sealed = [each for each in self.checkpoints if each.state == "encrypted"]
+        return next((each for each in reversed(sealed) if newest is None or each.step >= newest.step), None)
+
+    def _newest(self) -> Checkpoint | None:
         good = self.good()
         return good[-1] if good else None
 
@@ -131,26 +158,34 @@ class Known:
                     contents.read[name] = self._bytes[child, name] = data
 
 
-async def look(place: Place, known: Known | None = None) -> Run:
-    """Lists a run. ``known`` saves reading the same Records again."""
+async def look(place: Place, known: Known | None = None, registry: ExtensionRegistry | None = None) -> Run:
+    """Lists a run. ``known`` saves reading the same Records again; ``registry`` has the keys of those that are
+    encrypted, by default those of the environment.
+    """
     known = known or Known()
     survey = await place.survey(known.selects, RECORD_LIMIT)
     known.complete(survey)
-    return describe(place.storage.info.location, survey)
+    seals = Seals(registry or ExtensionRegistry())
+    return await to_thread.run_sync(describe, place.storage.info.location, survey, seals)  # a key may be asked for
 
 
-async def list_checkpoints(run: str | os.PathLike[str] | Place) -> list[Checkpoint]:
-    """Every step of the run in a directory (a path, a ``file://`` URL or a ``Place``), committed or not."""
-    return list((await look(open_place(run))).checkpoints)
+async def list_checkpoints(
+    run: str | os.PathLike[str] | Place, registry: ExtensionRegistry | None = None
+) -> list[Checkpoint]:
+    """Every step of the run in a directory (a path, a ``file://`` URL or a ``Place``), committed or not. ``registry``
+    has the keys of checkpoints with hidden metadata, by default those of the environment.
+    """
+    return list((await look(open_place(run), registry=registry)).checkpoints)
 
 
-def describe(location: str, survey: Survey) -> Run:
+def describe(location: str, survey: Survey, unseal: Unseal) -> Run:
     """A run, from what a survey found. ``CorruptCheckpoint`` if its newest line cannot be read: nothing is guessed."""
+    steps = {name: step for name in survey.children if (step := step_of(name)) is not None}
+    outcomes = {name: read_outcomes(survey.children[name], unseal) for name in steps}
     unlined = [
         checkpoint
-        for name, contents in survey.children.items()
-        if (step := step_of(name)) is not None
-        for checkpoint in _checkpoints(name, step, contents)
+        for name, step in steps.items()
+        for checkpoint in _checkpoints(name, step, survey.children[name], outcomes[name])
     ]
     line = current_line(_starts(survey.own), (checkpoint.term for checkpoint in unlined))
     placed = [
@@ -161,7 +196,7 @@ def describe(location: str, survey: Survey) -> Run:
     ]
     placed.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.term, checkpoint.time, checkpoint.name))
     term = max((number for name in survey.own.objects if (number := term_of(name)) is not None), default=UNCLAIMED)
-    return Run(location, term, line, tuple(placed), survey)
+    return Run(location, term, line, tuple(placed), survey, outcomes)
 
 
 def _starts(own: Contents) -> list[LineStart]:
@@ -179,60 +214,21 @@ def _starts(own: Contents) -> list[LineStart]:
     return [start]
 
 
-def saves_of(contents: Contents) -> dict[str, dict[str, int]]:
-    """The files of each save in a sub-place: names and bytes, by save id."""
-    saves: dict[str, dict[str, int]] = defaultdict(dict)
-    for name, found in contents.objects.items():
-        save_id = file_save_id(name)
-        if save_id is not None:
-            saves[save_id][name] = found.size
-    return dict(saves)
-
-
-def read_outcomes(contents: Contents) -> tuple[dict[str, Record], dict[str, str]]:
-    """The Records of a sub-place by save id; and of those that cannot be read, why."""
-    records, broken = {}, {}
-    for name in contents.objects:
-        save_id = record_save_id(name)
-        if save_id is None:
-            continue
-        try:
-            record = decode_record(contents.read[name], name)
-        except KeyError:
-            broken[save_id] = contents.unread.get(name, f"{name} was not read")
-        except CorruptCheckpoint as error:
-            broken[save_id] = str(error)
-        else:
-            records[save_id] = record
-            if record.save_id != save_id:
-                del records[save_id]
-                broken[save_id] = f"{name}: says it is the Record of save {record.save_id[:40]!r}"
-    return records, broken
-
-
-def live_records(records: Mapping[str, Record]) -> list[Record]:
-    """The commits that no other commit replaces."""
-    commits = [record for record in records.values() if record.outcome == "commit"]
-    replaced = {save_id for record in commits for save_id in record.replaces}
-    return [record for record in commits if record.save_id not in replaced]
-
-
-def _checkpoints(name: str, step: int, contents: Contents) -> list[Checkpoint]:
-    """What a step's sub-place comes to: its live commits; else that it is damaged, under way, or given up."""
+def _checkpoints(name: str, step: int, contents: Contents, outcomes: Outcomes) -> list[Checkpoint]:
+    """What a step's sub-place comes to: its live commits, and what cannot be read; else what was not committed."""
     if "" in contents.unread:
         return [Checkpoint(name=name, step=step, state="damaged", cause=contents.unread[""])]
     saves = saves_of(contents)
-    records, broken = read_outcomes(contents)
-    live = live_records(records)
+    live = outcomes.live
     terms = [record.term for record in live]
     found = [_committed(name, step, record, saves[record.save_id], terms) for record in live]
-    found += [
-        Checkpoint(
-            name=name, step=step, state="damaged", save_id=save_id, size=sum(saves[save_id].values()), cause=cause
-        )
-        for save_id, cause in broken.items()
-    ]
-    return found or _uncommitted(name, step, saves, records)
+    sealed = {save_id: cause for save_id, cause in outcomes.sealed.items() if save_id not in outcomes.replaced}
+    states: tuple[tuple[State, dict[str, str]], ...] = (("damaged", outcomes.broken), ("encrypted", sealed))
+    for state, causes in states:
+        for save_id, cause in causes.items():
+            size = sum(saves[save_id].values())
+            found.append(Checkpoint(name=name, step=step, state=state, save_id=save_id, size=size, cause=cause))
+    return found or _uncommitted(name, step, saves, outcomes.records)
 
 
 def _committed(

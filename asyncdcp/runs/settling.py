@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from asyncdcp.errors import KeyUnavailable
 from asyncdcp.metadata import RECORD_LIMIT, Record, decode_record, encode_record
 from asyncdcp.names import file_save_id, record_name, record_save_id
 from asyncdcp.runs.layout import step_of, term_name
-from asyncdcp.runs.listing import saves_of
+from asyncdcp.runs.outcomes import saves_of
 from asyncdcp.storage import Place, Storage, Survey
 
 _POLL_SECONDS = 0.1
@@ -87,12 +88,18 @@ def _seen(
 
 
 async def abort_save(place: Place, name: str, save_id: str, *, cause: str) -> bool:
-    """Gives a save up in its writer's place and deletes its files; False if it had committed before, and counts."""
+    """Gives a save up in its writer's place and deletes its files; False if it had committed before, and counts.
+
+    A Record that is encrypted may be either, so it is taken for a commit: nothing is deleted.
+    """
     storage = place.child(name)
     record = Record(save_id=save_id, outcome="abort", time=time.time(), world_size=0, versions={}, cause=cause)
     file = record_name(save_id)
     if not await storage.claim(file, encode_record(record)):
-        return decode_record(await storage.get(file, RECORD_LIMIT), file).outcome == "abort"
+        try:
+            return decode_record(await storage.get(file, RECORD_LIMIT), file).outcome == "abort"
+        except KeyUnavailable:
+            return False
     await delete_files(storage, save_id)
     return True
 

@@ -7,6 +7,7 @@ import platform
 import time
 
 from asyncdcp.errors import Fenced
+from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.runs.deletion import delete_checkpoint
 from asyncdcp.runs.layout import (
     LineStart,
@@ -32,22 +33,28 @@ class RunWriter:
     checkpoints that count for this writer, whoever else has claimed the run since.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, registry: ExtensionRegistry | None = None) -> None:
         self.place = place
+        self._registry = registry
         self.term = UNCLAIMED
         self.line = Line(UNCLAIMED, {})
         self.begun = False
         self._known = Known()
 
     async def open(self, *, quiet: float, deadline: float) -> tuple[Run, Settled]:
-        """Claims the run's next term, then settles what earlier ones still have in flight (see settling.py)."""
-        names = (await self.place.survey(lambda *_: False, 0)).own.objects
+        """Claims the run's next term, then settles what earlier ones still have in flight (see settling.py).
+
+        ``KeyUnavailable``, before anything is claimed, where the newest checkpoint is encrypted and cannot be told.
+        """
+        before = await look(self.place, self._known, self._registry)
+        before.latest()
+        names = before.survey.own.objects
         taken = [number for name in names for number in (term_of(name), line_term_of(name)) if number is not None]
         self.term = max(taken, default=UNCLAIMED) + 1
         while not await self._claim(self.term):
             self.term += 1  # another one opens the run just now, and will be fenced
         settled = await settle_saves(self.place, self.term, quiet=quiet, deadline=deadline)
-        run = await look(self.place, self._known)
+        run = await look(self.place, self._known, self._registry)
         self.line = run.line
         self._check(run)
         return run, settled
@@ -69,7 +76,7 @@ class RunWriter:
 
     async def look(self) -> Run:
         """The run as it is. ``Fenced`` if another writer has claimed it."""
-        run = await look(self.place, self._known)
+        run = await look(self.place, self._known, self._registry)
         self._check(run)
         return run
 
@@ -82,7 +89,7 @@ class RunWriter:
         gone = to_delete(policy, [checkpoint for checkpoint in run.checkpoints if checkpoint.step <= durable])
         for checkpoint in gone:
             assert checkpoint.save_id is not None
-            await delete_checkpoint(self.place, checkpoint.name, checkpoint.save_id)
+            await delete_checkpoint(self.place, checkpoint.name, checkpoint.save_id, self._registry)
         return gone
 
     async def _claim(self, term: int) -> bool:

@@ -27,7 +27,7 @@ from asyncdcp.cli.text import (
 )
 from asyncdcp.runs import Checkpoint, Run
 
-_STYLES = {"committed": good, "partial": warned, "aborted": dim, "damaged": bad}
+_STYLES = {"committed": good, "partial": warned, "aborted": dim, "damaged": bad, "encrypted": warned}
 
 
 @click.command()
@@ -41,6 +41,7 @@ def command(place: str, *, as_json: bool) -> None:
     partial    begun and not committed: under way, or cut off
     aborted    given up
     damaged    committed, and files are missing or cannot be read
+    encrypted  with hidden metadata, and its key is not in ASYNCDCP_KEY
     """
     run(_ls, place, as_json=as_json)
 
@@ -74,6 +75,8 @@ def _table(found: Run) -> Iterator[str]:
     if good_ones:
         total = size_text(sum(checkpoint.size for checkpoint in checkpoints))
         latest = f"the latest is step {good_ones[-1].step}"
+        if found.sealed_beyond() is not None:
+            latest = "the latest cannot be told without the key"
         yield dim(f"{count_text(len(good_ones), 'checkpoint')} to resume from, {latest}; {total} in all")
 
 
@@ -100,7 +103,8 @@ def _note(found: Run, checkpoint: Checkpoint) -> str:
 
 
 def _as_json(found: Run, checkpoint: Checkpoint) -> dict[str, Any]:
-    summary, latest = checkpoint.summary, found.latest()
+    summary = checkpoint.summary
+    latest = found.known_latest()
     return {
         "step": checkpoint.step,
         "name": checkpoint.name,

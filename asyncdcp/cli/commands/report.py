@@ -55,7 +55,7 @@ async def _page(target: str) -> Page:
 
 async def _tensors(place: Place, found: Run) -> Sequence[Node]:
     """The tensors of the latest checkpoint; none where it cannot be opened, which the page can do without."""
-    latest = found.latest()
+    latest = found.known_latest()
     if latest is None:
         return ()
     try:

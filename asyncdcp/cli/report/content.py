@@ -11,6 +11,7 @@ from asyncdcp.cli.report.charts import STAGES, Bar, Lane, Point, Series, line_ch
 from asyncdcp.cli.text import count_text, number_text, seconds_text, shown, size_text, time_text
 from asyncdcp.cli.tree import Node
 from asyncdcp.runs import Checkpoint, Run, Saved
+from asyncdcp.runs.listing import State
 
 _SAVES_SHOWN = 20
 """So many of the last saves have a row in the timeline."""
@@ -89,11 +90,12 @@ def page_of(run: Run, history: Sequence[Saved], tree: Sequence[Node], now: float
 
 
 def _figures(run: Run, history: Sequence[Saved]) -> list[Figure]:
-    good, latest = run.good(), run.latest()
-    bad = sum(checkpoint.state == "damaged" for checkpoint in run.checkpoints)
+    good, latest = run.good(), run.known_latest()
+    without = "none" if run.sealed_beyond() is None else "unknown"
+    bad = [text for text in (_count(run, "damaged"), _count(run, "encrypted")) if text]
     figures = [
-        Figure("Latest step", f"{latest.step:,}" if latest else "none", time_text(latest.time) if latest else ""),
-        Figure("Checkpoints", f"{len(good):,}", f"{bad:,} damaged" if bad else "to resume from"),
+        Figure("Latest step", f"{latest.step:,}" if latest else without, time_text(latest.time) if latest else ""),
+        Figure("Checkpoints", f"{len(good):,}", ", ".join(bad) or "to resume from"),
         Figure("On disk", size_text(sum(checkpoint.size for checkpoint in run.checkpoints)), "all files of the run"),
     ]
     if history:
@@ -109,13 +111,18 @@ def _figures(run: Run, history: Sequence[Saved]) -> list[Figure]:
     return figures
 
 
+def _count(run: Run, state: State) -> str:
+    number = sum(checkpoint.state == state for checkpoint in run.checkpoints)
+    return f"{number:,} {state}" if number else ""
+
+
 def _rate(saved: Saved) -> float:
     return saved.tensor_bytes / max(saved.durable_seconds, 1e-9)
 
 
 def _lines(run: Run, metrics: Sequence[str]) -> list[Line]:
     greatest = max((checkpoint.size for checkpoint in run.checkpoints), default=0) or 1
-    latest = run.latest()
+    latest = run.known_latest()
     return [
         Line(
             step=checkpoint.step,
@@ -229,7 +236,7 @@ def _stages(saved: Saved) -> list[tuple[str, tuple[float, float, int]]]:
 
 
 def _sizes(run: Run, tree: Sequence[Node]) -> Picture | None:
-    latest = run.latest()
+    latest = run.known_latest()
     if latest is None or not any(node.size for node in tree):
         return None
     size = size_text(sum(node.size for node in tree))

@@ -1,0 +1,71 @@
+"""What became of the saves of a sub-place, by their Records."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, MissingDependency
+from asyncdcp.metadata import Record, Unseal, decode_record
+from asyncdcp.names import file_save_id, record_save_id
+from asyncdcp.storage import Contents
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Records by save id. Of those that cannot be read, why: ``broken`` ones are damaged, ``sealed`` ones are encrypted
+    with a key that is not at hand, and nothing is known of them but that they are there.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    sealed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def live(self) -> list[Record]:
+        """The commits that no other commit replaces."""
+        replaced = self.replaced
+        return [record for record in self._commits if record.save_id not in replaced]
+
+    @property
+    def replaced(self) -> set[str]:
+        """What the commits that can be read take the place of."""
+        return {save_id for record in self._commits for save_id in record.replaces}
+
+    @property
+    def _commits(self) -> list[Record]:
+        return [record for record in self.records.values() if record.outcome == "commit"]
+
+
+def read_outcomes(contents: Contents, unseal: Unseal) -> Outcomes:
+    """The Records of a sub-place, from what a survey read."""
+    found = Outcomes()
+    for name in contents.objects:
+        save_id = record_save_id(name)
+        if save_id is None:
+            continue
+        try:
+            record = decode_record(contents.read[name], name, unseal)
+        except KeyError:
+            found.broken[save_id] = contents.unread.get(name, f"{name} was not read")
+        except CorruptCheckpoint as error:
+            found.broken[save_id] = str(error)
+        except (KeyUnavailable, MissingDependency) as error:
+            found.sealed[save_id] = str(error)
+        else:
+            if record.save_id == save_id:
+                found.records[save_id] = record
+            else:
+                found.broken[save_id] = f"{name}: says it is the Record of save {record.save_id[:40]!r}"
+    return found
+
+
+def saves_of(contents: Contents) -> Mapping[str, dict[str, int]]:
+    """The files of each save in a sub-place: names and bytes, by save id."""
+    saves: dict[str, dict[str, int]] = defaultdict(dict)
+    for name, found in contents.objects.items():
+        save_id = file_save_id(name)
+        if save_id is not None:
+            saves[save_id][name] = found.size
+    return dict(saves)
