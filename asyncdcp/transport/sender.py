@@ -111,6 +111,9 @@ class SendTask:
                 await self._feed()
                 await self._all_sent()
                 self._staged()
+        if all(lane.done for lane in self._lanes):
+            self.error = None  # it was given up too late
+            self._staged()
         if self.error is not None:
             raise self.error
         failed = [lane.error for lane in self._lanes if lane.error is not None]
@@ -206,6 +209,8 @@ class _Lane:
         self.finished = 0
         """The last batch of which every byte is sent."""
         self.all_sent = False
+        self.done = False
+        """The receiver has verified all of it."""
         self._task = task
         self._end = endpoint
         self._under_way: list[tuple[Pending, int]] = []
@@ -231,6 +236,7 @@ class _Lane:
                 self.all_sent = True
                 self._task.moved()
                 await self._end.hear(Done, f"waiting for rank {peer} to have verified the state")
+                self.done = True
             elif self._task.error is not None:
                 await self._end.say(Failure(to_frame(self._task.error, with_traceback=False)), "giving the send up")
         except AsyncDCPError as error:
