@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.reliability import fuzz, kills, soak
+from tests.reliability import fuzz, kills, objects, soak
 from tests.reliability.corruption import examine
 from tests.reliability.errors import FAULTS, sweep
 from tests.reliability.power import Figures, explore, workloads
@@ -34,6 +34,14 @@ def errors(cases: int, seed: int, figures: Figures) -> None:
                 sweep(kind, ranks=ranks, sticky=sticky, figures=figures)
 
 
+def requests(cases: int, seed: int, figures: Figures) -> None:
+    """Every request to an object store fails, or is a process's last; ``cases`` and ``seed`` mean nothing here."""
+    for fault in objects.FAULTS:
+        for sticky in (False, True):
+            objects.sweep(fault, sticky=sticky, figures=figures)
+        objects.sweep(fault, stops=True, figures=figures)
+
+
 def corruption(cases: int, seed: int, figures: Figures) -> None:
     """Damage; ``cases`` sampled bits of each file's data, and every byte of everything else."""
     for ranks in (1, 2):
@@ -50,6 +58,7 @@ def ranks(cases: int, seed: int, figures: Figures) -> None:
 RUNS: dict[str, tuple[Callable[[int, int, Figures], None], int]] = {
     "power": (power, 400),
     "errors": (errors, 1),
+    "requests": (requests, 1),
     "corruption": (corruption, 5000),
     "ranks": (ranks, 10_000),
     "fuzz": (fuzz.run, 20_000),

@@ -18,7 +18,7 @@ from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.records import choose_commit, read_records
 from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
 from asyncdcp.runs.deletion import delete_checkpoint
-from asyncdcp.storage import LocalStorage, MemoryStorage
+from asyncdcp.storage import LocalStorage, MemoryStorage, Storage
 from asyncdcp.storage.local_place import LocalPlace
 from asyncdcp.testing.disk import Image, SimulatedDisk
 from asyncdcp.testing.power import remains
@@ -235,7 +235,7 @@ def fingerprint(image: Image) -> bytes:
     return hasher.digest()
 
 
-async def version_at(storage: LocalStorage | MemoryStorage, *, ambiguous: bool = False) -> int:
+async def version_at(storage: Storage, *, ambiguous: bool = False) -> int:
     """The version of the checkpoint there, every byte of it compared; ``NOTHING`` where there is none. With
     ``ambiguous``, two of them raise ``AmbiguousCheckpoint``.
     """

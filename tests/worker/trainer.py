@@ -13,6 +13,7 @@ import torch
 
 from asyncdcp import AsyncCheckpointer, Options
 from asyncdcp.staging import SlabCopier
+from asyncdcp.storage import Storage, open_storage
 from asyncdcp.storage.faults import FaultyStorage
 from asyncdcp.storage.spec import Fault
 from asyncdcp.worker.pipeline import ProcessPipeline
@@ -54,7 +55,9 @@ def train(order: dict[str, Any]) -> None:
     state = {"w": torch.full((3 * SLAB // 8 - 5000,), order["number"], dtype=torch.int64), "number": order["number"]}
     if "kill_at_slab" in order:
         kill_at_slab(order["kill_at_slab"])
-    storage = FaultyStorage(order["path"], [Fault(**fault) for fault in order.get("faults", [])])
+    storage: Storage = open_storage(order["path"])
+    if "faults" in order:
+        storage = FaultyStorage(order["path"], [Fault(**fault) for fault in order["faults"]])
     if order.get("hold"):
         os.kill(worker, signal.SIGSTOP)
     handle = checkpointer.save(storage, state, overwrite=True)
