@@ -8,7 +8,7 @@ It runs on the engine's thread or in the background process, unchanged; what it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -189,7 +189,8 @@ class CheckpointWriter:
         record = settlement.record
         replaced = record.replaces if record else []
         if replaced and self._job.rank == 0:
-            await self._delete_replaced(replaced)
+            with _logged("replaced checkpoints could not be deleted"):
+                await delete_saves(self._storage, replaced)
         info = self._storage.info
         return Saved(
             save_id=self._job.save_id,
@@ -203,17 +204,6 @@ class CheckpointWriter:
 
     def _stored_bytes(self) -> int:
         return sum(file.stored.size for file in self._files)
-
-    async def _delete_replaced(self, replaced: list[str]) -> None:
-        """Removes what the commit took the place of: data first, Records last, so that what remains is always
-        explained.
-        """
-        with _logged("replaced checkpoints could not be deleted"):
-            names = await self._storage.list()
-            files = [name for name in names for save_id in replaced if belongs_to(name, save_id)]
-            records = {record_name(save_id) for save_id in replaced}
-            await self._storage.delete([name for name in files if name not in records])
-            await self._storage.delete([name for name in files if name in records])
 
     async def _discard(self, *, keep_finished: bool) -> None:
         """Closes what is open, and removes what this rank wrote, of a save that is settled as not committed; what is
@@ -246,6 +236,15 @@ class CheckpointWriter:
             error = SaveAborted(f"the save to {location} was given up: {cause}", path=location)
         error.__cause__ = reason.error if reason else None
         return error
+
+
+async def delete_saves(storage: Storage, save_ids: Sequence[str]) -> None:
+    """Removes what a commit took the place of: data first, Records last, so that what remains is always explained."""
+    names = await storage.list()
+    files = [name for name in names for save_id in save_ids if belongs_to(name, save_id)]
+    records = {record_name(save_id) for save_id in save_ids}
+    await storage.delete([name for name in files if name not in records])
+    await storage.delete([name for name in files if name in records])
 
 
 @contextmanager

@@ -75,7 +75,8 @@ class FileSystemReader(StorageReader):
             try:
                 data = portal.call(ForeignDirectory(self.path).get, name, INDEX_LIMIT)
             except FileNotFoundError:
-                self._own = portal.call(OwnFormat.find, self.path) if rank is None else None
+                own = self.path if rank is None else self.path / f"__{rank}"
+                self._own = portal.call(OwnFormat.find, own)
                 if self._own is None:
                     raise
         metadata = self._own.described() if self._own is not None else load_metadata(data, str(self.path / name))

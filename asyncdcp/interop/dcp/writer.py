@@ -1,4 +1,4 @@
-"""``FileSystemWriter`` for ``torch.distributed.checkpoint``: torch's own format, by asyncdcp's storage layer."""
+"""``FileSystemWriter`` for ``torch.distributed.checkpoint``: torch's format or asyncdcp's, by one storage layer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 import pickle
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
@@ -25,12 +25,14 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from asyncdcp.errors import InvalidOption
+from asyncdcp.errors import CheckpointExists, InvalidOption
 from asyncdcp.interop.dcp.buckets import Bucket, split
+from asyncdcp.interop.dcp.new_files import NewFiles, Unsynced
+from asyncdcp.interop.dcp.own_commit import commit, standing
+from asyncdcp.interop.dcp.own_writing import write_part
 from asyncdcp.interop.dcp.publish import publish, remove_unnamed
 from asyncdcp.interop.dcp.stream import ObjectStream, Unclosing
 from asyncdcp.storage.local import LocalStorage
-from asyncdcp.storage.posix import OS
 
 _OVERHEAD = 2048
 """About what ``torch.save`` adds to a tensor's bytes."""
@@ -42,6 +44,13 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
     What differs: bytes go to the disk by direct I/O while the next are serialized; a save is durable when it returns,
     directories included; one that overwrites leaves the old checkpoint whole until the new one takes its place in a
     single step, then removes the old files; and one that fails removes what it wrote, and is never published.
+
+    With ``SerializationFormat.SAFETENSORS`` it writes asyncdcp's own format, which ``AsyncCheckpointer.load``, the
+    command line and asyncdcp's ``FileSystemReader`` open, and torch's reader does not. Its files are as the format has
+    them: one for each rank, whatever ``single_file_per_rank`` and ``thread_count`` say. Values of types that the format
+    does not know are pickled, and load only by ``AsyncCheckpointer.load(..., allow_pickle=True)``. Ranks that are not
+    coordinated save a checkpoint each, in directories ``__<rank>``. A place holds one format: ``CheckpointExists``
+    where it has a checkpoint of the other.
 
     ``thread_count`` files are written at once by each rank. ``per_thread_copy_ahead`` is how many bytes of each may be
     in memory on their way to the disk (32 MiB at least). Without ``sync_files`` nothing is synced.
@@ -62,10 +71,13 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         BlockingAsyncStager.__init__(self, cache_staged_state_dict=cache_staged_state_dict)
         if thread_count < 1:
             raise InvalidOption(f"thread_count is {thread_count}; it takes 1 or more")
-        if getattr(serialization_format, "value", serialization_format) != "torch_save":
+        form = getattr(serialization_format, "value", serialization_format)
+        if form not in ("torch_save", "safetensors"):
+            raise InvalidOption(f"serialization_format is {serialization_format}; it takes TORCH_SAVE or SAFETENSORS")
+        if form == "safetensors" and _extensions:
             raise InvalidOption(
-                f"serialization_format is {serialization_format}; this writer takes TORCH_SAVE, torch's default. "
-                "AsyncCheckpointer.save writes safetensors"
+                "_extensions transform torch's files, and SAFETENSORS writes asyncdcp's own; "
+                "AsyncCheckpointer(extensions=...) transforms those"
             )
         self.path = Path(path)
         self.single_file_per_rank = single_file_per_rank
@@ -74,6 +86,8 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         self.per_thread_copy_ahead = per_thread_copy_ahead
         self.overwrite = overwrite
         self.extensions = tuple(_extensions or ())
+        self.serialization_format = serialization_format
+        self.is_own_format = form == "safetensors"
         self.save_id = str(uuid.uuid4())
         self.rank: int | None = None
         self.use_collectives = True
@@ -91,7 +105,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Warns of a checkpoint that is there, or raises ``RuntimeError`` where it is not to be overwritten."""
-        if self._metadata_path.exists():
+        if self._is_there():
             if not self.overwrite:
                 raise RuntimeError(f"Checkpoint already exists and {self.overwrite=}.")
             warnings.warn(
@@ -109,12 +123,14 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes the plan's items; all of them durable on return, or nothing left of them if it raises."""
-        size = self.thread_count if self.single_file_per_rank else None
-        buckets = split(plan.items, plan.storage_data.prefix, size)
         with start_blocking_portal("asyncio") as portal:
-            files = _Files(portal, self._storage(), self.save_id)
+            files = NewFiles(portal, self._storage(), self.save_id)
             with files.removed_on_error():
-                results = self._write_files(files, buckets, planner)
+                if self.is_own_format:
+                    results = write_part(files, plan.items, planner, self.per_thread_copy_ahead)
+                else:
+                    size = self.thread_count if self.single_file_per_rank else None
+                    results = self._write_files(files, split(plan.items, plan.storage_data.prefix, size), planner)
                 files.barrier()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -122,6 +138,12 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Publishes the checkpoint, then removes the files of the one whose place it takes."""
+        if self.is_own_format:
+            with start_blocking_portal("asyncio") as portal:
+                save_id = portal.call(partial(commit, overwrite=self.overwrite), self._storage(), metadata, results)
+            metadata.storage_data = {}
+            metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=save_id)
+            return
         if hasattr(filesystem, "CURRENT_DCP_VERSION"):
             metadata.version = filesystem.CURRENT_DCP_VERSION
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
@@ -168,10 +190,28 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         """Each rank's own where ranks are not coordinated: another's may be of this very save."""
         return self.path / (f"__{self.rank}.metadata" if self._is_alone else ".metadata")
 
-    def _storage(self) -> LocalStorage:
-        return LocalStorage(self.path) if self.sync_files else LocalStorage(self.path, posix=_Unsynced())
+    @property
+    def _own_path(self) -> Path:
+        """Where asyncdcp's own format goes."""
+        return self.path / f"__{self.rank}" if self._is_alone else self.path
 
-    def _write_files(self, files: _Files, buckets: list[Bucket], planner: SavePlanner) -> list[WriteResult]:
+    def _is_there(self) -> bool:
+        """Whether there is a checkpoint to be overwritten; ``CheckpointExists`` for one of the other format."""
+        with start_blocking_portal("asyncio") as portal:
+            own = portal.call(standing, LocalStorage(self._own_path))
+        torchs = self._metadata_path.exists()
+        if torchs if self.is_own_format else own:
+            raise CheckpointExists(
+                f"{self.path} holds a checkpoint of another format; save to another path, or remove it first",
+                path=os.fspath(self.path),
+            )
+        return own or torchs
+
+    def _storage(self) -> LocalStorage:
+        path = self._own_path if self.is_own_format else self.path
+        return LocalStorage(path) if self.sync_files else LocalStorage(path, posix=Unsynced())
+
+    def _write_files(self, files: NewFiles, buckets: list[Bucket], planner: SavePlanner) -> list[WriteResult]:
         if self.thread_count == 1:
             parts = [self._write_file(files, bucket, planner) for bucket in buckets]
             return [result for part in parts for result in part]
@@ -183,7 +223,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
                 threads.shutdown(cancel_futures=True)
                 raise
 
-    def _write_file(self, files: _Files, bucket: Bucket, planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(self, files: NewFiles, bucket: Bucket, planner: SavePlanner) -> list[WriteResult]:
         hint = 0 if self.extensions else sum(bucket.sizes) + _OVERHEAD * len(bucket.items)
         with files.create(bucket.name, hint, self.per_thread_copy_ahead) as stream:
             return [self._write_item(stream, item, planner) for item in bucket.items]
@@ -212,51 +252,3 @@ def _packed(tensor: Tensor) -> Tensor:
     """On the CPU, with a storage that has nothing else, since ``torch.save`` writes storages whole."""
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-class _Files:
-    """The files of one ``write_data``; used on several threads."""
-
-    def __init__(self, portal: BlockingPortal, storage: LocalStorage, token: str) -> None:
-        self._portal = portal
-        self._storage = storage
-        self._token = token
-        self._finished: list[str] = []
-
-    @contextmanager
-    def create(self, name: str, length_hint: int, ahead: int) -> Iterator[ObjectStream]:
-        """A new file, finished when the block ends. Where there is one of that name, which may be the old
-        checkpoint's, it gets another.
-        """
-        try:
-            stream = ObjectStream(self._portal, self._storage, name, length_hint, ahead)
-        except FileExistsError:
-            stem, dot, suffix = name.rpartition(".")
-            name = f"{stem}_{self._token}{dot}{suffix}"
-            stream = ObjectStream(self._portal, self._storage, name, length_hint, ahead)
-        try:
-            yield stream
-            stream.finish()
-            self._finished.append(name)
-        except BaseException:
-            stream.abort()
-            raise
-
-    def barrier(self) -> None:
-        self._portal.call(self._storage.barrier)
-
-    @contextmanager
-    def removed_on_error(self) -> Iterator[None]:
-        """Removes what was finished if the block raises; it must have ended by then."""
-        try:
-            yield
-        except BaseException:
-            self._portal.call(self._storage.delete, self._finished)
-            raise
-
-
-class _Unsynced(OS):
-    """A system that syncs nothing."""
-
-    def fsync(self, fd: int, /) -> None:
-        pass

@@ -30,9 +30,9 @@ def make(mesh: DeviceMesh, step: int, place: Placement) -> State:
     }
 
 
-def check_loads(mesh: DeviceMesh, path: Path, step: int) -> None:
+def check_loads(mesh: DeviceMesh, path: Path, step: int, *readers: Any) -> None:
     expected = make(mesh, step, Shard(0))
-    for reader in (FileSystemReader, dcp.FileSystemReader):
+    for reader in readers or (FileSystemReader, dcp.FileSystemReader):
         for place in (Shard(0), Shard(1), Replicate()):
             target = make(mesh, step + 100, place)
             dcp.load(target, storage_reader=reader(path))
@@ -47,6 +47,32 @@ class FailsOnRankOne(FileSystemWriter):
         if dist.get_rank() == 1:
             raise RuntimeError("rank 1 gives up")
         return done
+
+
+def own_format(mesh: DeviceMesh, path: Path) -> None:
+    """The same in asyncdcp's own format; plans that are cached, too."""
+    options: Any = {"serialization_format": "safetensors"}
+    for step in (5, 6, 7):
+        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(make(mesh, step, Shard(0)), storage_writer=FileSystemWriter(path, **options), planner=planner)
+        check_loads(mesh, path, step, FileSystemReader)
+    before = {file.name for file in path.iterdir()}
+    dist.barrier()
+    try:
+        dcp.save(make(mesh, 8, Shard(1)), storage_writer=FailsOnRankOne(path, **options))
+        raise AssertionError("it was committed")
+    except CheckpointException as error:
+        assert list(error.failures) == [1]
+    assert {file.suffix for file in path.iterdir() if file.name not in before} == {".part"}
+    check_loads(mesh, path, 7, FileSystemReader)
+    saved = dcp.async_save(make(mesh, 9, Shard(1)), storage_writer=FileSystemWriter(path, **options))
+    saved.result()  # type: ignore[union-attr]  # there is no stager of one's own
+    check_loads(mesh, path, 9, FileSystemReader)
+    alone = {"mine": torch.full((3,), float(dist.get_rank()))}
+    dcp.save(alone, storage_writer=FileSystemWriter(path.parent / "own alone", **options), use_collectives=False)
+    target = {"mine": torch.zeros(3)}
+    dcp.load(target, storage_reader=FileSystemReader(path.parent / "own alone"))
+    assert torch.equal(target["mine"], alone["mine"])
 
 
 def main(rank: int, folder: Path) -> None:
@@ -71,6 +97,7 @@ def main(rank: int, folder: Path) -> None:
     target = {"mine": torch.zeros(3)}
     dcp.load(target, storage_reader=FileSystemReader(folder / "alone"))
     assert target["mine"].eq(rank).all()
+    own_format(mesh, folder / "own")
     dist.barrier()
     dist.destroy_process_group()
 

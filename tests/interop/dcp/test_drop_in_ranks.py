@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from asyncdcp import SyncCheckpointer
 from asyncdcp.interop.dcp import FileSystemWriter
+from asyncdcp.names import file_save_id
 from tests.interop.dcp.states import State, files
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +46,10 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert {"__0.metadata", "__1.metadata"} < files(tmp_path / "alone")
     with SyncCheckpointer(process=False) as checkpointer:
         loaded = checkpointer.load(tmp_path / "checkpoint")
+        own = checkpointer.load(tmp_path / "own")
     assert loaded["w"].shape == (33, 700) and loaded["step"] == 4
+    assert own["w"].shape == (33, 700) and own["step"] == 9
+    assert len({file_save_id(name) for name in files(tmp_path / "own")}) == 1, "nothing is left of other saves"
 
 
 @pytest.mark.timeout(120)
