@@ -462,6 +462,16 @@ case("failure", "an encrypted checkpoint and no key")(functools.partial(_encrypt
 case("failure", "an encrypted checkpoint and another key")(functools.partial(_encrypted, key=b"x" * 32))
 
 
+@case("failure", "a run whose newest checkpoint hides its metadata, and no key")
+def _hidden() -> None:
+    place = MemoryPlace("run")
+    secret = [AESGCM(b"k" * 32, hide_metadata=True)]
+    with CheckpointManager(place, process=False, takeover_seconds=0.0, extensions=secret) as manager:
+        manager.save(9, {"x": torch.ones(1)})
+    with CheckpointManager(place, process=False, takeover_seconds=0.0):
+        pass
+
+
 @case("failure", "a checkpoint of an extension that is not there")
 def _unknown_extension() -> None:
     storage = MemoryStorage("run/step_9")

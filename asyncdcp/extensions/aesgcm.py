@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from asyncdcp.errors import InvalidOption, KeyUnavailable, MissingDependency
@@ -67,14 +68,17 @@ class AESGCM(SealingExtension):
     @staticmethod
     def from_descriptor(version: str) -> AESGCM:
         """With the key of that id out of the environment variable ``ASYNCDCP_KEY``."""
-        key_id = _key_id(version)
+        key_id, why = _key_id(version), f"the environment variable {KEY_VARIABLE} does not hold it"
         try:
-            return AESGCM.from_environment().reader(version)
+            known = AESGCM.from_environment()
+            with suppress(KeyUnavailable):
+                return known.reader(version)
         except KeyUnavailable as error:
-            raise KeyUnavailable(
-                f"the data is encrypted with the key {key_id!r}, and {error}; give the checkpointer the key "
-                f"(extensions=[AESGCM(key)]), or set {KEY_VARIABLE}"
-            ) from None
+            why = str(error)
+        raise KeyUnavailable(
+            f"the data is encrypted with the key {key_id!r}, and {why}; give the checkpointer the key "
+            f"(extensions=[AESGCM(key)]), or set {KEY_VARIABLE}"
+        )
 
     def get_descriptor(self) -> str:
         return f"{self.registry_name()}/1.{self._key_id}"

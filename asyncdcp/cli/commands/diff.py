@@ -73,7 +73,7 @@ def command(a: str, b: str, globs: tuple[str, ...], *, values: bool, everything:
 async def _diff(
     places: tuple[str, str], globs: tuple[str, ...], *, values: bool, everything: bool, as_json: bool
 ) -> int:
-    async with opened(places[0]) as a, opened(places[1]) as b:
+    async with opened(places[0], data=values) as a, opened(places[1], data=values) as b:
         ours, theirs = entries_of(a), entries_of(b)
         if globs:
             names = {entry.name for entry in chosen([*ours, *theirs], globs)}
