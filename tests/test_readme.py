@@ -57,6 +57,6 @@ def test_the_train_command_dies_and_resumes(tmp_path: Path) -> None:
 
 def test_what_it_points_to_is_there() -> None:
     targets = set(re.findall(r"\]\(([^)#]+)\)", _README))
-    assert "tests/storage" in targets
+    assert "tests/reliability/README.md" in targets
     missing = [target for target in targets if not (_ROOT / target).exists()]
     assert not missing

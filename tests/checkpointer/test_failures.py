@@ -46,7 +46,7 @@ def works(checkpointer: AsyncCheckpointer, state: dict[str, torch.Tensor] = STAT
 @pytest.mark.parametrize("staging_bytes", [None, 8 * MIB])
 @pytest.mark.parametrize(
     "point",
-    [("list", 1), ("create", 1), ("write", 1), ("write", 3), ("finish", 1), ("barrier", 1), ("put", 1), ("barrier", 2)],
+    [("list", 1), ("create", 1), ("write", 1), ("write", 3), ("finish", 1), ("put", 1), ("barrier", 1)],
     ids=lambda point: "-".join(map(str, point)),
 )
 def test_an_operation_that_fails(

@@ -336,7 +336,7 @@ async def test_metadata_is_kept_as_json(checkpointer: AsyncCheckpointer) -> None
 
 
 def test_what_cannot_be_saved_is_refused_at_once(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
-    for place in ("", 3, "s3://bucket"):
+    for place in ("", 3, "nowhere://bucket"):
         with pytest.raises(InvalidOption):
             checkpointer.save(place, {})  # type: ignore[arg-type]  # on purpose
     with pytest.raises(UnsupportedValue):
@@ -431,14 +431,3 @@ def test_the_blocking_twin(tmp_path: Path) -> None:
             checkpointer.save(tmp_path / "it", state)
         with pytest.raises(CheckpointNotFound):
             checkpointer.load(tmp_path / "other")
-
-
-def test_a_repeated_save_of_a_thousand_tensors_returns_in_5_ms(checkpointer: AsyncCheckpointer) -> None:
-    state = {"model": {f"layers.{number}.weight": torch.zeros(16, 16) for number in range(1000)}, "step": 1}
-    seconds = []
-    for _ in range(20):
-        begun = time.perf_counter()
-        handle = checkpointer.save(MemoryStorage(), state)
-        seconds.append(time.perf_counter() - begun)
-        handle.result()
-    assert min(seconds[1:]) < 0.005, seconds

@@ -124,7 +124,7 @@ from asyncdcp.cli import checkpoints
 from asyncdcp.cli.main import main
 import anyio
 
-async def stuck(_):
+async def stuck(*_, **__):
     print("waiting", flush=True)
     await anyio.sleep_forever()
 

@@ -19,7 +19,7 @@ def test_every_damage_is_found(ranks: int) -> None:
 
 
 def test_without_the_blocks_checksums_damage_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_verify", lambda window, layout: None)
+    monkeypatch.setattr(reader._Check, "advance", lambda check, there: None)
     with pytest.raises((Lost, AssertionError)):
         examine(1, samples=10, seed=1, figures=Figures())
 

@@ -134,18 +134,20 @@ def states(draw: st.DrawFn) -> dict[Any, Any]:
     return state
 
 
-def walk(state: Any, leaf: Callable[[Any], Any], box: Callable[[Box], Any]) -> Any:
-    """The state with other leaves; a PerRank is what it holds."""
+def walk(
+    state: Any, leaf: Callable[[Any], Any], box: Callable[[Box], Any], own: Callable[[Any], Any] = lambda held: held
+) -> Any:
+    """The state with other leaves; a PerRank is what ``own`` makes of what it holds."""
     if isinstance(state, Box):
         return box(state)
     if isinstance(state, PerRank):
-        return walk(state.value, leaf, box)
+        return own(walk(state.value, leaf, box, own))
     if isinstance(state, dict) and not isinstance(state, Counter):
         made = defaultdict(state.default_factory) if isinstance(state, defaultdict) else type(state)()
-        made.update({key: walk(value, leaf, box) for key, value in state.items()})
+        made.update({key: walk(value, leaf, box, own) for key, value in state.items()})
         return made
     if type(state) in (list, tuple) and not is_plain_sequence(state):
-        return type(state)(walk(value, leaf, box) for value in state)
+        return type(state)(walk(value, leaf, box, own) for value in state)
     return leaf(state)
 
 
@@ -208,7 +210,7 @@ def blank(state: Any, strided: bool, half: bool) -> Any:
             made[id(value)] = other if strided else other.contiguous()
         return made[id(value)]
 
-    return walk(state, leaf, lambda box: Box({} if half else blank(box.content, strided, half)))
+    return walk(state, leaf, lambda box: Box({} if half else blank(box.content, strided, half)), PerRank)
 
 
 @_ROUND

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,16 +32,6 @@ MEGABYTE = 1_000_000
 
 def inspected(checkpointer: AsyncCheckpointer) -> Inspection:
     return checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
-
-
-def test_starts_within_half_a_second(opened: Opened) -> None:
-    seconds = []
-    for _ in range(5):
-        checkpointer = opened()
-        begun = time.monotonic()
-        worker_of(checkpointer)
-        seconds.append(time.monotonic() - begun)
-    assert min(seconds) < 0.5, seconds  # other work on the machine may slow some
 
 
 def test_is_small_and_has_no_torch(opened: Opened, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.interop.dcp.states import State, training_state
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: other tests of the process have groups of their own
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("store") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
