@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -23,12 +23,21 @@ from asyncdcp.errors import AsyncDCPError, CommitUnknown, CorruptCheckpoint, Sav
 from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES
 from asyncdcp.interop.dcp.own_writing import Part
 from asyncdcp.interop.dcp.skeleton import build, paths_of
-from asyncdcp.metadata import FileTable, IndexHead, IndexPlan, IndexRef, decode_index, digest, encode_index
-from asyncdcp.names import data_name, index_name, make_save_id
+from asyncdcp.metadata import (
+    FileTable,
+    IndexHead,
+    IndexPlan,
+    IndexRef,
+    decode_index,
+    digest,
+    encode_index,
+    encode_record,
+)
+from asyncdcp.names import belongs_to, data_name, index_name, make_save_id, record_name
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import SaveJob
-from asyncdcp.pipeline.records import live_commits, read_records
-from asyncdcp.pipeline.settle import GiveUpSignal, Settlement
+from asyncdcp.pipeline.records import live_commits, read_record, read_records
+from asyncdcp.pipeline.settle import GiveUpSignal, Settlement, abort_record
 from asyncdcp.pipeline.union import Union, check_sizes, unite
 from asyncdcp.pipeline.writer import delete_saves
 from asyncdcp.planning import Structure
@@ -38,6 +47,9 @@ from asyncdcp.storage.files import translated
 from asyncdcp.storage.local import LocalStorage
 
 _STAGED = re.compile(r"__dcp_[0-9a-f]{32}_\d+\.part")
+
+_MARKER = re.compile(r"__dcp_([0-9a-f]{20})\.begun")
+"""It is there while files have names of the format, and no Record explains them yet."""
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -64,20 +76,25 @@ async def commit(
     try:
         indexes = await to_thread.run_sync(_indexes, save_id, parts, metadata)
         union = await to_thread.run_sync(_checked, indexes)
+        await storage.put(_marker(save_id), b"")
         await to_thread.run_sync(_rename, storage.info.location, files)
         for name, data in indexes.items():
             await storage.put(name, data)
         await storage.barrier()
         check_sizes(union.files.values(), await storage.list())
-        replaced = await _settle(_job(save_id, union, len(parts), overwrite=overwrite), storage, indexes, union)
-    except CommitUnknown:
-        raise
     except BaseException:
         with anyio.CancelScope(shield=True):
-            await storage.delete([*files, *files.values(), *indexes])
+            await storage.delete([*files, *files.values(), *indexes, _marker(save_id)])
         raise
-    await _tidy(storage, replaced)
+    with anyio.CancelScope(shield=True):  # whoever cancels now is late: what is committed is not to be removed
+        job = _job(save_id, union, len(parts), overwrite=overwrite)
+        replaced = await _settle(job, storage, indexes, union)
+        await _tidy(storage, replaced, save_id)
     return save_id
+
+
+def _marker(save_id: str) -> str:
+    return f"__dcp_{save_id}.begun"
 
 
 def _part_of(results: Sequence[WriteResult]) -> Part:
@@ -165,7 +182,9 @@ def _job(save_id: str, union: Union, world_size: int, *, overwrite: bool) -> Sav
 
 
 async def _settle(job: SaveJob, storage: LocalStorage, indexes: Mapping[str, bytes], union: Union) -> list[str]:
-    """Claims the Record; the save ids that it replaces. Raises if it is not a commit."""
+    """Claims the Record; the save ids that it replaces. If it is not a commit, removes the save's files and raises;
+    ``CommitUnknown``, with all of them kept, where that cannot be told.
+    """
     give_up = GiveUpSignal()
     name = index_name(job.save_id, 0)
     settlement = Settlement(job, storage, give_up, IndexRef(name, len(indexes[name]), digest(indexes[name])))
@@ -176,13 +195,29 @@ async def _settle(job: SaveJob, storage: LocalStorage, indexes: Mapping[str, byt
     location, reason = storage.info.location, give_up.reason
     if state is State.UNKNOWN:
         raise CommitUnknown(f"whether the save to {location} was committed cannot be told", path=location)
+    await storage.delete([*union.files, *indexes, _marker(job.save_id)])
     raise reason.error if reason else SaveAborted(f"the save to {location} was given up", path=location)
 
 
-async def _tidy(storage: LocalStorage, replaced: Sequence[str]) -> None:
-    """Removes replaced checkpoints, and what ranks have left of saves of which another one failed."""
+async def _tidy(storage: LocalStorage, replaced: Sequence[str], save_id: str) -> None:
+    """Removes replaced checkpoints, and what is left of saves of which a rank failed, or the coordinator died."""
     try:
         await delete_saves(storage, replaced)
-        await storage.delete([name for name in await storage.list() if _STAGED.fullmatch(name)])
+        names = await storage.list()
+        begun = [match[1] for name in names if (match := _MARKER.fullmatch(name)) and match[1] != save_id]
+        for dead in begun:
+            await _remove_dead(storage, dead, names)
+        staged = [name for name in names if _STAGED.fullmatch(name)]
+        await storage.delete([*staged, *map(_marker, (*begun, save_id))])
     except (AsyncDCPError, OSError) as error:
         _logger.warning("files of an earlier save in %s could not be removed: %s", storage.info.location, error)
+
+
+async def _remove_dead(storage: LocalStorage, save_id: str, names: Iterable[str]) -> None:
+    """Removes the files of a save whose coordinator died before its commit, and makes sure that there will be none."""
+    error = SaveAborted("the coordinator died before the commit, and a later save has cleaned up after it")
+    abort = abort_record(save_id, (0, 1), error, dict(versions()))
+    won = await storage.claim(record_name(save_id), await to_thread.run_sync(encode_record, abort))
+    if won or (await read_record(storage, save_id)).outcome == "abort":
+        own = record_name(save_id)
+        await storage.delete([name for name in names if belongs_to(name, save_id) and name != own])

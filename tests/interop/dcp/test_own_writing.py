@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,7 +24,9 @@ from asyncdcp.errors import (
     UnsupportedValue,
 )
 from asyncdcp.interop.dcp import FileSystemReader, FileSystemWriter
-from asyncdcp.names import file_save_id
+from asyncdcp.interop.dcp.own_commit import commit, standing
+from asyncdcp.names import file_save_id, record_save_id
+from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.storage import LocalStorage
 from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.spec import Fault
@@ -215,7 +218,7 @@ def test_a_system_that_fails(
         dcp.save({"x": torch.zeros(1000)}, storage_writer=writer)
     assert isinstance(causes(caught)[0], StorageError) and writer.system.calls[operation] >= number
     left = files(tmp_path) - before
-    assert before <= files(tmp_path) and all(name.count("-") == 0 for name in left), "at most the Record of an abort"
+    assert before <= files(tmp_path) and all(record_save_id(name) for name in left), "at most the Record of an abort"
     assert checkpointer.load(tmp_path)["x"].eq(1).all()
     dcp.save({"x": torch.zeros(1000)}, storage_writer=own(tmp_path))
     assert checkpointer.load(tmp_path)["x"].eq(0).all() and not before & files(tmp_path)
@@ -231,3 +234,56 @@ def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ch
     assert not files(tmp_path)
     with pytest.raises(CheckpointNotFound):
         checkpointer.load(tmp_path)
+
+
+class Captured(FileSystemWriter):
+    """Leaves ``finish`` to the test."""
+
+    finished: Any
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        self.finished = metadata, results
+
+
+class Late(LocalStorage):
+    """Is cancelled when the Record has been claimed, or dies when it is to be."""
+
+    scope: anyio.CancelScope | None = None
+
+    async def claim(self, name: str, data: bytes) -> bool:
+        if self.scope is None:
+            raise StorageError("gone")
+        won = await super().claim(name, data)
+        self.scope.cancel()
+        return won
+
+    async def delete(self, names: Any) -> None:
+        if self.scope is not None:
+            await super().delete(names)
+
+
+async def test_a_cancellation_is_too_late_for_a_commit(tmp_path: Path) -> None:
+    writer = Captured(tmp_path, serialization_format="safetensors")
+    dcp.save({"x": torch.ones(3)}, storage_writer=writer)
+    storage = Late(tmp_path)
+    with anyio.CancelScope() as storage.scope:
+        await commit(storage, *writer.finished, overwrite=True)
+    async with await CheckpointReader.open(LocalStorage(tmp_path)) as reader:
+        assert list(reader.metadata.state_dict_metadata) == ["x"]
+    assert len(await storage.list()) == 3
+
+
+async def test_a_coordinator_that_dies(tmp_path: Path) -> None:
+    """What it leaves is no checkpoint; the next save makes sure that it never will be, and removes it."""
+    writer = Captured(tmp_path, serialization_format="safetensors")
+    dcp.save({"x": torch.ones(3)}, storage_writer=writer)
+    with pytest.raises(StorageError, match="gone"):
+        await commit(Late(tmp_path), *writer.finished, overwrite=True)
+    left = await LocalStorage(tmp_path).list()
+    dead = {file_save_id(name) for name in left} - {None}
+    assert len(left) == 3 and len(dead) == 1 and not await standing(LocalStorage(tmp_path))
+    meta = dcp.save({"x": torch.zeros(3)}, storage_writer=own(tmp_path))
+    assert isinstance(meta, dcp.Metadata) and meta.storage_meta is not None
+    now = await LocalStorage(tmp_path).list()
+    assert {name for name in now if file_save_id(name) in dead} == {f"{name}.json" for name in dead}
+    assert len([name for name in now if file_save_id(name) == meta.storage_meta.save_id]) == 3 and len(now) == 4
