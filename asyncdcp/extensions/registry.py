@@ -79,7 +79,13 @@ class ExtensionRegistry:
             yield self._classes[name]
             return
         for point in entry_points(group=ENTRY_POINTS, name=name):
-            found = point.load()
+            try:
+                found = point.load()
+            except Exception as error:
+                raise UnsupportedFormat(
+                    f"the extension {name} could not be loaded from the entry point {point.value}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             if not (isinstance(found, type) and issubclass(found, Extension)):
                 raise InvalidOption(f"the entry point {point.value} of {ENTRY_POINTS} is no Extension")
             yield found

@@ -11,8 +11,9 @@ import pytest
 
 from asyncdcp import AESGCM, AsyncCheckpointer, BytePlanes, ExtensionRegistry, ZStandard
 from asyncdcp.errors import AsyncDCPError, ExtensionOrderWarning, InvalidOption, KeyUnavailable, UnsupportedFormat
-from asyncdcp.extensions import Chain, registry, spec_of
+from asyncdcp.extensions import Chain, Seals, registry, spec_of
 from asyncdcp.extensions.aesgcm import key_name
+from asyncdcp.metadata import Seal
 from asyncdcp.testing.extensions import context
 from tests.extensions.samples import Xor, Zlib
 
@@ -43,6 +44,9 @@ def test_registered_classes_and_entry_points(monkeypatch: pytest.MonkeyPatch) ->
     points = EntryPoints([EntryPoint("stream.zlib@tests", "tests.extensions.samples:Zlib", registry.ENTRY_POINTS)])
     monkeypatch.setattr(registry, "entry_points", lambda **wanted: points.select(**wanted))
     assert isinstance(ExtensionRegistry().from_descriptor("stream.zlib@tests/1"), Zlib)
+    points = EntryPoints([EntryPoint("broken@tests", "tests.extensions.nowhere:It", registry.ENTRY_POINTS)])
+    with pytest.raises(UnsupportedFormat, match=r"broken@tests could not be loaded .*nowhere:It: ModuleNotFoundError"):
+        ExtensionRegistry().from_descriptor("broken@tests/1")
 
 
 def test_an_order_that_saves_nothing_warns() -> None:
@@ -129,6 +133,42 @@ def test_keys_by_a_callable_and_rotation() -> None:
         ExtensionRegistry([new]).from_descriptor("encrypt.aesgcm/1.2024")
     both = ExtensionRegistry([AESGCM(KEY), AESGCM(OTHER)])
     assert both.from_descriptor(AESGCM(OTHER).get_descriptor()).get_descriptor() == AESGCM(OTHER).get_descriptor()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        (ConnectionError("token 12345"), KeyUnavailable, "the key 'mine' could not be had: its provider raised Conn"),
+        (KeyError("mine"), KeyUnavailable, "there is no key 'mine'"),
+        (b"short", InvalidOption, "a key takes 32 random bytes"),
+    ],
+)
+def test_a_provider_that_fails_is_no_damage(answer: Any, error: type[Exception], says: str) -> None:
+    def provider(key_id: str) -> bytes:
+        if isinstance(answer, Exception):
+            raise answer
+        return bytes(answer)
+
+    stored = AESGCM(KEY, key_id="mine").encode(memoryview(b"abc"), context())
+    failing = AESGCM(provider, key_id="mine")
+    with pytest.raises(error, match=says) as caught:
+        Chain([failing]).decode(memoryview(stored), context(), 3)
+    assert "12345" not in str(caught.value)
+    for hidden in (True, False):
+        token, body = AESGCM(KEY, key_id="mine", hide_metadata=hidden).seal(b"{}", "s" * 20, "s" * 20)
+        seal = Seal(failing.get_descriptor(), token.hex(), hidden)
+        seals = Seals(ExtensionRegistry([failing]))
+        if hidden or error is InvalidOption:
+            with pytest.raises(error, match=says):
+                seals(seal, body or b"{}", "s" * 20)
+        else:
+            assert seals(seal, b"{}", "s" * 20) == b"{}" and "s" * 20 not in seals
+
+
+@pytest.mark.parametrize("version", ["1.", f"1.{'x' * 65}", "2.abc"])
+def test_a_key_id_that_cannot_be_is_the_checkpoints_fault(version: str) -> None:
+    with pytest.raises(UnsupportedFormat):
+        ExtensionRegistry([AESGCM(KEY)]).from_descriptor(f"encrypt.aesgcm/{version}")
 
 
 def test_a_block_is_bound_to_its_place() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asyncdcp.errors import CorruptCheckpoint, InvalidOption
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption, KeyUnavailable
+from asyncdcp.metadata import Record, Seal, encode_record
 from asyncdcp.names import data_name, index_name, record_name
-from asyncdcp.runs import list_checkpoints, look
+from asyncdcp.runs import list_checkpoints, look, plan_collection
 from asyncdcp.runs.layout import line_name, step_name, step_of
 from asyncdcp.runs.listing import Known
 from asyncdcp.storage import LocalPlace, Place
@@ -126,3 +128,23 @@ print(time.perf_counter() - begun)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < 3.0
+
+
+@pytest.mark.parametrize("by", ["encrypt.aesgcm/1.somebodys", "encrypt.aesgcm/1.a+b", "secret@elsewhere/7"])
+async def test_a_record_that_nobody_here_can_open_spoils_no_listing(
+    place: Place, forge: Any, claim: Any, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASYNCDCP_KEY", raising=False)
+    await claim(place, 1, {})
+    await forge(place, 1)
+    save_id = await forge(place, 2, outcome=None)
+    record = Record(save_id=save_id, outcome="commit", time=0.0, world_size=1, versions={})
+    data = encode_record(record, lambda body, _: (Seal(by, "", True), body))  # the seal's own field
+    await place.child("step_2").put(record_name(save_id), data)
+    run = await look(place)
+    assert [(each.step, each.state) for each in run.checkpoints] == [(1, "committed"), (2, "encrypted")]
+    assert by in (run.checkpoints[1].cause or "") or "somebodys" in (run.checkpoints[1].cause or "")
+    assert run.known_latest() is None
+    with pytest.raises(KeyUnavailable, match="step_2 may be it"):
+        run.latest()
+    assert plan_collection(run, now=time.time() + 9, older_than=0.0, off_line=True) == []
