@@ -120,11 +120,10 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> None:
 
 
 def test_starts_from_any_program(tmp_path: Path) -> None:
-    """By -c, isolated, as a script without a guard, beside modules that hide the standard library's, in a hostile
+    """By -c and isolated, as a script without a guard, beside modules that hide the standard library's, in a hostile
     environment.
     """
     code = textwrap.dedent(PROGRAM)
-    run(tmp_path, "-c", code)
     run(tmp_path, "-I", "-c", code.replace('"saved"', '"saved2"'))
     folder = tmp_path / "scripts"
     folder.mkdir()

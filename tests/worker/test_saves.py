@@ -285,7 +285,7 @@ def test_many_saves_leak_nothing(opened: Opened, tmp_path: Path) -> None:
 
     save(40)
     before, rss = save(10), checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG).rss_bytes
-    after = save(1000)
+    after = save(300)
     assert after <= before
     seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
     assert seen.rss_bytes - rss < 2_000_000

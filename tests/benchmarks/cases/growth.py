@@ -13,8 +13,8 @@ from tests.benchmarks.states import many_small
 
 _SIZES: Final = {"gpt2": 96 << 20, "small": 16 << 20, "tiny": 1 << 20}
 _TENSORS: Final = {"gpt2": 1000, "small": 100, "tiny": 10}
-_BYTES_STEPS: Final = (1, 4, 16)
-_TENSOR_STEPS: Final = (1, 10, 100)
+BYTES_STEPS: Final = (1, 4, 16)
+TENSOR_STEPS: Final = (1, 10, 100)
 
 
 def run(setting: Setting) -> Results:
@@ -22,12 +22,12 @@ def run(setting: Setting) -> Results:
     size, tensors = _SIZES[setting.size], _TENSORS[setting.size]
     results = Results("growth", f"{size >> 20} MiB x 1, 4, 16; {tensors:,} tensors x 1, 10, 100; asyncdcp alone")
     results.unit, results.scale = "ns per byte, µs per tensor", 1.0
-    for step in _BYTES_STEPS:
+    for step in BYTES_STEPS:
         state = {str(number): torch.rand(size * step // 64 // 4) for number in range(64)}
         _measure(setting, results, f"bytes x {step}", state, 1e9 / (size * step))
-    for step in _TENSOR_STEPS:
+    for step in TENSOR_STEPS:
         _measure(setting, results, f"tensors x {step}", many_small(tensors * step), 1e6 / (tensors * step))
-    for kind, steps in (("bytes", _BYTES_STEPS), ("tensors", _TENSOR_STEPS)):
+    for kind, steps in (("bytes", BYTES_STEPS), ("tensors", TENSOR_STEPS)):
         for metric in ("save", "load"):
             last, before = f"{kind} x {steps[-1]}", f"{kind} x {steps[-2]}"
             results.ratios.append(Ratio(f"{metric}: {last} / {before}", last, metric, before, metric, 1.25))
