@@ -64,8 +64,18 @@ def test_async_save_in_a_process(tmp_path: Path) -> None:
         x.fill_(-1)
         assert isinstance(saved, Future)
         saved.result()
+        own = dcp.async_save(
+            {"x": torch.full((1000,), 4.0), "step": 4},
+            storage_writer=FileSystemWriter(tmp_path / "own", serialization_format="safetensors"),
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        assert isinstance(own, Future)
+        own.result()
     finally:
         executor._CHECKPOINT_PROCESS = None  # there is no other way to end it
     target: State = {"x": torch.zeros(1000), "step": 0}
     dcp.load(target, storage_reader=dcp.FileSystemReader(tmp_path / "a"))
     assert target["x"].eq(3).all() and target["step"] == 3
+    with SyncCheckpointer(process=False) as checkpointer:
+        loaded = checkpointer.load(tmp_path / "own")
+    assert loaded["x"].eq(4).all() and loaded["step"] == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from asyncdcp.interop.dcp import FileSystemReader, FileSystemWriter
 from asyncdcp.interop.dcp.own_commit import commit, standing
 from asyncdcp.names import file_save_id, record_save_id
 from asyncdcp.pipeline.reader import CheckpointReader
+from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.storage import LocalStorage
 from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.spec import Fault
@@ -69,6 +71,15 @@ def test_every_byte_has_a_checksum(tmp_path: Path, state: State, checkpointer: S
     data[-1] ^= 1
     path.write_bytes(data)
     assert not checkpointer.verify(tmp_path).ok
+
+
+def test_tensors_larger_than_a_file(
+    tmp_path: Path, state: State, same: Same, checkpointer: SyncCheckpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncdcp.interop.dcp.own_writing.plan_save", partial(plan_save, file_limit=100_000))
+    dcp.save(state, storage_writer=own(tmp_path))
+    assert len([*tmp_path.glob("*.safetensors")]) > 10 and checkpointer.verify(tmp_path).ok
+    assert same(checkpointer.load(tmp_path), state)
 
 
 def test_several_ranks_with_shards_replicas_and_nothing(tmp_path: Path, checkpointer: SyncCheckpointer) -> None:
