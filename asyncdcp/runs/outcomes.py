@@ -15,7 +15,7 @@ from asyncdcp.storage import Contents
 @dataclass(frozen=True)
 class Outcomes:
     """Records by save id. Of those that cannot be read, why: ``broken`` ones are damaged, ``sealed`` ones are encrypted
-    with a key that is not at hand, and nothing is known of them but that they are there.
+    with a key that is not at hand, or do not open with it, and nothing is known of them but that they are there.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
@@ -50,7 +50,8 @@ def read_outcomes(contents: Contents, unseal: Unseal) -> Outcomes:
         except KeyError:
             found.broken[save_id] = contents.unread.get(name, f"{name} was not read")
         except CorruptCheckpoint as error:
-            found.broken[save_id] = str(error)
+            causes = found.sealed if _is_hidden(contents.read[name], name) else found.broken
+            causes[save_id] = str(error)
         except (KeyUnavailable, MissingDependency) as error:
             found.sealed[save_id] = str(error)
         else:
@@ -59,6 +60,17 @@ def read_outcomes(contents: Contents, unseal: Unseal) -> Outcomes:
             else:
                 found.broken[save_id] = f"{name}: says it is the Record of save {record.save_id[:40]!r}"
     return found
+
+
+def _is_hidden(data: bytes, name: str) -> bool:
+    """Whether a Record is encrypted, and as it was written: that it does not open may be the fault of the key."""
+    try:
+        decode_record(data, name)
+    except KeyUnavailable:
+        return True
+    except CorruptCheckpoint:
+        pass
+    return False
 
 
 def saves_of(contents: Contents) -> Mapping[str, dict[str, int]]:

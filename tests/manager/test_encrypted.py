@@ -36,6 +36,12 @@ def names(run: Path) -> set[str]:
     return {str(path.relative_to(run)) for path in run.glob("step_*/*")}
 
 
+def damage(path: Path) -> None:
+    """Changes a few characters near the end."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + b"AAAAAAA" + content[-2:])
+
+
 def top(run: Path) -> list[str]:
     """What lies in the run's own directory, which need not be there."""
     return sorted(path.name for path in run.glob("*"))
@@ -94,6 +100,21 @@ async def test_whoever_lacks_the_key_neither_falls_back_nor_claims_anything(
     async with aclosing(asyncdcp.follow(run)) as published:
         with pytest.raises(KeyUnavailable):
             await anext(published)
+
+
+async def test_another_key_of_the_same_name_is_no_damage(opened: Opened, training: Training, run: Path) -> None:
+    save_all(opened(), training, 1)
+    save_all(opened(extensions=[AESGCM(KEY, key_id="mine", hide_metadata=True)]), training, 2)
+    wrong = AESGCM(OTHER, key_id="mine", hide_metadata=True)
+    listed = await asyncdcp.list_checkpoints(run, ExtensionRegistry([wrong]))
+    assert [each.state for each in listed] == ["committed", "encrypted"]
+    with pytest.raises(KeyUnavailable, match=r"step_2 may be it.*another key has the id 'mine'"):
+        opened(extensions=[wrong])
+    (record,) = (path for path in run.glob("step_2/*.json") if "index" not in path.name)
+    damage(record)  # which it is with any key
+        record.read_bytes()[:-9] + b"AAAAAAA" + record.read_bytes()[-2:]
+    )  # this is damage, key or no key
+    assert (await asyncdcp.list_checkpoints(run, ExtensionRegistry([wrong])))[1].state == "damaged"
 
 
 async def test_a_listing_shows_what_it_cannot_read(opened: Opened, training: Training, run: Path) -> None:
