@@ -19,7 +19,7 @@ Nothing here does I/O; ``pipeline/reader.py`` checks what was read against these
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -342,7 +342,7 @@ class TensorStorageMetadata(msgspec.Struct, frozen=True):
 
     properties: TensorProperties
     size: tuple[int, ...]
-    chunks: tuple[ChunkStorageMetadata, ...]
+    chunks: Sequence[ChunkStorageMetadata]
 
 
 class BytesStorageMetadata(msgspec.Struct, frozen=True):
@@ -383,8 +383,8 @@ class Metadata(msgspec.Struct, frozen=True):
     every chunk. ``tree`` and ``values`` are tagged JSON, for the layer that knows Python's containers.
     """
 
-    state_dict_metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata]
-    storage_data: dict[MetadataIndex, ChunkLocation]
+    state_dict_metadata: Mapping[str, TensorStorageMetadata | BytesStorageMetadata]
+    storage_data: Mapping[MetadataIndex, ChunkLocation]
     storage_meta: StorageMeta
     aliases: dict[str, str]
     tree: msgspec.Raw

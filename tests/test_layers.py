@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"errors"},
     {"boxes", "buffers", "config", "memory_limits", "names", "threads", "trace"},
     {"metadata", "results", "storage", "arena", "futures"},
-    {"extensions", "format", "engine"},
+    {"chunk_table", "extensions", "format", "engine"},
     {"planning", "runs"},
     {"pipeline"},
     {"worker"},

@@ -14,10 +14,11 @@ from math import prod
 from typing import NamedTuple
 
 from asyncdcp.boxes import Box, intersect
+from asyncdcp.chunk_table import StoredChunks
 from asyncdcp.format.blocks import BLOCK_BYTES
 from asyncdcp.metadata import (
     DTYPE_SIZES,
-    ChunkStorageMetadata,
+    ChunkLocation,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -67,22 +68,26 @@ def _items(metadata: Metadata, number: int, want: Want) -> Iterator[ReadItem]:
     tensor = metadata.state_dict_metadata[want.name]
     assert isinstance(tensor, TensorStorageMetadata), f"{want.name} is not a tensor"
     itemsize = DTYPE_SIZES[tensor.properties.dtype]
+    for box, location in _meeting(metadata, want, tensor):
+        common = box if box == want.box else intersect(box, want.box)
+        if common is not None:
+            yield from _cut(number, want, (box, location), common, itemsize)
+
+
+def _meeting(metadata: Metadata, want: Want, tensor: TensorStorageMetadata) -> Iterator[tuple[Box, ChunkLocation]]:
+    """The chunks that the wanted box may meet."""
+    if isinstance(metadata.storage_data, StoredChunks):
+        yield from metadata.storage_data.meeting(want.name, want.box)
+        return
     for chunk in tensor.chunks:
         box = Box(chunk.offsets, chunk.sizes)
-        if box == want.box:
-            common: Box | None = box if box.volume else None
-        else:
-            common = intersect(box, want.box)
-        if common is not None:
-            yield from _cut(metadata, number, want, chunk, common, itemsize)
+        if box.volume:
+            yield box, metadata.storage_data[MetadataIndex(want.name, chunk.offsets)]
 
 
-def _cut(
-    metadata: Metadata, number: int, want: Want, chunk: ChunkStorageMetadata, common: Box, itemsize: int
-) -> Iterator[ReadItem]:
+def _cut(number: int, want: Want, chunk: tuple[Box, ChunkLocation], common: Box, itemsize: int) -> Iterator[ReadItem]:
     """One item for each run of the overlap."""
-    location = metadata.storage_data[MetadataIndex(want.name, chunk.offsets)]
-    box = Box(chunk.offsets, chunk.sizes)
+    box, location = chunk
     for part in _runs(box, common, itemsize):
         first, last = _flat(box, part)
         target = -1
