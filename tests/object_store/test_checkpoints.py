@@ -60,6 +60,8 @@ async def test_saves_through_a_storm(make: Make, endpoint: str, process: bool) -
             names = sorted(name.partition(".")[2] for name in await make(storage.info.location).list())
             assert names == ["index.json", "json", "safetensors"]
         assert any(request.fault for request in proxy.seen)
+        parts = [request.length for request in proxy.seen if request.is_part]
+        assert parts and all(length >= 5 << 20 for length in parts if length != min(parts)), "S3 takes no less"
 
 
 @pytest.mark.parametrize("process", [False, True])

@@ -11,7 +11,8 @@ from asyncdcp.errors import CommitUnknown, StorageError
 from tests.object_store.conftest import Make
 from tests.object_store.proxy import Proxy, Request, proxied
 
-SHORT = {"claim_request": 0.2, "claim": 0.6}
+SHORT = {"claim_request": 0.4}
+HOPELESS = {"claim_request": 0.4, "claim": 0.6}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ async def test_who_comes_second_over_a_bad_network_loses(make: Make, proxy: Prox
 
 
 async def test_a_claim_that_stays_open_is_unknown(make: Make, proxy: Proxy) -> None:
-    storage = make(via=proxy.url, **SHORT)
+    storage = make(via=proxy.url, **HOPELESS)
     proxy.choose = lambda request: "reset" if request.is_claim else ""
     with pytest.raises(CommitUnknown, match=r"cannot be told after 0\.6 s"):
         await storage.claim("r", b"mine")
@@ -69,7 +70,7 @@ async def test_a_claim_that_stays_open_is_unknown(make: Make, proxy: Proxy) -> N
 
 
 async def test_a_claim_carried_out_while_nothing_can_be_read_is_unknown(make: Make, proxy: Proxy) -> None:
-    storage = make(via=proxy.url, retry=0.2, **SHORT)
+    storage = make(via=proxy.url, retry=0.2, **HOPELESS)
     proxy.choose = lambda request: "after reset" if request.is_claim else "reset"
     with pytest.raises(CommitUnknown):
         await storage.claim("r", b"mine")
@@ -82,7 +83,7 @@ async def test_what_is_refused_is_not_unknown(make: Make, proxy: Proxy) -> None:
         await storage.claim("r", b"mine")
     assert not isinstance(caught.value, CommitUnknown)
     assert proxy.count("PUT", "403") == 1
-    nowhere = make(via="http://127.0.0.1:1", **SHORT)
+    nowhere = make(via="http://127.0.0.1:1", **HOPELESS)
     with pytest.raises(StorageError, match="AWS_ENDPOINT_URL") as caught:
         await nowhere.claim("r", b"mine")
     assert not isinstance(caught.value, CommitUnknown)
