@@ -254,6 +254,16 @@ def _option() -> None:
     Options(when_busy="never")  # type: ignore[arg-type]  # that is the point
 
 
+@case("call", "a package that an extra brings is missing")
+def _missing() -> None:
+    gone = ModuleNotFoundError("No module named 'obstore'")
+    with (
+        mock.patch("asyncdcp.storage.import_module", side_effect=gone),
+        SyncCheckpointer(process=False) as checkpointer,
+    ):
+        checkpointer.load("s3://bucket/run/step_1")
+
+
 @case("call", "keys= that is one string")
 def _one_key() -> None:
     load(save({"x": 1}), keys="model.*")

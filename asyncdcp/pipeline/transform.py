@@ -143,14 +143,30 @@ class Stage:
         self.intake = Intake(self.job, self.files, self.slabs)
 
 
-async def checksum_slabs(stage: Stage) -> None:
-    """Without extensions: slabs go on as they lie in the arena, in whatever order they come."""
-    job, limiter = stage.job, anyio.CapacityLimiter(CHECKSUMS_IN_FLIGHT)
+async def checksum_slabs(stage: Stage, *, in_order: bool = False) -> None:
+    """Without extensions: slabs go on as they lie in the arena, in whatever order they come.
+
+    With ``in_order`` they go on in the order of the image. Those that come early wait in their slots, which delays
+    nobody for long: slots are filled in order, so the one that is waited for has its own already.
+    """
+    job, limiter, taking = stage.job, anyio.CapacityLimiter(CHECKSUMS_IN_FLIGHT), anyio.Lock()
+    last = anyio.Event()
+    last.set()
+
+    async def take() -> tuple[SlabReady, anyio.Event, anyio.Event]:
+        """A slab, what to wait for before it goes on, and what to set after that."""
+        nonlocal last
+        if not in_order:
+            return await stage.intake.next(), last, last
+        async with taking:
+            slab, before = await stage.intake.next_in_order(), last
+            last = anyio.Event()
+            return slab, before, last
 
     async def work() -> None:
         while True:
             try:
-                slab = await stage.intake.next()
+                slab, before, sent = await take()
             except anyio.EndOfStream:
                 return
             view = stage.slabs.view(slab.slot)
@@ -160,7 +176,9 @@ async def checksum_slabs(stage: Stage) -> None:
             stage.files[slab.file].checksums[first : first + len(sums)] = sums
             free = partial(stage.slabs.done, slab.slot)
             offset = slab.number * job.slab_bytes
+            await before.wait()
             await stage.out.send(Piece(slab.file, offset, slab.length, view, free, slab.length), slab.length)
+            sent.set()
 
     with stage.out:
         async with anyio.create_task_group() as workers:

@@ -134,7 +134,7 @@ class CheckpointWriter:
         if self._chain:
             await encode_slabs(stage, self._chain)
         else:
-            await checksum_slabs(stage)
+            await checksum_slabs(stage, in_order=self._storage.info.in_order)
 
     async def _store(self, pieces: Channel[Piece]) -> None:
         """Writes pieces, several at once, and finishes each file with its last one."""

@@ -51,7 +51,8 @@ class StorageInfo:
     ``location`` is for people, as in error messages. ``filesystem`` is the type as the system names it ("ext4",
     "tmpfs", "nfs4"), "memory", or an object store's scheme. ``volatile`` is true where nothing survives a restart of
     the machine. The rest says how it is fastest: with so many writes, or reads, at once, where that is more than usual;
-    and how many unwanted bytes a read had better take along than end and begin again after them.
+    and how many unwanted bytes a read had better take along than end and begin again after them. ``in_order`` asks for
+    the writes of an object in order: it is sent as a stream, and what comes early has to be kept in memory.
     """
 
     location: str
@@ -59,6 +60,7 @@ class StorageInfo:
     volatile: bool
     transfers: int = 0
     read_gap: int = 0
+    in_order: bool = False
 
 
 class ObjectWriter(Protocol):

@@ -6,17 +6,20 @@ import asyncio
 import gc
 import mmap
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 import anyio
+import numpy as np
 import pytest
 
 from asyncdcp.errors import StorageError, ungrouped
 from asyncdcp.storage.object_store import ObjectStorage
 from asyncdcp.storage.object_store import writer as writing
-from asyncdcp.storage.object_store.writer import PARTS_IN_FLIGHT
+from asyncdcp.storage.object_store.writer import PARTS_AHEAD, PARTS_IN_FLIGHT
 from tests.object_store.conftest import BUCKET, Make, client
 from tests.object_store.proxy import Proxy, proxied
+from tests.pipeline.forge import SLAB, writer_of
 
 PART = 256 << 10
 """Less than S3 takes, and enough to see everything: how fast the machine is must not matter."""
@@ -57,6 +60,16 @@ async def upload(storage: ObjectStorage, data: memoryview, order: Callable[[list
 def unfinished(endpoint: str, storage: ObjectStorage) -> list[str]:
     found = client(endpoint).list_multipart_uploads(Bucket=BUCKET, Prefix=storage.url.key(""))
     return [upload["Key"] for upload in found.get("Uploads", [])]
+
+
+def _closed(memory: mmap.mmap) -> bool:
+    """Whether nobody uses it any more, and it is closed. Cancelled tasks and ending threads may have it in hand."""
+    gc.collect()
+    try:
+        memory.close()
+    except BufferError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("order", [list, lambda offsets: offsets[::-1]], ids=["in order", "last first"])
@@ -132,10 +145,43 @@ async def test_a_cancelled_upload_gives_its_buffers_back_and_leaves_nothing(
             await proxy.stalled.wait()
             scope.cancel()
     view.release()
-    gc.collect()  # of what the cancelled tasks had in hand
-    memory.close()  # raises if anybody still uses it
+    with anyio.fail_after(20):
+        while not _closed(memory):  # noqa: ASYNC110  # garbage collection tells nobody
+            await asyncio.sleep(0.01)
     assert await storage.list() == {}
     assert unfinished(endpoint, storage) == []
+
+
+async def test_what_comes_too_early_is_held_up_to_a_bound(make: Make) -> None:
+    storage, data = make(), shared(bytes(PART))
+    writer = await storage.create("a", 100 * PART)
+    for number in range(1, PARTS_AHEAD + 1):
+        await writer.write(number * PART, data)
+    await writer.write(PART, data[:0])  # nothing more of what is held already
+    with pytest.raises(StorageError, match="were written before part 0 was whole; write it in order"):
+        await writer.write((PARTS_AHEAD + 1) * PART, data)
+    await writer.abort()
+    assert await storage.list() == {}
+
+
+async def test_a_save_sends_parts_in_order(make: Make, proxy: Proxy) -> None:
+    """However its slabs come; so none of it is held in memory but the slabs."""
+    storage = make(via=proxy.url)
+    writer, slabs = writer_of(storage, {"w": np.arange(40 * SLAB // 8)})
+    ready = list(slabs.ready)
+    slabs.ready = deque(ready[6::-1] + ready[7:])
+    copied, fill = list[int](), writing.ObjectStoreWriter._fill
+
+    def counted(target: writing.ObjectStoreWriter, number: int, start: int, piece: memoryview) -> None:
+        copied.append(number)
+        fill(target, number, start, piece)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "PART_BYTES", SLAB)
+        patch.setattr(writing.ObjectStoreWriter, "_fill", counted)
+        await writer.run()
+    assert copied == [len(ready) - 1], "only the last part, which is no whole one, is copied"
+    assert sorted(slabs.given_back) == list(range(len(ready)))
 
 
 @pytest.mark.parametrize("piece", [PART, PART // 2], ids=["lent", "copied"])

@@ -6,20 +6,24 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from anyio import CapacityLimiter
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import reader as reading
 from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
+from asyncdcp.pipeline.union import FileMap
 from asyncdcp.storage import LocalStorage, MemoryStorage, ObjectReader
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
-from tests.pipeline.forge import OTHER, SAVE, forger, read_all, save
+from tests.pipeline.forge import BLOCK, OTHER, SAVE, forger, read_all, save, steady
 
 T = TypeVar("T")
 
@@ -265,3 +269,40 @@ async def test_a_cancelled_task_waits_for_the_thread_that_fills_its_target(monke
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left.is_set()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40 * BLOCK), st.integers(1, 3 * BLOCK)), min_size=1, max_size=12),
+    st.integers(0, 12 * BLOCK),
+)
+@steady
+def test_what_lies_close_together_is_read_at_once_and_little_else(wanted: list[tuple[int, int]], gap: int) -> None:
+    """Every byte wanted is in one window; of what a window reads, at most half is unwanted, and no more than ``gap``
+    in a row.
+    """
+    size = 44 * BLOCK
+    file = FileMap(FILE, size, BLOCK, None, [], [])
+    ranges = [ReadRange(FILE, begin, min(begin + length, size), None, None) for begin, length in wanted]
+    windows = reading._windows(ranges, {FILE: file}, gap)
+    blocks = {block for part in ranges for block in range(part.begin // BLOCK, -(-part.end // BLOCK))}
+    covered = [block for window in windows for block in range(window.begin // BLOCK, -(-window.end // BLOCK))]
+    assert len(covered) == len(set(covered)) and blocks <= set(covered)
+    for window in windows:
+        here = range(window.begin // BLOCK, -(-window.end // BLOCK))
+        unwanted = [block not in blocks for block in here]
+        longest = max((len(list(run)) for missing, run in groupby(unwanted) if missing), default=0)
+        assert 2 * sum(unwanted) <= len(here) and longest * BLOCK <= gap
+
+
+def test_what_is_worth_a_request_of_its_own() -> None:
+    file = FileMap(FILE, 44 * BLOCK, BLOCK, None, [], [])
+
+    def windows(gap: int, *blocks: int) -> list[tuple[int, int]]:
+        ranges = [ReadRange(FILE, block * BLOCK + 7, block * BLOCK + 9, None, None) for block in blocks]
+        found = reading._windows(ranges, {FILE: file}, gap)
+        return [(window.begin // BLOCK, window.end // BLOCK) for window in found]
+
+    assert windows(0, 0, 2, 3) == [(0, 1), (2, 4)]
+    assert windows(BLOCK, 0, 2, 3) == [(0, 4)]
+    assert windows(BLOCK, 0, 1, 2, 5) == [(0, 3), (5, 6)]  # too far apart
+    assert windows(9 * BLOCK, 0, 9) == [(0, 1), (9, 10)]  # near enough, and most of it in vain

@@ -38,7 +38,10 @@ class Parts:
         """Gives a part away, which must stay as it is until the event is set: nobody uses it then."""
         back = asyncio.Event()
         memory = (ctypes.c_ubyte * len(part)).from_buffer(part)
-        weakref.finalize(memory, self._on_end, back).atexit = False
+        # Weak references to the array end before it lets go of the part; those to its view of the part end after that.
+        [view] = (memory._objects or {}).values()
+        weakref.finalize(view, self._on_end, back).atexit = False
+        del view
         self.lent += 1
         self._queue.append(memoryview(memory).cast("B"))
         self._more.set()

@@ -96,6 +96,7 @@ class ObjectStorage:
             volatile=self.url.scheme == "memory",
             transfers=PARTS_IN_FLIGHT,
             read_gap=_READ_GAP,
+            in_order=True,
         )
 
     @cached_property

@@ -5,7 +5,8 @@ obstore takes an upload's parts in order, through an iterator. Three kinds of wr
 - a whole part whose turn it is (the pipeline's slabs are parts): lent to obstore as it lies, and ``write`` returns when
   it has been sent;
 - one that comes too early, since an earlier part is missing: copied, so that nobody waits for what may itself be
-  waiting for the caller's buffer. As many are copied as staging and transforms run ahead of the missing one;
+  waiting for the caller's buffer. At most ``PARTS_AHEAD`` are; a write beyond that fails. The pipeline sends in order
+  where a storage asks for it, and what is under way at once is all that may overtake;
 - less than a part: copied into the part that it belongs to.
 
 What is no longer than a part is one conditional PUT at the end.
@@ -40,6 +41,8 @@ PART_BYTES: Final = 8 << 20
 """A slab. S3 takes 5 MiB to 5 GiB."""
 PARTS_LIMIT: Final = 10_000
 PARTS_IN_FLIGHT: Final = 12
+PARTS_AHEAD: Final = 32
+"""Parts that are held in memory since they are not whole, or an earlier one is missing: 256 MiB of them."""
 _PATIENCE: Final = 5.0
 """Seconds that obstore gets to abort an upload, or to let go of a buffer, before that is given up."""
 
@@ -127,6 +130,9 @@ class ObjectStoreWriter:
                 else f"are beyond {PARTS_LIMIT} parts of {self._part} bytes"
             )
             raise StorageError(f"cannot write {place} of {self._path}: they {why}", path=self._path)
+        if number not in self._partial and len(self._partial) >= PARTS_AHEAD:
+            ahead = f"{PARTS_AHEAD} parts of {self._part} bytes were written before part {self._next} was whole"
+            raise StorageError(f"cannot write {self._path}: {ahead}; write it in order", path=self._path)
         part = self._partial.setdefault(number, bytearray())
         end = start + len(piece)
         part.extend(bytes(max(0, end - len(part))))
