@@ -12,6 +12,7 @@ import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseServer
+from typing import Any
 
 
 def moto() -> tuple[BaseServer, int]:
@@ -19,7 +20,16 @@ def moto() -> tuple[BaseServer, int]:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
-    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+    application, claiming = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def atomic(environ: Any, start_response: Any) -> Any:
+        """moto looks and then stores; between the two another claim may come. S3 does not let it."""
+        if "HTTP_IF_NONE_MATCH" not in environ:
+            return application(environ, start_response)
+        with claiming:
+            return list(application(environ, start_response))
+
+    server = make_server("127.0.0.1", 0, atomic, threaded=True)
     return server, server.port
 
 
