@@ -210,7 +210,7 @@ class Settlement:
 
     async def _name_the_missing(self) -> None:
         """A deadline that has passed is somebody's fault: that of the ranks whose Index is not there, if that can be
-        seen.
+        seen; where all are there, that of the committer.
         """
         job, reason = self._job, self._give_up.reason
         if job.world_size == 1 or self._own is None or reason is None or reason.kind != "deadline":
@@ -221,11 +221,13 @@ class Settlement:
             except Exception:  # noqa: BLE001  # the abort matters more than whom it names
                 return
             missing = [rank for rank in range(job.world_size) if index_name(job.save_id, rank) not in names]
-            if missing and record_name(job.save_id) not in names:  # else who gave up before has told, and cleaned up
-                shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-                error = DeadlineExceeded(f"{reason.error}; what is missing is of rank {shown}", path=reason.error.path)
-                error.rank = missing[0]
-                self._give_up.reason = Reason(reason.kind, error)
+            if record_name(job.save_id) in names:  # who gave up before has told, and cleaned up
+                return
+            shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+            late = f"what is missing is of rank {shown}" if missing else "rank 0 was to commit and did not"
+            error = DeadlineExceeded(f"{reason.error}; {late}", path=reason.error.path)
+            error.rank = missing[0] if missing else 0
+            self._give_up.reason = Reason(reason.kind, error)
 
     def _new_record(
         self,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from contextlib import suppress
 
 import pytest
 
+from asyncdcp.errors import AsyncDCPError
 from asyncdcp.pipeline import commit
 from asyncdcp.pipeline.commit import TRANSITIONS, Action, Event, State
 from asyncdcp.storage import LocalStorage
 from tests.reliability.ranks import simulate
-from tests.reliability.worlds import Lost
+from tests.reliability.simulation import simulated
+from tests.reliability.worlds import ENDLESS, Lost, World, version_at
+from tests.virtual import run
 
 
 @pytest.mark.parametrize("block", range(4))
@@ -22,6 +26,39 @@ def test_seeds(block: int) -> None:
 
 def test_a_seed_replays() -> None:
     assert [simulate(seed) for seed in range(8)] == [simulate(seed) for seed in range(8)]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_dies_at_any_call_is_named_and_costs_nothing(rank: int) -> None:
+    """Killed after its n-th call that changes the disk, for every n."""
+    ended = Counter[str]()
+    for calls in range(1, 200):
+        with simulated():
+            outcome = run(_dies(rank, calls))
+        ended[outcome] += 1
+        if outcome == "lived":
+            break
+    assert ended["lived"] == 1 and ended["given up"] > 8
+    assert ended["committed"] > 0  # it is killed when all is durable, but for its own last steps
+
+
+async def _dies(rank: int, calls: int) -> str:
+    world = World(ranks=3)
+    await world.save()
+    budgets = [ENDLESS] * 3
+    budgets[rank] = calls
+    begun = asyncio.get_running_loop().time()
+    errors = await world.try_to_save(budgets)
+    assert asyncio.get_running_loop().time() - begun < 1800 + 60  # the deadline, and what naming the late takes
+    others = [error for n, error in enumerate(errors) if n != rank]
+    if None in others:
+        assert others == [None, None]
+    for error in others:
+        assert error is None or (isinstance(error, AsyncDCPError) and error.rank == rank), (calls, error)
+    assert await version_at(world.storage()) == (1 if others[0] else 2)
+    await world.save()
+    assert await version_at(world.storage()) == 3
+    return "given up" if others[0] else "committed" if errors[rank] else "lived"
 
 
 def test_a_claim_that_is_not_exclusive_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

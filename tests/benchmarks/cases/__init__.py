@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tests.benchmarks.cases import drop_in, first, growth, lag, load, memory, save, small, train, transport, worker
+from tests.benchmarks.cases import (
+    drop_in,
+    first,
+    growth,
+    lag,
+    load,
+    memory,
+    ranks,
+    save,
+    small,
+    train,
+    transport,
+    worker,
+)
 from tests.benchmarks.measuring import Setting
 from tests.benchmarks.results import Results
 
@@ -20,4 +33,5 @@ CASES: Mapping[str, Callable[[Setting], Results]] = {
     "worker": worker.run,
     "transport": transport.run,
     "drop-in": drop_in.run,
+    "ranks": ranks.run,
 }
