@@ -141,7 +141,7 @@ class ChunkTable:
         import numpy as np
 
         self._rows = np.searchsorted(self._tensor, np.arange(len(self.tensors) + 1))
-        self._flat = np.append(_starts(self._ndims[self._tensor]), self._offsets.size)
+        self._flat: Ints = np.append(_starts(self._ndims[self._tensor]), self._offsets.size)
 
     def fault(self) -> tuple[int, str] | None:
         """The first tensor that its chunks do not cover exactly, and what they do instead."""

@@ -759,6 +759,7 @@ def test_a_hung_storage_does_not_hold_the_exit_beyond_the_deadline(thread: str) 
 def test_control_c_ends_the_wait_at_exit() -> None:
     ran = python("""
         import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         def interrupt():
             while not threading._SHUTTING_DOWN:
                 time.sleep(0.001)

@@ -15,27 +15,34 @@ _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _PROGRAMS = re.findall(r"^```python\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL)
 _COMMANDS = dict(re.findall(r"^<!-- command: (\w+) -->\n```sh\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL))
 
-# Warnings are errors, but for what a save says where the temporary folder is a tmpfs. (-W knows no category of ours.)
+# All in one interpreter, each in a folder of its own. Warnings are errors, but for what a save says where the temporary
+# folder is a tmpfs. (-W knows no category of ours.)
 _STRICTLY = """
-import runpy, warnings
+import os, runpy, sys, warnings
 from asyncdcp.errors import VolatileStorageWarning
 warnings.simplefilter("error")
 warnings.simplefilter("default", VolatileStorageWarning)
-runpy.run_path("program.py", run_name="__main__")
+for folder in sys.argv[1:]:
+    print("program in", folder, flush=True)
+    os.chdir(folder)
+    runpy.run_path("program.py", run_name="__main__")
 """
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
-@pytest.mark.parametrize("number", range(len(_PROGRAMS)))
-def test_programs_run(number: int, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(_PROGRAMS[number])
-    ran = _run([sys.executable, "-c", _STRICTLY], tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout
+def test_programs_run(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(len(_PROGRAMS))]
+    for folder, program in zip(folders, _PROGRAMS, strict=True):
+        folder.mkdir()
+        (folder / "program.py").write_text(program)
+    ran = _run([sys.executable, "-c", _STRICTLY, *map(str, folders)], tmp_path)
+    assert ran.returncode == 0, f"{ran.stdout[-1000:]}\n{ran.stderr}"
+    said = ran.stdout.split("program in ")[1:]
+    assert [lines.count("\n") > 1 for lines in said] == [True] * len(folders), "each prints something"
 
 
 def test_there_are_programs_and_both_commands() -> None:

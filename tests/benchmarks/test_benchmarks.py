@@ -11,13 +11,14 @@ import torch
 
 from tests.benchmarks import child, transfer
 from tests.benchmarks.__main__ import arguments, main
-from tests.benchmarks.cases import CASES, growth, transport
+from tests.benchmarks.cases import CASES, transport
 from tests.benchmarks.measuring import Setting
 from tests.benchmarks.peers.own import OwnThread
 from tests.benchmarks.plots import plot
 from tests.benchmarks.results import Budget, Ratio, Results, interval
 
-IN_PROCESS = [name for name in CASES if name not in ("memory", "first", "worker", "transport")]
+_LONG = ("memory", "first", "worker", "transport", "growth", "small", "drop-in")
+IN_PROCESS = [name for name in CASES if name not in _LONG]
 
 
 def run(folder: Path, *words: str) -> list[dict[str, object]]:
@@ -30,8 +31,6 @@ def run(folder: Path, *words: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize("case", IN_PROCESS)
 def test_case(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setattr(os, "sync", lambda: None)  # of the whole machine; here nothing is measured
-    monkeypatch.setattr(growth, "BYTES_STEPS", (1, 2))
-    monkeypatch.setattr(growth, "TENSOR_STEPS", (1, 2))
     [found] = run(tmp_path, case, "--peers", "torch")
     assert found["case"] == case
     assert "asyncdcp" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def committed(folder: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("end", "code"),
-    [("", 0), ("sys.exit(3)", 3), ("raise ValueError('of the program')", 1), ("del checkpointer, handle", 0)],
+    [("", 0), ("raise ValueError('of the program')", 1), ("del checkpointer, handle", 0)],
 )
 def test_what_is_pending_is_committed_at_exit(python: Python, tmp_path: Path, end: str, code: int) -> None:
     ran = python(PROGRAM + f"    {end}\n")
@@ -68,6 +68,8 @@ def test_a_close_that_was_interrupted_is_called_again_at_exit(python: Python) ->
     ran = python("""
         import asyncio, os, signal, torch
         from asyncdcp import AsyncCheckpointer, MemoryStorage
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 
         class Late(MemoryStorage):
             async def barrier(self):

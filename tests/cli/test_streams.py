@@ -119,7 +119,8 @@ def test_a_terminal_without_unicode(run: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_ctrl_c(tmp_path: Path) -> None:
     """While it waits for a storage that never answers."""
     code = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 from asyncdcp.cli import checkpoints
 from asyncdcp.cli.main import main
 import anyio
@@ -140,9 +141,12 @@ sys.exit(main(["inspect", sys.argv[1]]))
     )
     with child:
         assert child.stdout is not None
-        assert child.stdout.readline() == "waiting\n"
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=30)
+        try:
+            assert child.stdout.readline() == "waiting\n"
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=30)
+        finally:
+            child.kill()
     assert (child.returncode, err) == (130, "\nasyncdcp: interrupted\n")
 
 
