@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
 from asyncdcp.errors import DuplicateName, InvalidOption, StateMismatch
@@ -39,6 +38,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are the models' and optimizers' own."""
+        # Not above: it takes a second and a half, which programs without a TrainState need not wait for.
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
         model: dict[str, Any] = {}
         for part in self.models:
             _add(model, get_model_state_dict(part))
@@ -60,6 +62,8 @@ class TrainState:
         """Takes over the part that belongs to the models and optimizers here. ``StateMismatch`` if a model's is not
         there.
         """
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
         model = state_dict.get("model", {})
         for part in self.models:
             own = get_model_state_dict(part)
