@@ -47,6 +47,17 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+_before: set[str] = set()
+"""What other tests of this process have left to the garbage collector, or for good, as an abandoned arena is."""
+
+
+@pytest.fixture(autouse=True)
+def _apart_from_other_tests() -> None:
+    gc.collect()
+    _before.clear()
+    _before.update(descriptors(), mappings())
+
+
 def descriptors() -> set[str]:
     folder = "/proc/self/fd"
     found = set()
@@ -55,11 +66,12 @@ def descriptors() -> set[str]:
             found.add(f"{name} {os.readlink(f'{folder}/{name}')}")
         except FileNotFoundError:  # the folder's own, closed since
             continue
-    return {entry for entry in found if "asyncdcp-arena" in entry}
+    return {entry for entry in found if "asyncdcp-arena" in entry} - _before
 
 
 def mappings() -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "asyncdcp-arena" in line]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in lines if "asyncdcp-arena" in line and line not in _before]
 
 
 def smaps(address: int) -> str:
