@@ -177,10 +177,13 @@ def test_a_cancelled_send_ends_in_order(world: World) -> None:
 def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> None:
     _, [sender, receiver] = world()
     send = sender.send_checkpoint([1], {"w": torch.zeros(300_000)}, on_progress=lambda _: send.cancel())
-    received = receiver.recv_checkpoint(0, {"w": torch.ones(300_000)})
+    target = {"w": torch.ones(300_000)}
+    received = receiver.recv_checkpoint(0, target)
     error = received.exception(LONG)
     assert isinstance(error, PeerFailed)
     assert "was cancelled" in str(error)
+    # The word may come before the first block does: then nothing was written, and nothing is said of it.
+    assert "may be partly written" in str(error) or bool((target["w"] == 1).all())
     assert isinstance(send.exception(LONG), Cancelled)
     send = sender.send_checkpoint([1], STATE)
     assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
