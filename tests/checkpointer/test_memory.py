@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -75,6 +76,7 @@ def mappings() -> list[int]:
 @pytest.fixture
 def others() -> list[int]:
     """Arenas of whoever else there is."""
+    gc.collect()  # one of a failed save may hang on a cycle, and would go in the middle of the test
     return mappings()
 
 
