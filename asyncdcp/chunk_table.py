@@ -241,9 +241,12 @@ class ChunkTable:
         """The chunks of a tensor that share a point with ``box``."""
         import numpy as np
 
-        offsets, sizes = self._coordinates(number)
         if not box.volume:
             return
+        if self.count(number) == 1:  # then it is all of the tensor
+            yield whole(self.tensors[number].shape), self.location(number, 0)
+            return
+        offsets, sizes = self._coordinates(number)
         starts, extents = _array(box.offsets), _array(box.sizes)
         common = np.minimum(offsets + sizes, starts + extents) > np.maximum(offsets, starts)
         for chunk in np.flatnonzero(common.all(axis=1)).tolist():

@@ -26,6 +26,17 @@ class Stateful(Protocol):
         """Take over a state that ``state_dict()`` gave, perhaps in another process."""
 
 
+def is_stateful(value: object) -> bool:
+    """Whether ``value`` is a ``Stateful``, and no class of such. As ``isinstance``, at a fifth of its cost, which a
+    state's every plain value pays.
+    """
+    return (
+        callable(getattr(value, "load_state_dict", None))
+        and callable(getattr(value, "state_dict", None))
+        and not isinstance(value, type)
+    )
+
+
 @dataclass(slots=True)
 class PerRank(Generic[_T]):
     """Marks ``value`` (a value, container or Stateful) as one that each rank has for itself.

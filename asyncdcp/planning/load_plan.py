@@ -69,7 +69,10 @@ def _items(metadata: Metadata, number: int, want: Want) -> Iterator[ReadItem]:
     assert isinstance(tensor, TensorStorageMetadata), f"{want.name} is not a tensor"
     itemsize = DTYPE_SIZES[tensor.properties.dtype]
     for box, location in _meeting(metadata, want, tensor):
-        common = box if box == want.box else intersect(box, want.box)
+        if box == want.box:
+            yield ReadItem(number, location.file, location.begin, location.begin + location.length, box, 0, 0)
+            continue
+        common = intersect(box, want.box)
         if common is not None:
             yield from _cut(number, want, (box, location), common, itemsize)
 

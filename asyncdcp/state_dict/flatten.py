@@ -19,7 +19,7 @@ from asyncdcp.state_dict.leaves import Refusal
 from asyncdcp.state_dict.subclasses import Subclass, describe_kind, is_subclass, take_apart
 from asyncdcp.state_dict.tensors import AliasGroups, tensor_kinds
 from asyncdcp.state_dict.values import MAX_DEPTH, PLAIN_KINDS, encode_value, factory_name, unsupported
-from asyncdcp.stateful import PerRank, RNGState, Stateful
+from asyncdcp.stateful import PerRank, RNGState, Stateful, is_stateful
 
 
 class Taken(NamedTuple):
@@ -260,8 +260,7 @@ def _is_container(kind: type, value: Any) -> bool:
         return not is_plain_sequence(value)
     if kind in _DICTS or isinstance(value, PerRank):
         return True
-    # A class has the methods of its instances too.
-    return not isinstance(value, (type, Tensor)) and isinstance(value, Stateful)
+    return not isinstance(value, Tensor) and is_stateful(value)
 
 
 def _subclass_reason(value: Tensor) -> str:

@@ -19,7 +19,7 @@ from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import prune
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.state_dict.values import decode_value
-from asyncdcp.stateful import PerRank, Stateful
+from asyncdcp.stateful import PerRank, Stateful, is_stateful
 from asyncdcp.train_state import TrainState
 
 _DICTS = (dict, OrderedDict)
@@ -61,7 +61,7 @@ class Restorer:
         if isinstance(target, PerRank):
             target.value = self._value(target.value, fqn)
             return target
-        if not isinstance(target, type) and isinstance(target, Stateful):
+        if is_stateful(target):
             return target
         if isinstance(target, dict) and fqn not in self._match.sources:
             self._entries(target, fqn)
