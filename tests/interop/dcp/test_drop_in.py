@@ -21,6 +21,7 @@ from asyncdcp import SyncCheckpointer
 from asyncdcp.errors import InvalidOption
 from asyncdcp.interop.dcp import FileSystemReader, FileSystemWriter
 from tests.interop.dcp.states import State, blank, files, save_as_ranks, shard
+from tests.interop.dcp.upstream import with_drop_in
 
 Same = Callable[[Any, Any], bool]
 Writer = Callable[..., Any]
@@ -267,3 +268,11 @@ def test_options_are_checked(tmp_path: Path) -> None:
     formats = dcp.filesystem.SerializationFormat
     FileSystemWriter(tmp_path, serialization_format=formats.TORCH_SAVE)
     assert FileSystemWriter(tmp_path, serialization_format=formats.SAFETENSORS).is_own_format
+
+
+def test_torchs_own_tests_get_the_drop_in() -> None:
+    source = "import torch\nfrom torch.distributed.checkpoint import (\n    FileSystemReader,\n    load,\n)\n"
+    changed = with_drop_in(source)
+    assert changed == source + "from asyncdcp.interop.dcp import FileSystemReader\n"
+    with pytest.raises(ValueError, match="does not import"):
+        with_drop_in("from torch.distributed.checkpoint import load\n")
