@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.metadata import entry_points
 
 from asyncdcp.errors import InvalidOption, KeyUnavailable, UnsupportedFormat
 from asyncdcp.extensions.aesgcm import AESGCM
@@ -78,6 +77,8 @@ class ExtensionRegistry:
         if name in self._classes:
             yield self._classes[name]
             return
+        from importlib.metadata import entry_points  # slow to import, and most never come here
+
         for point in entry_points(group=ENTRY_POINTS, name=name):
             try:
                 found = point.load()

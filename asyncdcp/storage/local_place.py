@@ -105,8 +105,7 @@ class LocalPlace:
             contents.unread[name] = str(error)
 
     def _load(self, path: str, limit: int) -> bytes:
-        file = Descriptor(self._posix, path)
-        fd = file.open(os.O_RDONLY | os.O_NONBLOCK)
+        fd = self._posix.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             size = self._posix.fstat(fd).size
             if size > limit:
@@ -119,7 +118,7 @@ class LocalPlace:
                 done += count
             return bytes(data)
         finally:
-            file.close()
+            self._posix.close(fd)
 
     def _append(self, path: str, line: bytes) -> bool:
         """Whether the file was made by this call."""

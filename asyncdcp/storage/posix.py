@@ -14,7 +14,6 @@ import mmap
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Final, NamedTuple, Protocol
 
 PAGE: Final = mmap.PAGESIZE
@@ -172,8 +171,10 @@ class OS:
         found = {}
         with os.scandir(path) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):
+                try:
                     found[entry.name] = _status(entry.stat())
+                except FileNotFoundError:
+                    continue
         return found
 
     def filesystem(self, path: str, /) -> str:

@@ -42,7 +42,7 @@ def test_registered_classes_and_entry_points(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InvalidOption, match="register takes a subclass"):
         known.register(int)  # type: ignore[arg-type]
     points = EntryPoints([EntryPoint("stream.zlib@tests", "tests.extensions.samples:Zlib", registry.ENTRY_POINTS)])
-    monkeypatch.setattr(registry, "entry_points", lambda **wanted: points.select(**wanted))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **wanted: points.select(**wanted))
     assert isinstance(ExtensionRegistry().from_descriptor("stream.zlib@tests/1"), Zlib)
     points = EntryPoints([EntryPoint("broken@tests", "tests.extensions.nowhere:It", registry.ENTRY_POINTS)])
     with pytest.raises(UnsupportedFormat, match=r"broken@tests could not be loaded .*nowhere:It: ModuleNotFoundError"):
