@@ -76,6 +76,16 @@ def test_priorities(opened: Opened) -> None:
     assert "idle" in shown
 
 
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel does not share CPUs out by session")
+def test_its_session_is_nicer_too(opened: Opened) -> None:
+    before = niceness_of_session(os.getpid())
+    assert niceness_of_session(worker_of(opened(worker_nice=7)).pid) == min(before + 7, 19)
+
+
+def niceness_of_session(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"worker_nice": 20}, {"worker_io_priority": 8}, {"worker_affinity": frozenset()}, {"worker_start_deadline": 0}],
