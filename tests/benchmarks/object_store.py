@@ -154,14 +154,16 @@ def main() -> None:
     """Starts the server, measures, prints the table and the highest memory that this process had."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.object_store", description=__doc__)
     parser.add_argument("--size", choices=sorted(SHAPES), default="gpt2", help="(default: %(default)s)")
+    parser.add_argument("--server", choices=["moto", "lean"], action="append", help="(default: both)")
     parser.add_argument("--rounds", type=int, default=5, help="that count, after one to warm up (default: %(default)s)")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     os.environ.update({f"AWS_{name.upper()}": value for name, value in KEYS.items()})
-    with serving("moto") as url:
-        os.environ["AWS_ENDPOINT_URL"] = url
-        setting = Setting(Path(), args.size, args.rounds, 1, ())
-        print(run(setting, url).table())
+    for server in args.server or ["moto", "lean"]:
+        with serving(server) as url:
+            os.environ["AWS_ENDPOINT_URL"] = url
+            setting = Setting(Path(), args.size, args.rounds, 1, ())
+            print(f"server: {server}\n{run(setting, url).table()}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of this process {peak:.0f} MiB; torch {torch.__version__}")
 

@@ -16,6 +16,7 @@ import pytest
 
 from asyncdcp.storage.object_store import ObjectStorage
 from asyncdcp.storage.spec import RequestLimits
+from tests.object_store.lean import S3Handler, running
 
 BUCKET = "checkpoints"
 KEYS = {"access_key_id": "test", "secret_access_key": "not-to-be-seen", "region": "us-east-1"}
@@ -50,6 +51,13 @@ def endpoint() -> Iterator[str]:
 def small_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """localbucket, which does only what is most needed of S3."""
     with serving("localbucket", str(tmp_path_factory.mktemp("bucket"))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def lean_endpoint() -> Iterator[str]:
+    """Our own, on threads of this process: for what sends much, and asks little of the server."""
+    with running(S3Handler) as (url, _):
         yield url
 
 

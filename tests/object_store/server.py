@@ -1,7 +1,8 @@
 """A server that speaks S3, as a process of its own: prints its port, and ends with whoever started it.
 
 ``server.py moto`` is moto's, which keeps everything in memory; ``server.py localbucket DIRECTORY`` is a small one
-over files, which has no metadata, deletes one object at a time and cannot list unfinished uploads.
+over files, which has no metadata, deletes one object at a time and cannot list unfinished uploads; ``server.py lean``
+is our own (``lean.py``), for measuring.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseServer
@@ -42,10 +44,20 @@ def localbucket(directory: str) -> tuple[BaseServer, int]:
     return server, server.server_port
 
 
+def lean() -> tuple[BaseServer, int]:
+    """Not started yet."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tests.object_store.lean import S3Handler, new_server
+
+    server, _ = new_server(S3Handler)
+    return server, server.server_port
+
+
 def main() -> None:
     """Serves until stdin is closed."""
     logging.disable(logging.ERROR)
-    server, port = moto() if sys.argv[1] == "moto" else localbucket(sys.argv[2])
+    servers: dict[str, Callable[..., tuple[BaseServer, int]]] = {"moto": moto, "localbucket": localbucket, "lean": lean}
+    server, port = servers[sys.argv[1]](*sys.argv[2:])
     print(port, flush=True)  # noqa: T201  # that is how it is told
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()

@@ -19,6 +19,11 @@ from tests.object_store.proxy import proxied
 from tests.worker.conftest import LONG, Trainers, has_ended, state, worker_of
 
 
+@pytest.fixture(scope="module")
+def endpoint(lean_endpoint: str) -> str:
+    return lean_endpoint
+
+
 @pytest.fixture
 def trainers(url: str) -> Iterator[Trainers]:
     """Which find the server by their environment."""

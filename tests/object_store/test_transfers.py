@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import mmap
 import os
 from collections import deque
@@ -18,6 +19,7 @@ from asyncdcp.storage.object_store import ObjectStorage
 from asyncdcp.storage.object_store import writer as writing
 from asyncdcp.storage.object_store.writer import PARTS_AHEAD, PARTS_IN_FLIGHT
 from tests.object_store.conftest import BUCKET, Make, client
+from tests.object_store.lean import S3Handler, running
 from tests.object_store.proxy import Proxy, proxied
 from tests.pipeline.forge import SLAB, writer_of
 
@@ -130,6 +132,25 @@ async def test_an_upload_that_fails_leaves_nothing(make: Make, proxy: Proxy, end
         await upload(storage, shared(bytes(3 * PART)))
     assert await storage.list() == {}
     assert unfinished(endpoint, storage) == []
+
+
+class _Damaging(S3Handler):
+    """Of the second part of an upload a bit arrives otherwise than it was sent. As S3 it looks at the digests."""
+
+    def answer_request(self, body: memoryview) -> None:
+        if self.query.get("partNumber") == "2":
+            body[1000] ^= 1
+        if self.command == "PUT" and hashlib.sha256(body).hexdigest() != self.headers["x-amz-content-sha256"]:
+            return self.refuse(400, "XAmzContentSHA256Mismatch")
+        return super().answer_request(body)
+
+
+async def test_a_part_that_arrives_damaged_is_refused_by_the_store(make: Make) -> None:
+    with running(_Damaging) as (endpoint, memory):
+        storage = make(via=endpoint)
+        with pytest.raises(StorageError, match="400 XAmzContentSHA256Mismatch"), ungrouped():
+            await upload(storage, shared(bytes(3 * PART)))
+        assert not memory.objects and not memory.begun
 
 
 async def test_a_cancelled_upload_gives_its_buffers_back_and_leaves_nothing(

@@ -24,7 +24,8 @@ from asyncdcp.storage.spec import RequestLimits
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-_TOKEN: Final = "asyncdcp-token"
+_TOKEN: Final = "asyncdcptoken"
+"""Azure takes no dash in such a name, and servers behind a gateway often no underscore."""
 _LONG: Final = 1 << 20
 """Bytes beyond which an object is given the time of a part, not that of a claim."""
 _LONGEST_PAUSE: Final = 5.0

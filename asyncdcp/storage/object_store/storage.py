@@ -247,10 +247,12 @@ class ObjectStorage:
                 await self._delete_one_by_one(keys)
 
     async def _delete_together(self, keys: Sequence[str]) -> bool:
-        """False where that failed: some stores that otherwise speak S3's language do not know how."""
+        """False where that failed: some stores that otherwise speak S3's language do not know how, and Azure's calls it
+        a failure where one is gone already.
+        """
         try:
             await self._claimer.once.delete_async(keys)
-        except BaseError:
+        except (BaseError, FileNotFoundError):
             return False
         return True
 
