@@ -16,7 +16,7 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, SaveAborted, ungrouped
+from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, SaveAborted, StorageError, ungrouped
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
@@ -184,6 +184,9 @@ class CheckpointWriter:
         except FileExistsError:
             self._own = None
             raise
+        except CommitUnknown as error:  # whether the Index is there; nothing was committed yet
+            message = f"the index of the save to {self._storage.info.location} could not be stored: {error}"
+            raise StorageError(message, path=own.name, errno=error.errno) from error
 
     async def _saved(self, settlement: Settlement) -> Saved:
         record = settlement.record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,17 @@ def errors(cases: int, seed: int, figures: Figures) -> None:
                 sweep(kind, ranks=ranks, sticky=sticky, figures=figures)
 
 
+def saves(cases: int, seed: int, figures: Figures) -> None:
+    """As ``errors``, of whole saves by ``AsyncCheckpointer``; ``cases`` of them in the background process."""
+    from tests.reliability import saves  # imports torch, which the other runs do without
+
+    for kind in FAULTS:
+        for sticky in (False, True):
+            saves.sweep(kind, sticky=sticky, figures=figures)
+    with tempfile.TemporaryDirectory(dir=kills.FOLDER) as folder:
+        saves.sweep_worker(Path(folder), cases, seed, figures)
+
+
 def requests(cases: int, seed: int, figures: Figures) -> None:
     """Every request to an object store fails, or is a process's last; ``cases`` and ``seed`` mean nothing here."""
     for fault in objects.FAULTS:
@@ -58,6 +70,7 @@ def ranks(cases: int, seed: int, figures: Figures) -> None:
 RUNS: dict[str, tuple[Callable[[int, int, Figures], None], int]] = {
     "power": (power, 400),
     "errors": (errors, 1),
+    "saves": (saves, 500),
     "requests": (requests, 1),
     "corruption": (corruption, 5000),
     "ranks": (ranks, 10_000),
@@ -73,7 +86,7 @@ def main() -> None:
     parser.add_argument("name", choices=RUNS)
     parser.add_argument("--cases", type=int)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where kills and soak write; else a temporary folder")
+    parser.add_argument("--folder", type=Path, help="where kills, saves and soak write; else a temporary folder")
     given = parser.parse_args()
     logging.disable()
     if given.folder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from typing import Any, Final
 
 from asyncdcp.errors import AsyncDCPError
@@ -27,6 +28,7 @@ class Fault:
         self._kind = kind
         self._left = number
         self._sticky = sticky
+        self._lock = threading.Lock()
 
     @property
     def of_directory(self) -> bool:
@@ -38,8 +40,10 @@ class Fault:
         )
 
     def __call__(self, call: Call) -> Any:
-        self._left -= 1
-        if self._left > 0 or (self._left < 0 and not self._sticky):
+        with self._lock:
+            self._left -= 1
+            passes = self._left > 0 or (self._left < 0 and not self._sticky)
+        if passes:
             return call()
         self.happened = self.happened or f"{call.operation} {call.path}"
         if call.operation == "close":
