@@ -1,4 +1,4 @@
-"""As much of Azure's language as a client of ours needs: ``/account/container/blob``, blocks and their lists, batches."""
+"""As much of Azure's language as a client of ours needs: ``/account/container/blob``, lists of blocks, batches."""
 
 from __future__ import annotations
 
@@ -73,5 +73,6 @@ class AzureHandler(S3Handler):
             name = unquote(urlsplit(target).path).strip("/").removeprefix(f"{account}/")
             gone = self.memory.objects.pop(name, None) is None
             status = "404 The specified blob does not exist." if gone else "202 Accepted"
-            answers.append(f"--b\r\nContent-Type: application/http\r\nContent-ID: {number}\r\n\r\nHTTP/1.1 {status}\r\n\r\n")
+            head = f"Content-Type: application/http\r\nContent-ID: {number}"
+            answers.append(f"--b\r\n{head}\r\n\r\nHTTP/1.1 {status}\r\n\r\n")
         self.answer(202, f"{''.join(answers)}--b--\r\n".encode(), Content_Type="multipart/mixed; boundary=b")

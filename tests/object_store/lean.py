@@ -96,7 +96,7 @@ class S3Handler(BaseHTTPRequestHandler):
         self.memory.seen.append((self.command, self.path, {key.lower(): value for key, value in self.headers.items()}))
         self.answer_request(self._body())
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815  # as http.server has them
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # as http.server has them
 
     def answer_request(self, body: memoryview) -> None:
         """Of S3."""
@@ -207,13 +207,15 @@ class S3Handler(BaseHTTPRequestHandler):
             return self._list_uploads()
         if "location" in self.query:
             return self._answer_xml("LocationConstraint")
-        found, common = self.memory.listed(f"{self.name}/{self.query.get('prefix', '')}", self.query.get("delimiter", ""))
+        found, common = self.memory.listed(
+            f"{self.name}/{self.query.get('prefix', '')}", self.query.get("delimiter", "")
+        )
         start = len(self.name) + 1
         rows = [
             xml("Contents", Key=name[start:], LastModified=_iso(each.modified), ETag=each.tag, Size=str(each.size))
             for name, each in found
         ]
-        rows += [xml("CommonPrefixes", Prefix=prefix[start:]) for prefix in common]
+        rows += [xml("CommonPrefixes", Prefix=each[start:]) for each in common]
         counts = {"KeyCount": str(len(rows)), "MaxKeys": "1000", "IsTruncated": "false"}
         return self._answer_xml("ListBucketResult", *rows, Name=self.name, **counts)
 

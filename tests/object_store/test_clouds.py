@@ -132,7 +132,11 @@ async def test_an_upload_that_is_given_up_leaves_no_object(
         ),
         (
             "az://container/run",
-            {"AZURE_STORAGE_ACCOUNT_NAME": "me", "AZURE_STORAGE_SAS_TOKEN": "sv=1", "AZURE_STORAGE_ENDPOINT": "http://here"},
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "me",
+                "AZURE_STORAGE_SAS_TOKEN": "sv=1",
+                "AZURE_STORAGE_ENDPOINT": "http://here",
+            },
             {"account_name": "me", "sas_key": "sv=1", "endpoint": "http://here"},
         ),
         (
