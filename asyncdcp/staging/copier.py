@@ -22,7 +22,7 @@ SMALL_BYTES = 64 << 10
 """Whole chunks shorter than this are gathered by ``torch.cat``: one release of the GIL for many, where a busy trainer
 could take a switch interval to hand it back after each."""
 
-_GATHERED = frozenset(
+GATHERED = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )
@@ -87,7 +87,7 @@ class SlabCopier:
     def _kind(self, piece: Piece) -> tuple[torch.device, torch.dtype | None]:
         """A piece's device, and the dtype to gather it by, None if it is copied alone."""
         tensor = self._sources[self._plan.origins[piece.chunk]]
-        small = piece.length < SMALL_BYTES and piece.length == tensor.nbytes and tensor.dtype in _GATHERED
+        small = piece.length < SMALL_BYTES and piece.length == tensor.nbytes and tensor.dtype in GATHERED
         return tensor.device, tensor.dtype if small else None
 
     def _copy_group(self, pieces: list[Piece], dtype: torch.dtype | None, into: Tensor, *, on_its_way: bool) -> None:
@@ -137,7 +137,7 @@ def _source(plan: SavePlan, number: int, sources: Sequence[Tensor]) -> _Source:
             tensor = tensor.narrow(dim, start - base, size)
     assert tensor.numel() == prod(chunk.box.sizes)
     plain = not tensor.is_conj() and not tensor.is_neg()
-    if plain and tensor.dtype not in _GATHERED and tensor.element_size() in _SAME_SIZE:
+    if plain and tensor.dtype not in GATHERED and tensor.element_size() in _SAME_SIZE:
         # torch has no copy for some of these, and all that matters are bits.
         tensor = tensor.view(_SAME_SIZE[tensor.element_size()])
     packed = plain and tensor.device.type == "cpu" and tensor.is_contiguous()

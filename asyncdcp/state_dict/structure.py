@@ -54,17 +54,17 @@ def _chunks(name: str, tensor: Tensor) -> list[LocalChunk]:
 
 
 _dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 def _layouts(tensors: list[Tensor]) -> dict[int, Any]:
     """What the chunks of the sharded ones depend on, by number; most states have none."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if PLAIN.issuperset(map(type, tensors)):
         return {}
     return {
         number: found
         for number, tensor in enumerate(tensors)
-        if type(tensor) not in _PLAIN and (found := layout(tensor)) is not None
+        if type(tensor) not in PLAIN and (found := layout(tensor)) is not None
     }
 
 

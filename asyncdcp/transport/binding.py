@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import eq
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
 from torch import Tensor
 
-from asyncdcp.boxes import whole
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.metadata import TensorStorageMetadata
-from asyncdcp.planning import Want
-from asyncdcp.state_dict.chunks import local_chunks
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.matching import Match, match
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.restoring import Restorer
 from asyncdcp.state_dict.structure import DTYPE_NAMES
-from asyncdcp.state_dict.targets import TensorTarget, new_tensors, targets_of
+from asyncdcp.state_dict.targets import new_tensors
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.transport.offered import Offered
 from asyncdcp.transport.wire import StreamPlan
+
+Targets: TypeAlias = list[tuple[str, Tensor]]
+"""Names of the offer, and the tensors that are to hold their content."""
 
 
 class Anew:
@@ -31,7 +32,7 @@ class Anew:
     def __init__(self) -> None:
         self._state: Any = None
 
-    def bind(self, offered: Offered) -> tuple[list[Want], list[TensorTarget]]:
+    def bind(self, offered: Offered) -> Targets:
         """Makes the state, its tensors still without content."""
         metadata = offered.metadata
         tree, values = decoded(offered)
@@ -41,7 +42,7 @@ class Anew:
         )
         ties = {alias: tensors[name] for alias, name in metadata.aliases.items()}
         self._state = unflatten(tree, {**tensors, **ties}, values)
-        return targets_of(metadata, tensors.items())
+        return list(tensors.items())
 
     def finish(self) -> Any:
         """The state."""
@@ -56,24 +57,25 @@ class InPlace:
         self._flat = flat
         self._restorer: Restorer | None = None
 
-    def bind(self, offered: Offered) -> tuple[list[Want], list[TensorTarget]]:
+    def bind(self, offered: Offered) -> Targets:
         """Matches the state with what is offered; ``StateMismatch`` otherwise."""
-        options = LoadOptions()
+        options, flat = LoadOptions(), self._flat
         tree, values = decoded(offered)
+        if is_alike(flat, offered.layout.plan, tree, values):
+            if values or flat.statefuls:
+                nodes = TreeNodes(tree, options.renamed)
+                self._restorer = Restorer(flat, identity(flat), nodes, values, options)
+            return list(flat.tensors.items())
         nodes = TreeNodes(tree, options.renamed)
-        if is_alike(self._flat, offered.plan, tree, values):
-            self._restorer = Restorer(self._flat, identity(self._flat), nodes, values, options)
-            return own_targets(self._flat)
-        found = match(self._flat, offered.metadata, nodes, options)
+        found = match(flat, offered.metadata, nodes, options)
         made = new_tensors(offered.metadata, found.fresh, found.alike)
         found.add_fresh(made)
-        self._restorer = Restorer(self._flat, found, nodes, values, options)
-        return targets_of(offered.metadata, [*found.fill, *made.items()])
+        self._restorer = Restorer(flat, found, nodes, values, options)
+        return [*found.fill, *made.items()]
 
     def finish(self) -> Any:
         """Plain values, and every Stateful's ``load_state_dict``, in the state's order."""
-        assert self._restorer is not None
-        return self._restorer.restore(self._state)
+        return self._state if self._restorer is None else self._restorer.restore(self._state)
 
 
 # ── a state just as the sender's, as replicas have it: nothing is to be matched ─────────────────────────────────────
@@ -86,7 +88,7 @@ def is_alike(flat: FlatState, plan: StreamPlan, tree: Any, values: dict[str, Any
         not flat.subclasses
         and list(flat.tensors) == plan.names
         and [DTYPE_NAMES.get(tensor.dtype) for tensor in tensors] == plan.dtypes
-        and [tuple(tensor.shape) for tensor in tensors] == plan.shapes
+        and all(map(eq, (tensor.shape for tensor in tensors), plan.shapes))
         and flat.aliases == plan.aliases
         and flat.values.keys() == values.keys()
         and bool(flat.tree == tree)
@@ -101,29 +103,10 @@ def identity(flat: FlatState) -> Match:
     return Match({name: name for name in (*tensors, *flat.values)}, tensors=tensors, deciding=frozenset(others))
 
 
-def own_targets(flat: FlatState) -> tuple[list[Want], list[TensorTarget]]:
-    """Every tensor's, as ``targets_of``."""
-    wants, targets = [], []
-    for device in {tensor.device for tensor in flat.tensors.values() if not tensor.is_cpu}:
-        torch.accelerator.synchronize(device)
-    for name, tensor in flat.tensors.items():
-        if type(tensor) is Tensor and tensor.numel():
-            box = whole(tensor.shape)
-            wants.append(Want(name, box))
-            targets.append(TensorTarget(tensor, box, tensor.dtype))
-            continue
-        for box, local in local_chunks(tensor):
-            if box.volume:
-                wants.append(Want(name, box))
-                targets.append(TensorTarget(local, box, tensor.dtype))
-    return wants, targets
-
-
 def decoded(offered: Offered) -> tuple[Any, dict[str, Any]]:
     """Tree and values, as JSON says them; not trusted yet."""
     try:
-        tree = msgspec.json.decode(offered.plan.tree)
         values = {name: msgspec.json.decode(value) for name, value in offered.values.items()}
+        return offered.layout.tree, values
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCheckpoint(f"the offer of rank {offered.rank} is malformed: {error!s:.200}") from error
-    return tree, values

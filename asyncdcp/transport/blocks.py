@@ -106,14 +106,19 @@ class Stager:
         tensor = self._sources[piece.chunk].detach()
         if tensor.device != self._device or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             return None
-        if not tensor.is_cpu:
-            flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-            return flat[piece.start : piece.start + piece.length]
-        memory = (ctypes.c_char * piece.length).from_address(tensor.data_ptr() + piece.start)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return bytes_at(tensor, piece.start, piece.length)
 
     def _all_there(self, block: Slab) -> bool:
         return all(self._sources[piece.chunk].device == self._device for piece in block.pieces)
+
+
+def bytes_at(tensor: Tensor, first: int, length: int) -> Tensor:
+    """A run of the bytes of a contiguous tensor, which the caller keeps alive."""
+    if tensor.is_cpu:
+        memory = (ctypes.c_char * length).from_address(tensor.data_ptr() + first)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
+    return flat[first : first + length]
 
 
 def checksum_of(data: Tensor) -> int:

@@ -4,10 +4,10 @@ received straight into a tensor.
 
 from __future__ import annotations
 
-import ctypes
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import groupby
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from torch import Tensor
 from asyncdcp.boxes import Box, intersect, tiles
 from asyncdcp.errors import StateMismatch
 from asyncdcp.planning import Want, plan_load
-from asyncdcp.state_dict.targets import TensorTarget
+from asyncdcp.staging.copier import GATHERED
+from asyncdcp.state_dict.structure import DTYPES, PLAIN
+from asyncdcp.state_dict.targets import TensorTarget, targets_of
+from asyncdcp.transport.blocks import bytes_at
 from asyncdcp.transport.offered import Offered
 
 
@@ -33,24 +36,43 @@ class Part(NamedTuple):
 
 
 class Landing:
-    """``device`` is where blocks arrive."""
+    """``device`` is where blocks arrive.
 
-    def __init__(
-        self, offered: Offered, wants: Sequence[Want], targets: Sequence[TensorTarget], device: torch.device
-    ) -> None:
-        self._borders = offered.borders
+    There are two cases. A tensor that is sent whole, and is in memory as the stream has it, is all that is known of its
+    chunk. For the others there are parts.
+    """
+
+    def __init__(self, offered: Offered, targets: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
+        self._layout = layout = offered.layout
         self._device = device
-        self._by_block: list[list[Part]] = [[] for _ in offered.borders[1:]]
-        for part in _parts(offered, wants, targets):
-            first = bisect_right(self._borders, part.begin) - 1
-            for block in range(first, len(self._by_block)):
-                if self._borders[block] >= part.end:
-                    break
-                self._by_block[block].append(part)
+        self._whole: list[Tensor | None] = [None] * (len(layout.begins) - 1)
+        self._parts: dict[int, list[Part]] = {}
+        for each in {tensor.device for _, tensor in targets if not tensor.is_cpu}:
+            torch.accelerator.synchronize(each)
+        dtypes = [DTYPES.get(dtype) for dtype in layout.plan.dtypes]
+        rest = []
+        for name, tensor in targets:
+            chunk = layout.sole.get(name, -1)
+            if chunk >= 0 and _is_packed(tensor, dtypes[layout.plan.chunks.tensor[chunk]], device):
+                self._whole[chunk] = tensor
+            elif tensor.numel():
+                rest.append((name, tensor))
+        if rest:
+            self._add_parts(_parts(offered, *targets_of(offered.metadata, rest)))
+
+    def _add_parts(self, parts: Iterable[Part]) -> None:
+        borders = self._layout.borders
+        for part in parts:
+            for block in range(bisect_right(borders, part.begin) - 1, bisect_left(borders, part.end)):
+                self._parts.setdefault(block, []).append(part)
 
     def in_place(self, block: int) -> Tensor | None:
         """The memory into which the block can be received, if all of it belongs there and nowhere else."""
-        parts, (begin, end) = self._by_block[block], self._borders[block : block + 2]
+        begin, end = self._layout.borders[block : block + 2]
+        chunks, parts = self._layout.chunks_in(block), self._parts.get(block, ())
+        if len(chunks) == 1 and (tensor := self._whole[chunks[0]]) is not None:
+            first = begin - self._layout.begins[chunks[0]]
+            return bytes_at(tensor, first, end - begin)
         if len(parts) != 1 or parts[0].begin > begin or parts[0].end < end or parts[0].offset < 0:
             return None
         part = parts[0]
@@ -60,15 +82,47 @@ class Landing:
 
     def deliver(self, block: int, data: Tensor) -> None:
         """Copies the bytes of a block to where they belong. Blocks; on a thread."""
-        begin, end = self._borders[block : block + 2]
-        address = data.data_ptr() if data.is_cpu else 0
-        for part in self._by_block[block]:
+        begin, end = self._layout.borders[block : block + 2]
+        for part in self._parts.get(block, ()):
             first, last = max(begin, part.begin), min(end, part.end)
-            to = part.target.address if part.offset >= 0 else 0
-            if to and address:
-                ctypes.memmove(to + part.offset + first - part.begin, address + first - begin, last - first)
-            else:
-                _deliver(part, data[first - begin : last - begin], first, self._device)
+            _deliver(part, data[first - begin : last - begin], first, self._device)
+        begins, wholes = self._layout.begins, self._whole
+
+        def kind(number: int) -> torch.dtype | None:
+            tensor = wholes[number]
+            if tensor is None or begins[number] < begin or begins[number + 1] > end or tensor.dtype not in GATHERED:
+                return None
+            return None if (begins[number] - begin) % tensor.element_size() else tensor.dtype
+
+        for dtype, group in groupby(self._layout.chunks_in(block), kind):
+            numbers = list(group)
+            if dtype is not None:
+                self._scatter(data[begins[numbers[0]] - begin : begins[numbers[-1] + 1] - begin].view(dtype), numbers)
+                continue
+            for number in numbers:
+                if (tensor := wholes[number]) is not None:
+                    first, last = max(begin, begins[number]), min(end, begins[number + 1])
+                    piece = data[first - begin : last - begin]
+                    bytes_at(tensor, first - begins[number], last - first).copy_(piece)
+
+    def _scatter(self, data: Tensor, numbers: Sequence[int]) -> None:
+        """Whole tensors of one dtype, which follow each other, by one call: the GIL is let go once for all of them."""
+        found = cast("list[Tensor]", [self._whole[number] for number in numbers])
+        with torch.inference_mode():
+            flat = [tensor if tensor.dim() == 1 else tensor.view(-1) for tensor in found]
+            torch.split_with_sizes_copy(data, [len(tensor) for tensor in flat], out=flat)
+
+
+def _is_packed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether it is plain, and its memory what is sent, on ``device``."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype is dtype
+        and tensor.device == device
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 def _deliver(part: Part, data: Tensor, first: int, device: torch.device) -> None:
@@ -89,15 +143,15 @@ def _memory(target: TensorTarget, device: torch.device) -> Tensor | None:
 
 
 def _parts(offered: Offered, wants: Sequence[Want], targets: Sequence[TensorTarget]) -> Iterator[Part]:
-    """Most tensors are wanted as they are sent; for the others the load's planning is asked."""
-    rest: list[int] = []
+    """Some are wanted as they are sent; for the others the load's planning is asked."""
+    layout, rest = offered.layout, []
     for number, (want, target) in enumerate(zip(wants, targets, strict=True)):
-        held = offered.of[want.name]
-        chunk = offered.chunks[held[0]] if len(held) == 1 else None
+        held = layout.of[want.name]
+        chunk = layout.chunks[held[0]] if len(held) == 1 else None
         if chunk is not None and chunk.box == want.box:
             yield Part(chunk.begin, chunk.end, target, 0 if target.packed else -1, chunk.box, 0)
         else:
-            _check_covered(offered, want, (offered.chunks[each].box for each in held))
+            _check_covered(offered, want, (layout.chunks[each].box for each in held))
             rest.append(number)
     for item in plan_load(offered.metadata, [wants[number] for number in rest]).items:
         target = targets[rest[item.want]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -43,51 +45,107 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Offered:
-    """``chunks`` are in the order of the stream, and ``of`` has their numbers by tensor. ``borders`` are where blocks
-    begin, and at last where the stream ends.
+class Layout:
+    """What a ``StreamPlan`` says, checked: where everything of a state lies in the stream.
+
+    Columns, and no object for each chunk: it is kept between transfers, and objects by the thousand cost the garbage
+    collector more than all the looking. ``begins`` are where the chunks begin, ``borders`` where blocks do; at the end
+    of both is where the stream ends. ``sole`` are the tensors that are one chunk, by name, with its number.
     """
+
+    encoded: bytes
+    plan: StreamPlan
+    begins: list[int]
+    borders: list[int]
+    sole: dict[str, int]
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        return frozenset(self.plan.names)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the stream."""
+        return self.borders[-1]
+
+    @cached_property
+    def tree(self) -> Any:
+        """The containers, as JSON says them; not trusted yet, and not to be changed."""
+        return msgspec.json.decode(self.plan.tree)
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """Not needed where every tensor is sent whole, to one that is alike."""
+        plan, boxes = self.plan, _boxes(self.plan)
+        ends = self.begins[1:]
+        return [
+            Chunk(plan.names[tensor], box, begin, end)
+            for tensor, box, begin, end in zip(plan.chunks.tensor, boxes, self.begins[:-1], ends, strict=True)
+        ]
+
+    @cached_property
+    def of(self) -> dict[str, list[int]]:
+        """The numbers of the chunks by tensor."""
+        found: dict[str, list[int]] = {name: [] for name in self.plan.names}
+        for number, tensor in enumerate(self.plan.chunks.tensor):
+            found[self.plan.names[tensor]].append(number)
+        return found
+
+    def chunks_in(self, block: int) -> range:
+        """The numbers of the chunks that have bytes in a block."""
+        begin, end = self.borders[block : block + 2]
+        return range(bisect_right(self.begins, begin) - 1, bisect_left(self.begins, end))
+
+    def tensors_in(self, block: int) -> list[str]:
+        """The tensors that have bytes in a block."""
+        names, tensors = self.plan.names, self.plan.chunks.tensor
+        return list(dict.fromkeys(names[tensors[number]] for number in self.chunks_in(block)))
+
+
+@dataclass(frozen=True)
+class Offered:
+    """One offer: a layout, and the plain values of this time."""
 
     rank: int
     checksums: bool
-    plan: StreamPlan
+    layout: Layout
     values: dict[str, msgspec.Raw]
-    chunks: list[Chunk]
-    of: dict[str, list[int]]
-    borders: list[int]
 
     @cached_property
     def metadata(self) -> Metadata:
         """The offer as if it were a checkpoint of one file. Not needed where a state is just as the sender's."""
         return _metadata(self)
 
-    def tensors_in(self, block: int) -> list[str]:
-        """Which tensors have bytes in a block."""
-        begin, end = self.borders[block : block + 2]
-        first = bisect_right(self.chunks, begin, key=lambda chunk: chunk.begin) - 1
-        names: dict[str, None] = {}
-        for chunk in self.chunks[first:]:
-            if chunk.begin >= end:
-                break
-            names[chunk.name] = None
-        return list(names)
+
+class LayoutCache:
+    """The last few layouts: a state that comes again is not checked and taken apart again. From any thread."""
+
+    def __init__(self, limit: int = 4) -> None:
+        self._limit = limit
+        self._seen: tuple[Layout, ...] = ()
+
+    def read(self, offer: Offer) -> Offered:
+        """``CorruptCheckpoint`` or ``UnsupportedFormat`` for an offer whose numbers do not fit each other."""
+        encoded = bytes(offer.plan)
+        layout = next((seen for seen in self._seen if seen.encoded == encoded), None)
+        if layout is None:
+            layout = read_layout(encoded, offer)
+        self._seen = (layout, *[seen for seen in self._seen if seen is not layout][: self._limit - 1])
+        values = wire.decode_values(offer)
+        for name in values:
+            if name in layout.tensors or name in layout.plan.aliases:
+                _corrupt(offer.rank, f"{name} is both a tensor and a value")
+        return Offered(offer.rank, offer.checksums, layout, values)
 
 
-def read_offer(offer: Offer) -> Offered:
-    """``CorruptCheckpoint`` or ``UnsupportedFormat`` for an offer whose numbers do not fit each other."""
+def read_layout(encoded: bytes, offer: Offer) -> Layout:
+    """As ``LayoutCache.read``."""
     plan, rank = wire.decode_plan(offer), offer.rank
     _check_tensors(plan, rank)
-    chunks = _chunks(plan, rank)
+    begins, sole = _check_chunks(plan, rank)
     borders = [0, *accumulate(plan.blocks)]
-    _check_blocks(plan, chunks, borders, rank)
-    of: dict[str, list[int]] = {name: [] for name in plan.names}
-    for number, chunk in enumerate(chunks):
-        of[chunk.name].append(number)
-    values = wire.decode_values(offer)
-    for name in values:
-        if name in of or name in plan.aliases:
-            _corrupt(rank, f"{name} is both a tensor and a value")
-    return Offered(rank, offer.checksums, plan, values, chunks, of, borders)
+    _check_blocks(plan, begins, borders, rank)
+    return Layout(encoded, plan, begins, borders, sole)
 
 
 def _check_tensors(plan: StreamPlan, rank: int) -> None:
@@ -105,41 +163,53 @@ def _check_tensors(plan: StreamPlan, rank: int) -> None:
             _corrupt(rank, f"the alias {alias} of {target} is not one")
 
 
-def _chunks(plan: StreamPlan, rank: int) -> list[Chunk]:
+def _check_chunks(plan: StreamPlan, rank: int) -> tuple[list[int], dict[str, int]]:
+    """``begins`` and ``sole`` of the layout."""
     columns, ndims = plan.chunks, [len(shape) for shape in plan.shapes]
     if any(not 0 <= tensor < len(ndims) for tensor in columns.tensor):
         _corrupt(rank, "a chunk is of a tensor that is not listed")
     if not len(columns.offsets) == len(columns.sizes) == sum(ndims[tensor] for tensor in columns.tensor):
         _corrupt(rank, "the chunks' offsets and sizes do not fit their tensors' dimensions")
-    found, position, begin = [], 0, 0
-    for tensor in columns.tensor:
-        name, end = plan.names[tensor], position + ndims[tensor]
-        box = Box(tuple(columns.offsets[position:end]), tuple(columns.sizes[position:end]))
-        size = DTYPE_SIZES[plan.dtypes[tensor]]
-        if min(box.sizes, default=1) < 1 or not contains(whole(plan.shapes[tensor]), box) or begin % size:
+    sizes = [DTYPE_SIZES[dtype] for dtype in plan.dtypes]
+    begins, sole = [0], {}
+    for number, (tensor, box) in enumerate(zip(columns.tensor, _boxes(plan), strict=True)):
+        name, size, begin, shape = plan.names[tensor], sizes[tensor], begins[-1], plan.shapes[tensor]
+        if box.sizes == shape and not any(box.offsets):
+            sole[name] = number
+        elif not contains(whole(shape), box):
             _corrupt(rank, f"a chunk of {name} is empty, leaves its shape, or begins within an element")
-        found.append(Chunk(name, box, begin, begin + box.volume * size))
-        position, begin = end, found[-1].end
-    return found
+        if min(box.sizes, default=1) < 1 or begin % size:
+            _corrupt(rank, f"a chunk of {name} is empty, leaves its shape, or begins within an element")
+        begins.append(begin + box.volume * size)
+    if len(sole) < len(columns.tensor):  # some come twice
+        counts = Counter(columns.tensor)
+        sole = {name: number for name, number in sole.items() if counts[columns.tensor[number]] == 1}
+    return begins, sole
 
 
-def _check_blocks(plan: StreamPlan, chunks: list[Chunk], borders: list[int], rank: int) -> None:
+def _boxes(plan: StreamPlan) -> Iterator[Box]:
+    """The chunks' boxes, in order."""
+    columns, position = plan.chunks, 0
+    for tensor in columns.tensor:
+        end = position + len(plan.shapes[tensor])
+        yield Box(tuple(columns.offsets[position:end]), tuple(columns.sizes[position:end]))
+        position = end
+
+
+def _check_blocks(plan: StreamPlan, begins: list[int], borders: list[int], rank: int) -> None:
     """The blocks make the stream, and no border lies within an element."""
-    total = chunks[-1].end if chunks else 0
-    if borders[-1] != total or any(not 0 < size <= wire.BLOCK_LIMIT for size in plan.blocks):
-        _corrupt(rank, f"blocks of {borders[-1]} bytes for a stream of {total}, or of a size out of range")
-    sizes = dict(zip(plan.names, map(DTYPE_SIZES.__getitem__, plan.dtypes), strict=True))
-    current = 0
+    if borders[-1] != begins[-1] or any(not 0 < size <= wire.BLOCK_LIMIT for size in plan.blocks):
+        _corrupt(rank, f"blocks of {borders[-1]} bytes for a stream of {begins[-1]}, or of a size out of range")
     for border in borders[:-1]:
-        while chunks[current].end <= border:
-            current += 1
-        chunk = chunks[current]
-        if (border - chunk.begin) % sizes[chunk.name]:
-            _corrupt(rank, f"a block begins within an element of {chunk.name}")
+        number = bisect_right(begins, border) - 1
+        tensor = plan.chunks.tensor[number]
+        if (border - begins[number]) % DTYPE_SIZES[plan.dtypes[tensor]]:
+            _corrupt(rank, f"a block begins within an element of {plan.names[tensor]}")
 
 
 def _metadata(offered: Offered) -> Metadata:
-    plan, chunks, of, values = offered.plan, offered.chunks, offered.of, offered.values
+    layout, values = offered.layout, offered.values
+    plan, chunks, of = layout.plan, layout.chunks, layout.of
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, dtype, shape in zip(plan.names, plan.dtypes, plan.shapes, strict=True):
         held = tuple(ChunkStorageMetadata(*chunks[number].box) for number in of[name])

@@ -23,7 +23,7 @@ from asyncdcp.transport.blocks import checksum_of
 from asyncdcp.transport.endpoint import Endpoint, named
 from asyncdcp.transport.landing import Landing
 from asyncdcp.transport.link import Link, Pending
-from asyncdcp.transport.offered import Offered, read_offer
+from asyncdcp.transport.offered import LayoutCache, Offered
 from asyncdcp.transport.reports import ReceiveReport
 from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Accept, Done, Failure, Offer, Verdict
@@ -44,7 +44,10 @@ class _Arriving(NamedTuple):
 class ReceiveTask:
     """Carries one receive out on the engine's loop. ``future`` is resolved here and nowhere else."""
 
-    def __init__(self, engine: Engine, link: Link, src: int, timeout: float, into: Anew | InPlace) -> None:
+    def __init__(
+        self, engine: Engine, link: Link, src: int, timeout: float, into: Anew | InPlace, layouts: LayoutCache
+    ) -> None:
+        self._layouts = layouts
         self._end = Endpoint(link, src, timeout, sender=False)
         self._link = link
         self._into = into
@@ -106,7 +109,7 @@ class ReceiveTask:
         if (failure := self._failure()) is not None:
             await end.say(Failure(to_frame(failure, with_traceback=False)), "telling that the transfer failed")
             raise failure
-        total = self._offered.borders[-1]
+        total = self._offered.layout.total
         await end.say(Done(total), "telling that the state has arrived")
         with self.trace.span("restore"):
             state = await end.call(self._into.finish)
@@ -122,10 +125,10 @@ class ReceiveTask:
             if offer.rank != self._end.peer:
                 raise PeerError(f"rank {self._end.peer} calls itself {offer.rank}; are the groups the same?")
             with self.trace.span("match"):
-                self._offered = read_offer(offer)
-                wants, targets = self._into.bind(self._offered)
-                self.trace.total = self._offered.borders[-1]
-                return Landing(self._offered, wants, targets, self._link.device), len(wants)
+                self._offered = self._layouts.read(offer)
+                targets = self._into.bind(self._offered)
+                self.trace.total = self._offered.layout.total
+                return Landing(self._offered, targets, self._link.device), len(targets)
         except AsyncDCPError:
             raise
         except Exception as error:
@@ -135,7 +138,7 @@ class ReceiveTask:
 
     async def _stream(self, offered: Offered) -> None:
         """Takes all batches. Returns at the end, or when this side has failed; ``PeerFailed`` when the other has."""
-        batches = wire.batches(offered.borders[1:])
+        batches = wire.batches(offered.layout.borders[1:])
         ticks = deque([await self._end.call(self._end.post_tick) for _ in range(2)])
         channel: Channel[tuple[int, list[_Arriving]]] = Channel(0)
         stopped = False
@@ -165,7 +168,7 @@ class ReceiveTask:
         """The tensors of a batch, the first if there is no such number yet."""
         assert self._offered is not None
         blocks = batches[max(number, 1) - 1] if batches else ()
-        return list(dict.fromkeys(name for block in blocks for name in self._offered.tensors_in(block)))
+        return list(dict.fromkeys(name for block in blocks for name in self._offered.layout.tensors_in(block)))
 
     async def _hear_why(self) -> None:
         try:
@@ -184,12 +187,12 @@ class ReceiveTask:
     def _post_block(self, number: int, place: int, block: int) -> _Arriving:
         assert self._offered is not None
         assert self._landing is not None
-        begin, end = self._offered.borders[block : block + 2]
+        begin, end = self._offered.layout.borders[block : block + 2]
         memory = self._landing.in_place(block) if self._error is None else None
         if memory is not None:
             self._last_in_place = number
         into = self._buffer(number, place, end - begin) if memory is None else memory
-        names = partial(self._offered.tensors_in, block)
+        names = partial(self._offered.layout.tensors_in, block)
         return _Arriving(block, self._end.receive(into, "receiving", names), into, memory is not None)
 
     def _buffer(self, number: int, place: int, length: int) -> Tensor:
@@ -224,7 +227,7 @@ class ReceiveTask:
     def _take_block(self, each: _Arriving) -> int:
         assert self._offered is not None
         assert self._landing is not None
-        self._end.wait(each.pending, "receiving", partial(self._offered.tensors_in, each.block))
+        self._end.wait(each.pending, "receiving", partial(self._offered.layout.tensors_in, each.block))
         if self._error is not None:
             return 0
         with self.trace.span("receive", len(each.into)):
@@ -239,7 +242,7 @@ class ReceiveTask:
         for batch, found, told in zip(batches, self._found, self._digests[2:], strict=True):
             for block, ours, theirs in zip(batch, found, told, strict=False):
                 if ours != theirs:
-                    names = offered.tensors_in(block)
+                    names = offered.layout.tensors_in(block)
                     self._error = ChecksumMismatch(
                         f"block {block} from rank {offered.rank} does not match its checksum; it holds {named(names)}. "
                         f"It was changed while it was sent, or damaged on its way{self._touched()}",

@@ -31,6 +31,7 @@ from asyncdcp.trace import Trace
 from asyncdcp.transport.binding import Anew, InPlace
 from asyncdcp.transport.handle import SendHandle
 from asyncdcp.transport.link import Link, group_link
+from asyncdcp.transport.offered import LayoutCache
 from asyncdcp.transport.options import TransportOptions
 from asyncdcp.transport.receiver import ReceiveTask
 from asyncdcp.transport.sender import SendRequest, SendTask
@@ -82,6 +83,7 @@ class PGTransport:
         """What it was made for."""
         self._lock = threading.Lock()
         self._structures = StructureCache()
+        self._layouts = LayoutCache()
         self._streams = StreamCache(self.options.block_bytes)
         self._eager = EagerBudget(self.options.eager_bytes)
         self._guards: list[Guard] = []
@@ -161,7 +163,7 @@ class PGTransport:
         self._check_open()
         [src] = self._check_ranks([src_rank])
         binding = Anew() if into is None else InPlace(into, flatten(into, allow_meta=True))
-        task = ReceiveTask(self._engine, self._link, src, self.timeout, binding)
+        task = ReceiveTask(self._engine, self._link, src, self.timeout, binding, self._layouts)
         task.trace = self._trace("receive", on_progress)
         with self._lock:
             self._refuse_closed()

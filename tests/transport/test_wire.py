@@ -18,7 +18,7 @@ from asyncdcp.metadata import ChunkColumns
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import describe
 from asyncdcp.transport import wire
-from asyncdcp.transport.offered import read_offer
+from asyncdcp.transport.offered import LayoutCache
 from asyncdcp.transport.stream import LARGE_BYTES, plan_stream
 from asyncdcp.transport.wire import Accept, Done, Failure, Offer, StreamPlan, Tick, Verdict
 from asyncdcp.worker.protocol import ErrorFrame
@@ -66,15 +66,16 @@ def test_other_heads_are_refused() -> None:
 
 def test_an_offer_says_where_everything_lies() -> None:
     big = torch.zeros(LARGE_BYTES // 4)
-    offered = read_offer(offer_of({"big": big, "a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(0), "n": 1}))
-    assert [(chunk.name, chunk.begin, chunk.end) for chunk in offered.chunks] == [
+    offered = LayoutCache().read(offer_of({"big": big, "a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(0), "n": 1}))
+    layout = offered.layout
+    assert [(chunk.name, chunk.begin, chunk.end) for chunk in layout.chunks] == [
         ("a", 0, 24),
         ("big", 24, 24 + LARGE_BYTES),
     ]
-    assert offered.borders[:3] == [0, 24, 24 + 4096]
-    assert offered.tensors_in(0) == ["a"]
-    assert offered.tensors_in(1) == ["big"]
-    assert offered.of["b"] == []
+    assert layout.borders[:3] == [0, 24, 24 + 4096]
+    assert layout.tensors_in(0) == ["a"]
+    assert layout.tensors_in(1) == ["big"]
+    assert layout.of["b"] == []
 
 
 def changed(offer: Offer, **fields: Any) -> Offer:
@@ -103,9 +104,9 @@ def changed(offer: Offer, **fields: Any) -> Offer:
 )
 def test_offers_that_contradict_themselves(fields: dict[str, Any], said: str) -> None:
     offer = offer_of({"a": torch.zeros(8), "b": torch.zeros(3, dtype=torch.int8)})
-    read_offer(changed(offer))
+    LayoutCache().read(changed(offer))
     with pytest.raises(CorruptCheckpoint, match=said):
-        read_offer(changed(offer, **fields))
+        LayoutCache().read(changed(offer, **fields))
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -117,7 +118,7 @@ def test_damaged_plans_are_refused_or_read(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.sampled_from(b'0123456789-"[]{},:a'))
     with suppress(AsyncDCPError):
-        read_offer(structs.replace(offer, plan=msgspec.Raw(bytes(content))))
+        LayoutCache().read(structs.replace(offer, plan=msgspec.Raw(bytes(content))))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -132,5 +133,5 @@ def test_blocks_tile_the_stream(sizes: list[tuple[str, int]]) -> None:
         assert sum(piece.length for piece in block.pieces) == block.length
         end += block.length
     assert end == sum(tensor.nbytes for tensor in state.values())
-    assert read_offer(offer_of(state)).borders[-1] == end
+    assert LayoutCache().read(offer_of(state)).layout.total == end
     assert len(stream.batches) == -(-len(stream.blocks) // wire.BATCH_BLOCKS)
