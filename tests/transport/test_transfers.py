@@ -390,6 +390,40 @@ def test_wrong_options() -> None:
         PGTransport(None, timeout=1)
 
 
+def test_small_targets_of_every_kind_are_filled_together(world: World, same: Same) -> None:
+    """Parameters, inference tensors, matrices, scalars, one that is not packed, one of which nobody knows."""
+    with torch.inference_mode():
+        inference = torch.zeros(5)
+    parameter = torch.nn.Parameter(torch.zeros(3, 2))
+    into = {
+        "a": torch.zeros(7),
+        "inference": inference,
+        "parameter": parameter,
+        "scalar": torch.tensor(0.0),
+        "strided": torch.zeros(4, 3).t(),
+        "ints": [torch.zeros(n, dtype=torch.int64) for n in range(9)],
+        "last": torch.zeros(3),
+    }
+    state = {
+        "a": torch.rand(7),
+        "inference": torch.rand(5),
+        "parameter": torch.rand(3, 2),
+        "scalar": torch.tensor(3.5),
+        "strided": torch.rand(3, 4),
+        "ints": [torch.arange(n) for n in range(9)],
+        "last": torch.rand(3),
+    }
+    _, [sender, receiver] = world()
+    for _ in range(2):
+        send = sender.send_checkpoint([1], state)
+        assert receiver.recv_checkpoint(0, into).result(LONG)["parameter"] is parameter
+        send.result(LONG)
+        assert same(into, {**state, "parameter": parameter})
+        assert torch.equal(parameter.detach(), state["parameter"])  # type: ignore[arg-type]  # of the dict's values
+        assert parameter.requires_grad
+        state["a"] += 1  # type: ignore[operator]  # likewise
+
+
 def test_an_equal_structure_is_planned_once(world: World) -> None:
     _, transports = world()
     brought(transports, OrderedDict(w=torch.ones(3)))

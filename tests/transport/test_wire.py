@@ -66,8 +66,8 @@ def test_other_heads_are_refused() -> None:
 
 def test_an_offer_says_where_everything_lies() -> None:
     big = torch.zeros(LARGE_BYTES // 4)
-    offered = LayoutCache().read(offer_of({"big": big, "a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(0), "n": 1}))
-    layout = offered.layout
+    state = {"big": big, "a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(0), "n": 1}
+    layout = LayoutCache().read(offer_of(state)).layout
     assert [(chunk.name, chunk.begin, chunk.end) for chunk in layout.chunks] == [
         ("a", 0, 24),
         ("big", 24, 24 + LARGE_BYTES),
@@ -76,6 +76,21 @@ def test_an_offer_says_where_everything_lies() -> None:
     assert layout.tensors_in(0) == ["a"]
     assert layout.tensors_in(1) == ["big"]
     assert layout.of["b"] == []
+
+
+def test_a_layout_that_comes_again_is_not_read_again() -> None:
+    cache = LayoutCache(limit=2)
+    first, again, other = (
+        cache.read(offer_of({"a": torch.zeros(size), "n": number})) for size, number in ((3, 1), (3, 2), (4, 3))
+    )
+    assert again.layout is first.layout
+    assert [bytes(each.values["n"]) for each in (first, again)] == [b"1", b"2"]
+    assert other.layout.plan.shapes == [(4,)]
+    with pytest.raises(CorruptCheckpoint, match="a is both a tensor and a value"):
+        cache.read(structs.replace(offer_of({"a": torch.zeros(3)}), values=msgspec.Raw(b'{"a": 1}')))
+    cache.read(offer_of({"b": torch.zeros(1)}))
+    cache.read(offer_of({"c": torch.zeros(1)}))
+    assert cache.read(offer_of({"a": torch.zeros(3), "n": 1})).layout is not first.layout, "only the last few are kept"
 
 
 def changed(offer: Offer, **fields: Any) -> Offer:
