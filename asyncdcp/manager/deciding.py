@@ -102,6 +102,8 @@ class Decider:
         return msgspec.structs.replace(found, save=found.save or by_step)
 
     def _moment(self, step: int) -> Moment:
+        if self._preemption is not None:
+            self._preemption.answer()
         signalled = self._preemption is not None and self._preemption.heard is not None
         asked = (signalled or self._heard_preempted) and not self.preempted
         return Moment(step, time.monotonic() - self._since, asked)

@@ -120,7 +120,8 @@ class CheckpointManager:
             registry=registry,
         )
         self._ending = next((policy for policy in policies if isinstance(policy, OnPreemption)), None)
-        self._preemption = None if self._ending is None else Preemption(self._ending.signals)
+        self._preemption = None if self._ending is None else Preemption(self._ending.signals, self._ending.deadline)
+        self._watching: CheckpointFuture[None] | None = None
         self._decider = Decider(policies, self._preemption, ranks, self._engine, self._saves.failure_text)
 
     # ── opening ──
@@ -132,6 +133,7 @@ class CheckpointManager:
             if self._opening is None:
                 if self._preemption is not None:
                     self._preemption.install()
+                    self._watching = self._engine.submit(self._preemption.watch)
                 work = self._idle if self.read_only else self._session.open
                 self._opening = self._engine.submit(work, name=f"opening of {self.location}")
             return self._opening
@@ -377,6 +379,9 @@ class CheckpointManager:
         if closed:
             return
         self._decider.close()
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching.mark_seen()
         try:
             self._checkpointer.close()  # its callbacks, which begin what follows from a save, have run then
         finally:

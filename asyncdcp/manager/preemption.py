@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from asyncdcp.errors import InvalidOption
 
+_logger = logging.getLogger("asyncdcp.manager")
+
 
 class Preemption:
     """Listens to signals from ``install`` to ``remove``, on the main thread. ``heard`` is when the first one came, by
     ``time.monotonic``; None until then.
+
+    Nobody is made deaf for good: what no handler was there for goes on to the system's default, which ends the process,
+    once ``patience`` seconds have passed since the first signal. That is the first one if nobody has called
+    ``answer`` by then, and any that comes later in any case. A second one before that changes nothing: launchers pass
+    on to their processes what the scheduler has sent them already. Forked children are not what was asked: there all go
+    on at once.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals]) -> None:
+    def __init__(self, signals: Sequence[signal.Signals], patience: float = 30.0) -> None:
         self.heard: float | None = None
+        self._patience = patience
         self._signals = tuple(dict.fromkeys(signals))
+        self._first = self._signals[0]
+        self._answered = self._removed = False
+        self._pid = os.getpid()
+        self._wake: Callable[[], object] = lambda: None
         self._previous: dict[signal.Signals, Any] = {}
         self._handler: Callable[[int, FrameType | None], None] = self._handle  # one object, to be known again
 
@@ -37,6 +55,7 @@ class Preemption:
 
         On another thread than the main one it leaves the handlers, which then only pass the signals on.
         """
+        self._removed = True
         if threading.current_thread() is not threading.main_thread():
             return
         previous, self._previous = self._previous, {}
@@ -44,9 +63,40 @@ class Preemption:
             if signal.getsignal(number) is self._handler:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def answer(self) -> None:
+        """The program looks whether it is asked to end, so it knows of the signals that came until now."""
+        self._answered = self.heard is not None
+
+    async def watch(self) -> None:
+        """Lets the first signal go on where nobody answers it in time. On asyncio; to be cancelled at the end."""
+        came = asyncio.Event()
+        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, came.set)
+        if self.heard is None:
+            await came.wait()
+        while (left := self._left()) > 0:
+            await asyncio.sleep(left)
+        if not self._answered and self._goes_on(self._first):
+            name, waited = self._first.name, self._patience
+            _logger.error("%s ends this process: should_save was not called within %g s of it", name, waited)
+            os.kill(self._pid, self._first)  # to the handler, on the main thread
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.heard is None:
-            self.heard = time.monotonic()
-        before = self._previous.get(signal.Signals(number))
+            self.heard, self._first = time.monotonic(), signal.Signals(number)
+            with suppress(RuntimeError):  # its loop has ended
+                self._wake()
+        before = self._previous.get(signal.Signals(number), signal.SIG_IGN)  # for who still calls it after its end
         if callable(before):
             before(number, frame)
+        elif self._goes_on(signal.Signals(number)):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def _goes_on(self, number: signal.Signals) -> bool:
+        """Whether it is to end the process now, as it would have without this."""
+        ours = os.getpid() == self._pid and not self._removed
+        before = self._previous.get(number, signal.SIG_IGN)
+        return before in (signal.SIG_DFL, None) and not (ours and self._left() > 0)
+
+    def _left(self) -> float:
+        return (self.heard or 0.0) + self._patience - time.monotonic()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
-from asyncdcp import EverySeconds, EverySteps, OnPreemption
+from asyncdcp import CheckpointManager, EverySeconds, EverySteps, OnPreemption
 from asyncdcp.engine import Engine
 from asyncdcp.errors import InvalidOption, PeerFailed
 from asyncdcp.manager.deciding import WINDOW, Decider
@@ -99,8 +102,6 @@ def test_a_signal_makes_the_next_step_the_last(opened: Opened, training: Trainin
 
 
 async def test_signals_are_given_back_by_an_async_context(run: Any) -> None:
-    from asyncdcp import CheckpointManager
-
     before = signal.getsignal(signal.SIGTERM)
     async with CheckpointManager(run, process=False, save_when=OnPreemption((signal.SIGTERM,))) as manager:
         assert signal.getsignal(signal.SIGTERM) is not before
@@ -124,6 +125,92 @@ def test_who_takes_a_signal_over_after_us_keeps_it() -> None:
 def test_only_the_main_thread_hears_signals(run: Any) -> None:
     with ThreadPoolExecutor(1) as pool, pytest.raises(InvalidOption, match="main thread"):
         pool.submit(Preemption((signal.SIGUSR2,)).install).result()
+
+
+def ended_by(program: Callable[[], object]) -> int:
+    """The signal that ends a fork of this process in ``program``; 0 if it comes to its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            program()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code <= 0, "the fork failed"
+    return -code
+
+
+def as_at_start() -> None:
+    """What pytest and its plugins do with signals is undone."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def heard(patience: float) -> Preemption:
+    """What has heard a SIGTERM."""
+    preemption = Preemption((signal.SIGTERM, signal.SIGUSR1), patience)
+    preemption.install()
+    signal.raise_signal(signal.SIGTERM)
+    return preemption
+
+
+def test_a_program_that_does_not_look_is_ended_all_the_same(run: Path) -> None:
+    def train() -> None:
+        as_at_start()
+        with CheckpointManager(run, process=False, save_when=OnPreemption(deadline=0.1)) as manager:
+            assert manager.should_save(1) is False  # it has looked before, and never again
+            os.kill(os.getpid(), signal.SIGUSR1)
+            threading.Event().wait(30)
+
+    assert ended_by(train) == signal.SIGUSR1
+
+
+def test_one_that_has_looked_ends_by_itself() -> None:
+    def looks() -> None:
+        as_at_start()
+        preemption = heard(0.05)
+        preemption.answer()
+        asyncio.run(preemption.watch())
+
+    def is_asked_again_much_later() -> None:
+        looks()
+        signal.raise_signal(signal.SIGUSR1)
+
+    assert ended_by(looks) == 0
+    assert ended_by(is_asked_again_much_later) == signal.SIGUSR1
+
+
+def test_a_second_signal_soon_after_changes_nothing() -> None:
+    """As a launcher passes on what its children have got from the scheduler already."""
+
+    def train() -> None:
+        as_at_start()
+        heard(60)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+
+    assert ended_by(train) == 0
+
+
+def test_forked_children_are_ended_at_once() -> None:
+    def train() -> None:
+        as_at_start()
+        heard(60)
+        assert ended_by(lambda: signal.raise_signal(signal.SIGTERM)) == signal.SIGTERM
+
+    assert ended_by(train) == 0
+
+
+def test_handlers_that_were_there_decide_for_themselves() -> None:
+    def train() -> None:
+        before: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: before.append(number))
+        asyncio.run(heard(0.01).watch())
+        signal.raise_signal(signal.SIGTERM)
+        assert before == [signal.SIGTERM] * 2
+
+    assert ended_by(train) == 0
 
 
 class StuckHandle:
