@@ -22,7 +22,7 @@ from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
-from asyncdcp.extensions import Extension, ExtensionRegistry
+from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
 from asyncdcp.manager.mirror import Mirror
@@ -107,6 +107,7 @@ class CheckpointManager:
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
         keys = (registry or ExtensionRegistry()).with_instances(extensions)
         self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds, keys)
+        self._session.chain = Chain(extensions)
         self._mirror = None
         if mirror is not None and not read_only:
             kept = None if mirror_keep is None else check_retention("mirror_keep", mirror_keep)

@@ -73,7 +73,7 @@ class Preemption:
         self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, came.set)
         if self.heard is None:
             await came.wait()
-        while (left := self._left()) > 0:
+        while (left := self._left()) > 0:  # noqa: ASYNC110  # it is the clock that is waited for
             await asyncio.sleep(left)
         if not self._answered and self._goes_on(self._first):
             name, waited = self._first.name, self._patience

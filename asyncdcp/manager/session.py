@@ -10,7 +10,7 @@ import anyio
 import msgspec
 
 from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, Fenced, KeyUnavailable, PeerFailed
-from asyncdcp.extensions import ExtensionRegistry
+from asyncdcp.extensions import PLAIN, ExtensionRegistry
 from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.reading import LoadFrom, load_checkpoint
 from asyncdcp.manager.restoring import load_first, said
@@ -57,7 +57,8 @@ class Finished:
 
 
 class RunSession:
-    """``standing`` may be read from any thread; all else runs on one loop. ``registry`` has the keys.
+    """``standing`` may be read from any thread; all else runs on one loop. ``registry`` has the keys, ``chain`` is what
+    saves are made with.
 
     What is said of the line (``good``, ``latest`` …) raises ``KeyUnavailable`` where its end is encrypted and no key is
     at hand: nobody is to go on from an older checkpoint for want of a key.
@@ -81,6 +82,7 @@ class RunSession:
         self._registry = registry
         self._writer = RunWriter(place, registry)
         self.mirror: Mirror | None = None
+        self.chain = PLAIN
         self._known = Known()
         self._looking, self._writing = anyio.Lock(), anyio.Lock()
 
@@ -233,7 +235,7 @@ class RunSession:
             except Fenced as error:
                 self._reporter.emit("fenced", str(error), term=error.term)
                 raise
-            await append_history(self._place, self._line_of(finished))
+            await append_history(self._place, self._line_of(finished), self.chain)
             if self._reporter.telemetry.traces:
                 await self._write_trace(finished)
             if self._keep is not None:

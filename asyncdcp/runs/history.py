@@ -1,12 +1,19 @@
-"""A run's history: one line of JSON for every save that was committed, which outlives the checkpoint itself."""
+"""A run's history: one line of JSON for every save that was committed, which outlives the checkpoint itself.
+
+Where the save's metadata is hidden its line is, too: encrypted with the same key, bound to the save.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+from anyio import to_thread
 
+from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, MissingDependency
+from asyncdcp.extensions import PLAIN, Chain, ExtensionRegistry, Seals
+from asyncdcp.metadata import Seal, Unseal
 from asyncdcp.runs.layout import HISTORY
 from asyncdcp.storage import Place
 from asyncdcp.trace import Span
@@ -45,6 +52,23 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float | None] = {}
 
 
+class History(NamedTuple):
+    """The saves that can be read, in the order they were written, and how many are encrypted with a key that is not at
+    hand.
+    """
+
+    saves: list[Saved]
+    sealed: int = 0
+
+
+class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The line of a save with hidden metadata: the seal of ``body``, which is a ``Saved``, encrypted."""
+
+    save_id: str
+    seal: Seal
+    body: bytes
+
+
 def stage_times(spans: Sequence[Span]) -> dict[str, StageTime]:
     """The stages of a save, in the order in which they began."""
     origin = min((span.start for span in spans), default=0.0)
@@ -56,27 +80,54 @@ def stage_times(spans: Sequence[Span]) -> dict[str, StageTime]:
     return found
 
 
-async def append_history(place: Place, saved: Saved) -> None:
-    """Adds a line."""
-    await place.append(HISTORY, msgspec.json.encode(saved))
+async def append_history(place: Place, saved: Saved, chain: Chain = PLAIN) -> None:
+    """Adds a line; encrypted where ``chain``, which the save was made with, hides its metadata."""
+    line, sealer = msgspec.json.encode(saved), chain.sealer(saved.save_id)
+    if sealer is not None:
+        seal, body = sealer(line, _bound_to(saved.save_id))
+        if seal.hidden:
+            line = msgspec.json.encode(_Sealed(saved.save_id, seal, body))
+    await place.append(HISTORY, line)
 
 
-async def read_history(place: Place) -> list[Saved]:
-    """All lines in the order they were written; those that cannot be read (a crash cuts one off) are passed over."""
+async def read_history(place: Place, registry: ExtensionRegistry | None = None) -> list[Saved]:
+    """All lines in the order they were written; those that cannot be read (a crash cuts one off, or the key is not
+    there) are passed over. ``registry`` has the keys, by default those of the environment.
+    """
+    return (await open_history(place, registry)).saves
+
+
+async def open_history(place: Place, registry: ExtensionRegistry | None = None) -> History:
+    """As ``read_history``, with how many of the lines are encrypted and stay so."""
     try:
         data = await place.storage.get(HISTORY, _LIMIT)
     except FileNotFoundError:
-        return []
-    return parse_history(data)
+        return History([])
+    return await to_thread.run_sync(_parsed, data, Seals(registry or ExtensionRegistry()))  # it may ask for a key
 
 
-def parse_history(data: bytes) -> list[Saved]:
-    """The lines of a history file, as ``read_history``."""
-    found = []
+def _parsed(data: bytes, unseal: Unseal) -> History:
+    """The lines of a history file."""
+    found, sealed = list[Saved](), 0
     decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Saved)
     for line in data.splitlines():
         try:
-            found.append(decoder.decode(line))
+            found.append(decoder.decode(_opened(line, unseal)))
         except msgspec.MsgspecError:
             continue
-    return found
+        except (CorruptCheckpoint, KeyUnavailable, MissingDependency):
+            sealed += 1
+    return History(found, sealed)
+
+
+def _opened(line: bytes, unseal: Unseal) -> bytes:
+    try:
+        hidden = msgspec.json.decode(line, type=_Sealed)
+    except msgspec.MsgspecError:
+        return line
+    return unseal(hidden.seal, hidden.body, _bound_to(hidden.save_id))
+
+
+def _bound_to(save_id: str) -> str:
+    """The name that a line is sealed under, like the names of the save's files."""
+    return f"{save_id}.history"

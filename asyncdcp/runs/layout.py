@@ -5,6 +5,7 @@ runs/gpt/
   term_2.json          claimed by the second writer, create-exclusively: from then on the first is fenced
   line_2.json          which checkpoints its line goes on from, written once that is known
   history.jsonl        a line for every committed save: metrics and timings, kept when the checkpoint is deleted
+                       (encrypted where the save's metadata is)
   traces/              Chrome traces of saves, where they are asked for
 """
 

@@ -68,6 +68,7 @@ def test_with_the_key(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest
     assert {name: done.err for name, done in ran.items() if done.err} == {}
     assert {name for name, done in ran.items() if done.status} == {"diff", "diff --values"}
     assert ran["ls"].out.count("committed") == 2 and "the latest is step 2" in ran["ls"].out
+    assert "loss" in ran["history"].out and "encrypted" not in ran["history"].out
     assert ran["cat"].out.startswith("weight  float32 [64]\n[2. 2. ")
     assert ran["verify"].out.startswith("whole")
     assert "progress.step  1 → 2" in ran["diff"].out and "values: 0 of 1 tensor the same" in ran["diff --values"].out
@@ -88,6 +89,8 @@ def test_without_it(
             assert (ran.status, ran.err) == (1 if name.startswith("diff") else 0, ""), name
         else:
             assert (_UNSET if key is None else _LACKS) in ran.error, name
+    note = "2 saves encrypted, with a key that is not in ASYNCDCP_KEY\n"
+    assert (call("history", run).out == note) == (kind == "hidden")
     assert (tmp_path / "out").exists() == ("convert" in works)
 
 

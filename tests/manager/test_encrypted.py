@@ -14,8 +14,9 @@ import asyncdcp
 from asyncdcp import AESGCM, AsyncCheckpointer, CheckpointManager, EverySteps, ExtensionRegistry, KeepLast
 from asyncdcp.errors import CheckpointNotFound, KeyUnavailable
 from asyncdcp.extensions.aesgcm import key_name
-from asyncdcp.runs import collect, look, plan_collection
+from asyncdcp.runs import collect, look, plan_collection, read_history
 from asyncdcp.runs.deletion import delete_checkpoint
+from asyncdcp.runs.history import open_history
 from asyncdcp.runs.settling import abort_save
 from asyncdcp.storage import LocalPlace
 from tests.manager.conftest import Training, save_all
@@ -75,6 +76,22 @@ async def test_a_run_is_saved_kept_restored_followed_and_mirrored(
         assert (checkpoint.step, (await checkpoint.load())["progress"]) == (3, {"step": 3})
     async with AsyncCheckpointer(process=False, **options) as checkpointer:
         assert (await checkpointer.verify(run / "step_3")).ok
+
+
+async def test_the_history_hides_what_the_checkpoints_hide(opened: Opened, training: Training, run: Path) -> None:
+    place = LocalPlace(run)
+    save_all(opened(), training, 1, metrics={"loss": 1.0})
+    save_all(opened(extensions=[AESGCM(KEY)]), training, 2, metrics={"loss": 0.5})
+    save_all(opened(**sealed()), training, 3, metrics={"confidential": 0.25})
+    assert b"confidential" not in (run / "history.jsonl").read_bytes()
+    assert [(line.step, line.metrics) for line in await read_history(place, REGISTRY)] == [
+        (1, {"loss": 1.0}),
+        (2, {"loss": 0.5}),
+        (3, {"confidential": 0.25}),
+    ]
+    for registry in (None, ExtensionRegistry([AESGCM(OTHER, key_id=key_name(KEY))])):
+        saves, hidden = await open_history(place, registry)
+        assert ([line.step for line in saves], hidden) == ([1, 2], 1)
 
 
 async def test_whoever_lacks_the_key_neither_falls_back_nor_claims_anything(

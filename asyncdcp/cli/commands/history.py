@@ -14,6 +14,7 @@ from asyncdcp.cli.runfolder import open_run
 from asyncdcp.cli.targets import PLACE, run
 from asyncdcp.cli.text import (
     Column,
+    count_text,
     dim,
     iso_text,
     number_text,
@@ -25,7 +26,8 @@ from asyncdcp.cli.text import (
     table,
     time_text,
 )
-from asyncdcp.runs import Saved, read_history
+from asyncdcp.runs import Saved
+from asyncdcp.runs.history import open_history
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60
@@ -47,7 +49,7 @@ def command(place: str, metrics: tuple[str, ...], last: int | None, *, as_json: 
 
 async def _history(target: str, metrics: tuple[str, ...], last: int | None, *, as_json: bool) -> None:
     place, _ = await open_run(target)
-    saves = await read_history(place)
+    saves, sealed = await open_history(place)
     if last is not None:
         saves = saves[-last:]
     known = list(dict.fromkeys(name for saved in saves for name in saved.metrics))
@@ -56,10 +58,12 @@ async def _history(target: str, metrics: tuple[str, ...], last: int | None, *, a
             raise click.ClickException(no_such_name(name, known))
     if as_json:
         say_json([{**to_builtins(saved), "time": iso_text(saved.time)} for saved in saves])
-    elif not saves:
-        say(f"no history: {shown(target)} has no history.jsonl, or nothing was committed yet")
-    else:
+    elif saves:
         say(_lines(saves, metrics or tuple(known)))
+    elif not sealed:
+        say(f"no history: {shown(target)} has no history.jsonl, or nothing was committed yet")
+    if sealed and not as_json:
+        say(dim(f"{count_text(sealed, 'save')} encrypted, with a key that is not in ASYNCDCP_KEY"))
 
 
 def _lines(saves: Sequence[Saved], metrics: Sequence[str]) -> Iterator[str]:
