@@ -380,7 +380,8 @@ class Metadata(msgspec.Struct, frozen=True):
     """A checkpoint as a whole: what it holds and where, the union of all ranks' indexes.
 
     ``state_dict_metadata`` has every FQN that is stored; ``aliases`` the FQNs of tied tensors. ``storage_data`` places
-    every chunk. ``tree`` and ``values`` are tagged JSON, for the layer that knows Python's containers.
+    every chunk. ``tree`` and ``values`` are tagged JSON, for the layer that knows Python's containers. ``own`` are the
+    FQNs of what each rank has for itself (``PerRank``), also where this view leaves them out.
     """
 
     state_dict_metadata: Mapping[str, TensorStorageMetadata | BytesStorageMetadata]
@@ -389,3 +390,4 @@ class Metadata(msgspec.Struct, frozen=True):
     aliases: dict[str, str]
     tree: msgspec.Raw
     values: dict[str, msgspec.Raw]
+    own: frozenset[str] = frozenset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from asyncdcp.trace import Span
 
@@ -38,6 +38,9 @@ class SaveResult:
         return self.tensor_bytes / max(self.durable_seconds, 1e-9)
 
 
+PerRankOutcome: TypeAlias = Literal["own", "rank0", "dropped"]
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """A finished load; at the ``report`` of its future. Times in seconds."""
@@ -46,14 +49,20 @@ class LoadReport:
     save_id: str
     tensors: int
     read_bytes: int
-    """Of tensors; blocks at the borders of what was wanted may have cost some more."""
+    """Of tensors, by this rank; blocks at the borders of what was wanted may have cost some more."""
     seconds: float
     stage_seconds: Mapping[str, float]
+    received_bytes: int = 0
+    """Of tensors, that other ranks have read and passed on (``replicas="broadcast"``)."""
+    per_rank: Mapping[str, PerRankOutcome] = field(default_factory=dict)
+    """What became of the checkpoint's ``PerRank`` values, by FQN: "own", this rank's as it had saved them; of another
+    number of ranks "rank0", rank 0's, or "dropped", not loaded, as ``load(per_rank=…)`` says. What the load was not
+    asked for (``keys``, ``strict=False``) is not listed."""
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes read, verified and delivered per second."""
-        return self.read_bytes / max(self.seconds, 1e-9)
+        """Bytes read or received, verified and delivered per second."""
+        return (self.read_bytes + self.received_bytes) / max(self.seconds, 1e-9)
 
 
 DamageKind = Literal["record", "index", "missing", "size", "checksum", "unreadable"]

@@ -64,6 +64,7 @@ PROCESS_BY_DEFAULT = is_supported()
 StateT = TypeVar("StateT")
 T = TypeVar("T")
 Place: TypeAlias = str | os.PathLike[str] | Storage
+Replicas: TypeAlias = Literal["read", "broadcast"]
 OnProgress: TypeAlias = Callable[[Progress], object]
 
 _logger = logging.getLogger("asyncdcp")
@@ -338,6 +339,7 @@ class AsyncCheckpointer:
         assign: bool = False,
         allow_pickle: bool = False,
         per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Any]: ...
 
@@ -355,6 +357,7 @@ class AsyncCheckpointer:
         assign: bool = False,
         allow_pickle: bool = False,
         per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[StateT]: ...
 
@@ -371,6 +374,7 @@ class AsyncCheckpointer:
         assign: bool = False,
         allow_pickle: bool = False,
         per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Any]:
         """Begins to load the checkpoint at ``path``; resolves to the state, with a ``LoadReport`` at the future's
@@ -393,7 +397,9 @@ class AsyncCheckpointer:
         the meta device need; new ones are where the old ones were, or on ``device`` for meta. - ``allow_pickle=True``
         also unpickles what was saved so: it runs code of the checkpoint's choosing. - ``per_rank`` says what a rank
         gets of ``PerRank`` values that were saved by another number of ranks: an error, rank 0's, or with "drop"
-        nothing, so that what it has stays.
+        nothing, so that what it has stays. - ``replicas="broadcast"`` has what several ranks want alike read by one of
+        them, each a part, and sent to the others over the network, for a storage that is slower than that; by default
+        each reads all it wants. All ranks give the same.
 
         Several ranks load together: all of them call it, all get the same checkpoint, each reads what it holds, and if
         one of them fails, all do, before any ``load_state_dict`` is called.
@@ -412,6 +418,7 @@ class AsyncCheckpointer:
             assign=assign,
             allow_pickle=allow_pickle,
             per_rank=per_rank,
+            replicas=replicas,
         )
         storage = open_storage(path)
         flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)

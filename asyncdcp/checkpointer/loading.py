@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import zstandard
 from anyio import to_thread
 
-from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint
+from asyncdcp.checkpointer.sharing import Exchange, what_to_share
+from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint, InvalidOption
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
@@ -22,9 +23,10 @@ from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
 from asyncdcp.pipeline.load import load
 from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.pipeline.union import check_sizes
-from asyncdcp.planning import Want, plan_load
-from asyncdcp.ranks import Ranks, together
-from asyncdcp.results import LoadReport, frozen
+from asyncdcp.planning import LoadPlan, Want, plan_load
+from asyncdcp.planning.shared_reads import SharedReads, Wanted, share_reads
+from asyncdcp.ranks import Links, Ranks, together
+from asyncdcp.results import LoadReport, PerRankOutcome, frozen
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.matching import match, unexpected_everywhere
 from asyncdcp.state_dict.nodes import TreeNodes
@@ -35,6 +37,8 @@ from asyncdcp.state_dict.targets import TensorTarget, new_tensors, targets_of
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,26 +73,58 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
         into: _InPlace | _Anew = (
             _Anew(request, reader.metadata) if request.flat is None else _InPlace(request, reader.metadata)
         )
-        wants, targets = await bind_together(request, into)
-        plan = await to_thread.run_sync(plan_load, reader.metadata, wants)
-        request.trace.total = plan.read_bytes
-
-        async def read() -> bytes:
-            await load(reader, plan, targets, request.trace)
-            return b""
-
-        await together(request.ranks, f"the reading of {request.location}", read, deadline=request.deadline)
+        bound = await bind_together(request, into, reader.metadata)
+        request.trace.total = bound.plan.read_bytes
+        exchange = await to_thread.run_sync(Exchange, bound.shared, request.ranks.rank, bound.plan, bound.targets)
+        await _read_together(request, reader, exchange, bound.targets, until=begun + request.deadline)
         with request.trace.span("restore"):
             state = await to_thread.run_sync(into.finish)
     report = LoadReport(
         path=request.location,
         save_id=reader.metadata.storage_meta.save_id,
-        tensors=len(wants),
-        read_bytes=plan.read_bytes,
+        tensors=len(bound.plan.wants),
+        read_bytes=exchange.read_bytes + exchange.rest.read_bytes,
         seconds=time.monotonic() - begun,
         stage_seconds=frozen(request.trace.seconds()),
+        received_bytes=exchange.received_bytes,
+        per_rank=_per_rank(request, reader.metadata, into),
     )
     return state, report
+
+
+def _per_rank(request: LoadRequest, metadata: Metadata, into: _InPlace | _Anew) -> dict[str, PerRankOutcome]:
+    """What became of what each rank has for itself."""
+    outcome: PerRankOutcome = "own"
+    if metadata.storage_meta.world_size != request.ranks.world_size:
+        outcome = "rank0" if request.options.per_rank == "rank0" else "dropped"
+    if outcome == "dropped":
+        return dict.fromkeys(filter(request.options.selects, sorted(metadata.own)), outcome)
+    return dict.fromkeys(sorted(metadata.own & into.loaded), outcome)
+
+
+async def _read_together(
+    request: LoadRequest,
+    reader: ReadableCheckpoint,
+    exchange: Exchange,
+    targets: Sequence[TensorTarget],
+    *,
+    until: float,
+) -> None:
+    """What ranks read for each other first, then what each reads for itself; done when all have all."""
+    links: list[Links] = []  # kept until nobody needs them: a connection that ends takes along what was not read yet
+
+    async def read() -> bytes:
+        if exchange.connects:
+            links.append(await request.ranks.connect(until=until))
+            await exchange.run(reader, links[0], request.trace)
+        await load(reader, exchange.rest, targets, request.trace)
+        return b""
+
+    try:
+        await together(request.ranks, f"the reading of {request.location}", read, deadline=request.deadline)
+    finally:
+        for each in links:
+            await each.aclose()
 
 
 async def open_shared(request: LoadRequest) -> ReadableCheckpoint:
@@ -113,44 +149,74 @@ async def open_shared(request: LoadRequest) -> ReadableCheckpoint:
             return b""
         found.append(await CheckpointReader.of(storage, description, viewer, request.registry))
         check_sizes(found[0].files, await storage.list())
-        return await to_thread.run_sync(_packed, description)
+        return await to_thread.run_sync(_compressed, description)
 
     packed = await together(ranks, f"the opening of {request.location}", find, deadline=request.deadline)
     if not packed:
         return await open_checkpoint(storage, viewer, request.registry)
     if found:
         return found[0]
-    return await CheckpointReader.of(storage, await to_thread.run_sync(_unpacked, packed), viewer, request.registry)
+    return await CheckpointReader.of(
+        storage, await to_thread.run_sync(_expanded, packed, Description), viewer, request.registry
+    )
 
 
-async def bind_together(request: LoadRequest, into: _InPlace | _Anew) -> tuple[list[Want], list[TensorTarget]]:
-    """Wants and targets of this rank. What is in the checkpoint and not in its state may be another rank's: it is
-    unexpected if it is so on all of them. Whatever is wrong on one rank, no rank reads anything.
+class Bound(NamedTuple):
+    """What this rank wants of the checkpoint, and what of it the ranks read for each other."""
+
+    plan: LoadPlan
+    targets: list[TensorTarget]
+    shared: SharedReads
+
+
+class _Told(msgspec.Struct):
+    """What a rank has to say of its state and the checkpoint. ``wanted`` is None where it reads for itself alone."""
+
+    unexpected: list[str]
+    wanted: Wanted | None
+
+
+async def bind_together(request: LoadRequest, into: _InPlace | _Anew, metadata: Metadata) -> Bound:
+    """Matches state and checkpoint on every rank. What is in the checkpoint and not in its state may be another rank's:
+    it is unexpected if it is so on all of them. Whatever is wrong on one rank, no rank reads anything.
     """
-    bound: list[tuple[list[Want], list[TensorTarget]]] = []
+    plans: list[LoadPlan] = []
+    filled: list[TensorTarget] = []
 
-    async def bind() -> bytes:
-        bound.append(await to_thread.run_sync(into.bind))
-        return msgspec.msgpack.encode(into.unexpected)
+    def bind() -> bytes:
+        wants, targets = into.bind()
+        filled.extend(targets)
+        plans.append(plan_load(metadata, wants))
+        shares = request.options.replicas == "broadcast" and request.ranks.world_size > 1
+        return _compressed(_Told(into.unexpected, what_to_share(plans[0], metadata) if shares else None))
 
-    await together(request.ranks, f"what is loaded from {request.location}", bind, partial(_all_expected, request))
-    return bound[0]
+    async def work() -> bytes:
+        return await to_thread.run_sync(bind)
+
+    heard = await together(request.ranks, f"what is loaded from {request.location}", work, partial(_judged, request))
+    return Bound(plans[0], filled, await to_thread.run_sync(_expanded, heard, SharedReads))
 
 
-def _all_expected(request: LoadRequest, told: Sequence[bytes]) -> bytes:
-    left: list[list[str]] = [msgspec.msgpack.decode(names, type=list[str]) for names in told]
-    nobodys = set(left[0]).intersection(*left[1:])
+def _judged(request: LoadRequest, told: Sequence[bytes]) -> bytes:
+    """Whether all that is in the checkpoint has its place, and who reads what; on rank 0."""
+    each = [_expanded(one, _Told) for one in told]
+    nobodys = set(each[0].unexpected).intersection(*(one.unexpected for one in each[1:]))
     if nobodys and request.options.strict:
-        raise unexpected_everywhere(request.location, [name for name in left[0] if name in nobodys])
-    return b""
+        names = [name for name in each[0].unexpected if name in nobodys]
+        raise unexpected_everywhere(request.location, names)
+    asked = [one.wanted for one in each if one.wanted is not None]
+    if asked and len(asked) < len(each):
+        other = next(rank for rank, one in enumerate(each) if (one.wanted is None) != (each[0].wanted is None))
+        raise InvalidOption(f"rank 0 and rank {other} load with different replicas=: all ranks must give the same")
+    return _compressed(share_reads(asked) if asked else SharedReads())
 
 
-def _packed(description: Description) -> bytes:
-    return zstandard.compress(msgspec.msgpack.encode(description), 1)
+def _compressed(value: msgspec.Struct) -> bytes:
+    return zstandard.compress(msgspec.msgpack.encode(value), 1)
 
 
-def _unpacked(packed: bytes) -> Description:
-    return msgspec.msgpack.decode(zstandard.decompress(packed), type=Description)
+def _expanded(data: bytes, kind: type[T]) -> T:
+    return msgspec.msgpack.decode(zstandard.decompress(data), type=kind)
 
 
 class _Anew:
@@ -161,6 +227,7 @@ class _Anew:
         self._metadata = metadata
         self._state: Any = None
         self.unexpected: list[str] = []
+        self.loaded: frozenset[str] = frozenset()
 
     def bind(self) -> tuple[list[Want], list[TensorTarget]]:
         """Makes the state, its tensors still without content: a damaged tree is found before anything is read."""
@@ -169,6 +236,7 @@ class _Anew:
         if options.keys is not None:
             tree = prune(tree, options.selects) or {"dict": [[], []]}
         names = leaves(tree) if options.keys is not None else None
+        self.loaded = frozenset(metadata.own if names is None else names)
         stored = {
             metadata.aliases.get(name, name)
             for name in (*metadata.state_dict_metadata, *metadata.aliases)
@@ -201,6 +269,7 @@ class _InPlace:
         self._restorer: Restorer | None = None
         self._alone = request.ranks.world_size == 1
         self.unexpected: list[str] = []
+        self.loaded: frozenset[str] = frozenset()
 
     def bind(self) -> tuple[list[Want], list[TensorTarget]]:
         """Matches state and checkpoint; ``StateMismatch`` otherwise. Makes the tensors that have no target."""
@@ -208,7 +277,7 @@ class _InPlace:
         tree, values = decoded(metadata)
         nodes = TreeNodes(tree, options.renamed)
         found = match(self._flat, metadata, nodes, options, alone=self._alone)
-        self.unexpected = found.unexpected
+        self.unexpected, self.loaded = found.unexpected, found.loaded
         made = new_tensors(metadata, found.fresh, found.alike)
         found.add_fresh(made)
         self._restorer = Restorer(self._flat, found, nodes, values, options)

@@ -18,7 +18,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
-from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress
+from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress, Replicas
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
@@ -32,6 +32,7 @@ from asyncdcp.manager.saves import Called, Saves, surface
 from asyncdcp.manager.session import RunSession
 from asyncdcp.manager.telemetry import Reporter, Telemetry
 from asyncdcp.metadata import RunStamp
+from asyncdcp.pipeline.descriptions import OtherWorld
 from asyncdcp.ranks import Ranks, find_ranks
 from asyncdcp.runs import Checkpoint, Retention
 from asyncdcp.runs.layout import check_step, step_name
@@ -245,6 +246,8 @@ class CheckpointManager:
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
         assign: bool = False,
         allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
     ) -> CheckpointFuture[Checkpoint | None]:
         """Loads the newest checkpoint on the line into ``state``, and resolves to it; to None where there is none yet.
 
@@ -253,6 +256,7 @@ class CheckpointManager:
         """
         load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
         load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
+        load = partial(load, per_rank=per_rank, replicas=replicas)
         restored: CheckpointFuture[Checkpoint | None] = self._restore(None, load)
         return restored
 
@@ -267,6 +271,8 @@ class CheckpointManager:
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
         assign: bool = False,
         allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
     ) -> CheckpointFuture[Checkpoint]:
         """Loads the checkpoint of ``step`` into ``state``, and resolves to it; ``CheckpointNotFound`` otherwise.
 
@@ -275,6 +281,7 @@ class CheckpointManager:
         """
         load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
         load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
+        load = partial(load, per_rank=per_rank, replicas=replicas)
         restored: CheckpointFuture[Checkpoint] = self._restore(check_step(step), load)
         return restored
 

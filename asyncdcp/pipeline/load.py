@@ -11,7 +11,7 @@ from anyio import to_thread
 from asyncdcp.boxes import Box
 from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
-from asyncdcp.pipeline.reader import ReadRange
+from asyncdcp.pipeline.reader import ReadRange, copy_bytes
 from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.trace import Trace
 
@@ -57,6 +57,15 @@ async def load(reader: ReadableCheckpoint, plan: LoadPlan, targets: Sequence[Tar
     await reader.read(ranges, trace)
     for batch in _batches(unaligned):
         await _load_whole(reader, batch, targets, trace)
+
+
+def place(item: ReadItem, target: Target, offset: int, data: memoryview) -> None:
+    """Puts verified bytes of an item, whole elements from its byte ``offset`` on, where its target wants them."""
+    buffer = target.buffer if item.target >= 0 else None
+    if buffer is None:
+        target.deliver(item.chunk, item.start + offset, data)
+    else:
+        copy_bytes(buffer[item.target + offset : item.target + offset + len(data)], data)
 
 
 async def _load_whole(

@@ -255,7 +255,7 @@ class CheckpointReader(RangeReader):
         location = storage.info.location
         union = await to_thread.run_sync(unite, indexes, viewer.looks_as(record.world_size, indexes, location))
         meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
-        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, union.tree, union.values)
+        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, union.tree, union.values, union.own)
         reader = cls(storage, record, metadata, union.files)
         if data:
             await to_thread.run_sync(reader._find_extensions, known, seals)
@@ -349,7 +349,7 @@ def _place(window: _Window, straight: list[_Part], bounce: memoryview) -> None:
             assert part.range.deliver is not None
             part.range.deliver(part.offset, data)
         elif id(part) not in there:
-            _copy(into[part.offset : part.offset + len(data)], data)
+            copy_bytes(into[part.offset : part.offset + len(data)], data)
 
 
 class _Check:
@@ -401,7 +401,7 @@ def _place_block(parts: list[_Part], begin: int, block: memoryview) -> None:
             continue
         data, offset = block[first - begin : last - begin], part.offset + first - part.begin
         if part.range.into is not None:
-            _copy(part.range.into[offset : offset + len(data)], data)
+            copy_bytes(part.range.into[offset : offset + len(data)], data)
         else:
             assert part.range.deliver is not None
             part.range.deliver(offset, data)
@@ -411,7 +411,7 @@ def _room(window: _Window) -> int:
     return span_of(window.file, window.begin, window.end, 1).length + 2 * ALIGNMENT_LIMIT
 
 
-def _copy(target: memoryview, source: memoryview) -> None:
+def copy_bytes(target: memoryview, source: memoryview) -> None:
     """Long copies by memmove, which releases the GIL; a memoryview's slice assignment holds it, and costs less for
     short ones.
     """

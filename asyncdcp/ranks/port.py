@@ -7,7 +7,8 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from asyncdcp.errors import AsyncDCPError
+from asyncdcp.errors import AsyncDCPError, UsageError
+from asyncdcp.ranks.links import Links
 
 Decide: TypeAlias = Callable[[Sequence[bytes]], bytes]
 """What rank 0 makes of what all ranks told it, in the order of ranks. It runs on a worker thread of rank 0."""
@@ -58,6 +59,14 @@ class Ranks(Protocol):
         """Not collective: what was announced last under a name; None if nothing was yet. Waits for nobody."""
         ...
 
+    async def connect(self, *, until: float) -> Links:
+        """Connections among all ranks for one piece of work, which ends at ``until`` on the monotonic clock.
+
+        ``PeerError`` where they do not all come. The connections end with the last reference to them: keep them until
+        all ranks are known to be done.
+        """
+        ...
+
 
 class SoleRank:
     """A job of one process: it is of one mind at once. Also for work that one rank of several does by itself, as
@@ -86,6 +95,10 @@ class SoleRank:
     async def heard(self, name: str) -> bytes | None:
         """Nobody announces anything."""
         return None
+
+    async def connect(self, *, until: float) -> Links:
+        """``UsageError``: there is nobody to connect to."""
+        raise UsageError("a job of one rank has nobody to connect to")
 
 
 async def gather(ranks: Ranks, topic: str, data: bytes) -> list[bytes]:

@@ -21,9 +21,10 @@ from typing import TypeVar, TypeVarTuple
 import anyio
 import msgspec
 from anyio import to_thread
-from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports them without saying so
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed
+from asyncdcp.ranks.links import Links
 from asyncdcp.ranks.port import Decide
 from asyncdcp.worker.failures import from_frame, to_frame
 from asyncdcp.worker.protocol import ErrorFrame
@@ -98,6 +99,13 @@ class StoreRanks:
         """As ``Ranks``."""
         key = f"announced/{name}"
         return await self._get_one(key) if await self._there(key) else None
+
+    async def connect(self, *, until: float) -> Links:
+        """As ``Ranks``."""
+        key = self._next("links")
+        store = PrefixStore(key, self._store)
+        links = await Links.connect(store, self.rank, self.world_size, deadline=self.deadline, until=until)
+        return links
 
     async def _take_part(self, key: str, told: bytes, decide: Decide) -> bytes:
         await self._put(f"{key}/told/{self.rank}", told)

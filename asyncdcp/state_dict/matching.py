@@ -53,6 +53,8 @@ class Match:
     subclasses: dict[str, Subclass] = field(default_factory=dict)
     """The state's tensor subclasses, by their names in the checkpoint; ``add_fresh`` takes them into ``tensors``."""
 
+    loaded: frozenset[str] = frozenset()
+    """The checkpoint's names of all that is loaded, tensors and values."""
     unexpected: list[str] = field(default_factory=list)
     """The checkpoint's names, as the state would have them, that a strict load would not expect, were it alone."""
 
@@ -245,6 +247,7 @@ class _Matcher:
         """
         wanted = set(self._match.sources.values())
         wanted |= {source for name, source in self._have.items() if self._owner(name) is not None}
+        self._match.loaded = frozenset(wanted)
         sources = self._match.sources
         models = {sources[name]: tensor for name, tensor in self._targets.items() if name in sources}
         parameters = optimizer_parameters(self._flat)

@@ -26,12 +26,15 @@ class LoadOptions:
     assign: bool = False
     allow_pickle: bool = False
     per_rank: Literal["error", "rank0", "drop"] = "error"
+    replicas: Literal["read", "broadcast"] = "read"
 
     def __post_init__(self) -> None:
         if self.cast not in ("error", "allow"):
             raise InvalidOption(f"cast takes 'error' or 'allow', not {self.cast!r}")
         if self.per_rank not in ("error", "rank0", "drop"):
             raise InvalidOption(f"per_rank takes 'error', 'rank0' or 'drop', not {self.per_rank!r}")
+        if self.replicas not in ("read", "broadcast"):
+            raise InvalidOption(f"replicas takes 'read' or 'broadcast', not {self.replicas!r}")
         if isinstance(self.keys, str):
             raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
 

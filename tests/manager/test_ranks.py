@@ -12,9 +12,9 @@ import torch
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from asyncdcp import CheckpointManager, EverySteps, KeepLast, PerRank
-from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, Fenced, PeerFailed, UnseenFailure
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, Fenced, PeerFailed, StateMismatch, UnseenFailure
 from asyncdcp.manager.deciding import WINDOW
-from asyncdcp.ranks import StoreRanks
+from asyncdcp.ranks import SoleRank, StoreRanks
 
 WORLD = 2
 Everywhere = Callable[[Callable[[int, CheckpointManager], Any]], list[Any]]
@@ -64,6 +64,18 @@ def test_all_save_and_all_restore_the_same(everywhere: Callable[..., list[Any]])
         return restored.step, float(target["weight"][0]), target["own"].value
 
     assert everywhere(restore) == [(6, 6.0, {"rank": rank, "step": 6}) for rank in range(WORLD)]
+
+
+def test_another_world_says_what_it_wants_of_each_ranks_own(everywhere: Callable[..., list[Any]], run: Path) -> None:
+    everywhere(save_some, save_when=EverySteps(3))
+    with CheckpointManager(run, process=False, process_group=SoleRank(), takeover_seconds=0) as manager:
+        target = state(7, 0)
+        with pytest.raises(StateMismatch, match="saved by 2 ranks and is loaded by 1"):
+            manager.restore_latest(target).result()
+        manager.restore_latest(target, per_rank="drop").result()
+        assert (float(target["weight"][0]), target["own"].value) == (6.0, {"rank": 7, "step": 0})
+        manager.restore(3, target, per_rank="rank0").result()
+        assert (float(target["weight"][0]), target["own"].value) == (3.0, {"rank": 0, "step": 3})
 
 
 def test_damage_that_one_rank_meets_makes_all_fall_back(everywhere: Callable[..., list[Any]], run: Path) -> None:

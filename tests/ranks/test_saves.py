@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from asyncdcp import PerRank, TrainState
+from asyncdcp import AsyncCheckpointer, PerRank, RNGState, TrainState
 from asyncdcp.errors import PeerFailed, ReplicaMismatch, StateMismatch, StructureChanged, UnsupportedValue
 from tests.ranks.conftest import Job, rows
 
@@ -117,6 +117,51 @@ def test_what_is_each_ranks_own_in_another_world(job: Jobs, tmp_path: Path) -> N
         assert loaded["shared"].tolist() == [1, 1]
     (anew,) = fine(job(1).load(tmp_path / "it", lambda rank: None, per_rank="drop"))
     assert list(anew) == ["shared"]
+
+
+def reported(found: list[Any]) -> list[Any]:
+    return [future.report.per_rank for future in fine(found)]
+
+
+def test_the_report_says_what_became_of_each_ranks_own(job: Jobs, tmp_path: Path) -> None:
+    fine(job(3).save(tmp_path / "it", own))
+
+    def load(each: AsyncCheckpointer, rank: int, state: Any = blank, **options: Any) -> Any:
+        future = each.load(tmp_path / "it", state(rank), **options)
+        future.result(60)
+        return future
+
+    def anew(rank: int) -> None:
+        return None
+
+    names = ("rng.count", "rng.state")
+    assert reported(job(3).each(load)) == [dict.fromkeys(names, "own")] * 3
+    two = job(2)
+    for state in (blank, anew):
+        for option, outcome in (("rank0", "rank0"), ("drop", "dropped")):
+            found = reported(two.each(partial(load, state=state, per_rank=option)))
+            assert found == [dict.fromkeys(names, outcome)] * 2
+            found = reported(two.each(partial(load, state=state, per_rank=option, keys=["*count", "shared"])))
+            assert found == [{"rng.count": outcome}] * 2
+    fewer = reported(
+        two.each(partial(load, state=lambda rank: {"shared": torch.ones(2)}, per_rank="rank0", strict=False))
+    )
+    assert fewer == [{}] * 2  # the state asks for none
+
+
+def test_a_generators_state_of_another_world_is_reported(job: Jobs, tmp_path: Path) -> None:
+    fine(job(2).save(tmp_path / "it", lambda rank: {"rng": RNGState(), "x": 1}))
+    (alone,) = job(1).checkpointers
+    before = torch.get_rng_state()
+    future = alone.load(tmp_path / "it", {"rng": RNGState(), "x": 0}, per_rank="drop")
+    assert future.result(60)["x"] == 1
+    report: Any = future.report
+    assert set(report.per_rank.values()) == {"dropped"} and "rng.torch" in report.per_rank
+    assert torch.equal(torch.get_rng_state(), before)
+    future = alone.load(tmp_path / "it", {"rng": RNGState(), "x": 0}, per_rank="rank0")
+    future.result(60)
+    report = future.report
+    assert set(report.per_rank.values()) == {"rank0"} and "rng.torch" in report.per_rank
 
 
 def stage(rank: int, value: float) -> dict[str, Any]:

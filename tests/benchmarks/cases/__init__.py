@@ -13,6 +13,7 @@ from tests.benchmarks.cases import (
     memory,
     ranks,
     save,
+    sharing,
     small,
     train,
     transport,
@@ -34,4 +35,5 @@ CASES: Mapping[str, Callable[[Setting], Results]] = {
     "transport": transport.run,
     "drop-in": drop_in.run,
     "ranks": ranks.run,
+    "sharing": sharing.run,
 }
