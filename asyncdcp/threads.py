@@ -90,4 +90,7 @@ async def ended(work: asyncio.Future[T]) -> T:
     if cancelled is None:
         return work.result()
     work.exception()  # looked at, so that asyncio does not report it as lost
-    raise cancelled
+    try:
+        raise cancelled
+    finally:
+        del cancelled  # which would hold this frame, and with it the buffers of all that wait here

@@ -41,7 +41,7 @@ class LocalWriter:
         self._state = _State.NEW
         self._alignment = 1
         self._writing = 0
-        self._failed: BaseException | None = None
+        self._failed = ""  # what a write failed of; not the error itself, whose frames hold its buffer
 
     @property
     def alignment(self) -> int:
@@ -71,7 +71,7 @@ class LocalWriter:
             with translated("write", self._path):
                 await on_thread(self._limiter, self._write_all, offset, buffer)
         except BaseException as error:
-            self._failed = error
+            self._failed = str(error) or type(error).__name__
             raise
         finally:
             self._writing -= 1
@@ -82,9 +82,8 @@ class LocalWriter:
             raise InvalidOption(f"length is {length}; it takes 0 or more", path=self._path)
         if self._writing:
             raise UsageError(f"{self._writing} writes of {self._path} are still under way", path=self._path)
-        if self._failed is not None:
-            message = f"cannot finish {self._path}: a write of it failed"
-            raise StorageError(message, path=self._path) from self._failed
+        if self._failed:
+            raise StorageError(f"cannot finish {self._path}: a write of it failed: {self._failed}", path=self._path)
         with translated("finish", self._path):
             await on_executor(self._finish, length)
         self._state = _State.FINISHED

@@ -81,7 +81,7 @@ class ObjectStoreWriter:
         self._length = -1
         self._state = _State.BEGUN
         self._writing = 0
-        self._failed: BaseException | None = None
+        self._failed = ""  # what a write failed of; not the error itself, whose frames hold its buffer
 
     @property
     def alignment(self) -> int:
@@ -233,9 +233,8 @@ class ObjectStoreWriter:
             raise InvalidOption(f"length is {length}; it takes 0 or more", path=self._path)
         if self._writing:
             raise UsageError(f"{self._writing} writes of {self._path} are still under way", path=self._path)
-        if self._failed is not None:
-            message = f"cannot finish {self._path}: a write of it failed"
-            raise StorageError(message, path=self._path) from self._failed
+        if self._failed:
+            raise StorageError(f"cannot finish {self._path}: a write of it failed: {self._failed}", path=self._path)
         try:
             finished = await (self._finish_upload(length) if self._is_long(length) else self._put(length))
         except BaseException as error:
@@ -275,8 +274,7 @@ class ObjectStoreWriter:
             return Finished(size=length, e_tag=self._upload.result()["e_tag"])
 
     def _fail(self, error: BaseException) -> None:
-        if self._failed is None:
-            self._failed = error
+        self._failed = self._failed or said(error)
         self._parts.give_up()
 
     async def abort(self) -> None:
