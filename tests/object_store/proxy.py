@@ -91,7 +91,8 @@ class Proxy:
             return False
         if fault in _REASONS:
             body = f"<Error><Code>{_REASONS[fault]}</Code><Message>As told</Message></Error>".encode()
-            answer = f"HTTP/1.1 {fault} Told\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            head = f"HTTP/1.1 {fault} Told\r\nConnection: close\r\nContent-Length: {len(body)}"
+            answer = f"{head}\r\n\r\n".encode() + body
         if fault == "truncate":
             start = answer.index(b"\r\n\r\n") + 4
             answer = answer[: start + (len(answer) - start) // 2]
