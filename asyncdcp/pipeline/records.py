@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from anyio import to_thread
 
-from asyncdcp.errors import AmbiguousCheckpoint, CheckpointNotFound, CorruptCheckpoint
+from asyncdcp.errors import (
+    AmbiguousCheckpoint,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    KeyUnavailable,
+    UnsupportedFormat,
+)
 from asyncdcp.metadata import (
     INDEX_LIMIT,
     RECORD_LIMIT,
@@ -51,6 +57,21 @@ async def read_record(storage: Storage, save_id: str, unseal: Unseal = trusting)
     if save_id in record.replaces:
         raise CorruptCheckpoint(f"{name}: says that it replaces itself", path=name)
     return record
+
+
+async def destroyed_records(storage: Storage, names: Iterable[str]) -> list[str]:
+    """The save ids of those Records among ``names`` whose bytes are not what was written, whoever has what key. One
+    of a format that is not known is none of them, nor one that is encrypted.
+    """
+    found = []
+    for save_id in filter(None, map(record_save_id, sorted(names))):
+        try:
+            await read_record(storage, save_id)
+        except (FileNotFoundError, KeyUnavailable, UnsupportedFormat):
+            continue
+        except CorruptCheckpoint:
+            found.append(save_id)
+    return found
 
 
 class StoredIndex(NamedTuple):

@@ -26,10 +26,10 @@ from asyncdcp.errors import (
 )
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Index, IndexRef, Record, Summary, Unseal, encode_record, trusting
-from asyncdcp.names import index_name, record_name
+from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
 from asyncdcp.pipeline.messages import SaveJob
-from asyncdcp.pipeline.records import live_commits, read_index, read_record, read_records
+from asyncdcp.pipeline.records import destroyed_records, live_commits, read_index, read_record, read_records
 from asyncdcp.pipeline.union import Union, check_sizes, differing_values, unite
 from asyncdcp.planning.division import replica_mismatch
 from asyncdcp.storage.port import Storage
@@ -174,8 +174,7 @@ class Settlement:
     async def _check(self) -> Event:
         """Checks that the indexes cover the state, and what the commit will replace."""
         await self._check_indexes()
-        commits = await existing_commits(self._storage, self._job, self._unseal)
-        self._replaces = [record.save_id for record in commits]
+        self._replaces = await existing_commits(self._storage, self._job, self._unseal)
         return Event.GIVE_UP if self._give_up.reason else Event.COVERED
 
     async def _check_indexes(self) -> None:
@@ -328,13 +327,16 @@ def abort_record(save_id: str, ranks: tuple[int, int], error: AsyncDCPError, ver
     return Record(save_id, "abort", time.time(), world_size, versions, rank=rank, cause=cause)
 
 
-async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trusting) -> list[Record]:
-    """The commits that a new one at this place takes the place of; ``CheckpointExists`` if there are some and it may
-    not, ``Fenced`` if a later term of its run has committed here.
+async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trusting) -> list[str]:
+    """The save ids of the commits that a new one at this place takes the place of; ``CheckpointExists`` if there are
+    some and it may not, ``Fenced`` if a later term of its run has committed here.
 
-    All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too.
+    All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too. In a run a Record
+    whose bytes are damaged is taken for a commit: a training that fell back from it comes to its step again.
     """
-    records = await read_records(storage, await storage.list(), unseal)
+    names = await storage.list()
+    destroyed = [] if job.run is None else await destroyed_records(storage, names)
+    records = await read_records(storage, [name for name in names if record_save_id(name) not in destroyed], unseal)
     location, term = storage.info.location, job.run.term if job.run else 0
     live = live_commits(records)
     later = [record.term for record in live if record.term is not None and record.term > term]
@@ -350,4 +352,4 @@ async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trus
         raise CheckpointExists(
             f"there is a checkpoint at {location} already; save to another path, or with overwrite=True", path=location
         )
-    return [record for record in records if record.outcome == "commit"]
+    return [*destroyed, *(record.save_id for record in records if record.outcome == "commit")]

@@ -222,10 +222,12 @@ def _checkpoints(name: str, step: int, contents: Contents, outcomes: Outcomes) -
     live = outcomes.live
     terms = [record.term for record in live]
     found = [_committed(name, step, record, saves[record.save_id], terms) for record in live]
-    sealed = {save_id: cause for save_id, cause in outcomes.sealed.items() if save_id not in outcomes.replaced}
-    states: tuple[tuple[State, dict[str, str]], ...] = (("damaged", outcomes.broken), ("encrypted", sealed))
+    states: tuple[tuple[State, dict[str, str]], ...] = (("damaged", outcomes.broken), ("encrypted", outcomes.sealed))
+    replaced = outcomes.replaced
     for state, causes in states:
         for save_id, cause in causes.items():
+            if save_id in replaced:
+                continue
             size = sum(saves[save_id].values())
             found.append(Checkpoint(name=name, step=step, state=state, save_id=save_id, size=size, cause=cause))
     return found or _uncommitted(name, step, saves, outcomes.records)

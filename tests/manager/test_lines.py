@@ -98,6 +98,21 @@ def test_damage_makes_it_fall_back_loudly(
     assert manager.steps().result() == [10, 20, 30]
 
 
+def test_a_step_whose_record_is_destroyed_is_saved_anew(opened: Opened, training: Training, run: Path) -> None:
+    with opened() as manager:
+        save_all(manager, training, 10, 20)
+    (record,) = (path for path in (run / "step_20").glob("*.json") if "index" not in path.name)
+    record.write_bytes(record.read_bytes().replace(b'"commit"', b'"COMMIT"'))
+    manager = opened()
+    restored = manager.restore_latest(training.at(0)).result()
+    assert restored is not None and restored.step == 10
+    save_all(manager, training, 20)
+    assert manager.steps().result() == [10, 20]
+    assert not record.exists(), "what is replaced goes"
+    opened(read_only=True).restore_latest(training.at(0)).result()
+    assert training.step == 20
+
+
 def test_nothing_but_damage_is_an_error(opened: Opened, training: Training, run: Path) -> None:
     with opened() as manager:
         save_all(manager, training, 10)
