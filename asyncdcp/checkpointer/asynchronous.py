@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 import uuid
 import warnings
-import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from anyio import to_thread
@@ -26,6 +23,7 @@ from asyncdcp.checkpointer.pending import PendingSaves
 from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner
 from asyncdcp.checkpointer.reading import ReadTask
 from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
+from asyncdcp.closing import Closing, weakly
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
@@ -53,7 +51,6 @@ from asyncdcp.state_dict.flatten import FlatState, flatten
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import select
 from asyncdcp.storage import MemoryStorage, Storage, open_storage
-from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
 from asyncdcp.worker.launch import is_supported
 from asyncdcp.worker.pipeline import ProcessPipeline
@@ -67,10 +64,8 @@ Place: TypeAlias = str | os.PathLike[str] | Storage
 Replicas: TypeAlias = Literal["read", "broadcast"]
 OnProgress: TypeAlias = Callable[[Progress], object]
 
-_logger = logging.getLogger("asyncdcp")
 
-
-class AsyncCheckpointer:
+class AsyncCheckpointer(Closing):
     """Saves and loads states without stopping the caller.
 
     Guaranteed: verbs return at once (``save`` flattens the state and encodes its plain values before it returns, no
@@ -96,6 +91,8 @@ class AsyncCheckpointer:
     (``Extension.travel``) keeps saves on a thread, and ``ThreadPipelineWarning`` says so once.
     """
 
+    _noun = "checkpointer"
+
     def __init__(
         self,
         options: Options | None = None,
@@ -119,10 +116,9 @@ class AsyncCheckpointer:
         self._guards: list[Guard] = []
         self._volatile: set[str] = set()
         self._closed = self._ended = False
-        close = weakref.WeakMethod(self.close)
         self._engine = Engine(
             "asyncdcp",
-            drain=lambda: _call(close()),
+            drain=weakly(self.close),
             exit_deadline=self._options.close_deadline,
             grace=min(self._options.settle_seconds, 5.0),
         )
@@ -491,10 +487,6 @@ class AsyncCheckpointer:
             raise self._pending.late(given_up, self._options.close_deadline, stuck) from stuck
         self._pending.surface(awaited=True)
 
-    async def aclose(self) -> None:
-        """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
-        await uncut(self.close)
-
     def _end_engine(self) -> DeadlineExceeded | None:
         """Ends the thread; what it raised if it had to be left behind."""
         if self._engine.started:
@@ -526,30 +518,3 @@ class AsyncCheckpointer:
         self._pending.log_unseen()
         with suppress(Closed):
             engine.call(engine.submit, self._lanes.leave)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as failure:
-            if error is None:
-                raise
-            _logger.exception("closing failed while another error is on its way")
-            error.add_note(f"and closing the checkpointer failed: {failure}")
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await uncut(partial(self.__exit__, kind, error, traceback))
-
-
-def _call(method: Callable[[], object] | None) -> None:
-    if method is not None:
-        method()

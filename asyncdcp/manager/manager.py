@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal, Self, SupportsFloat, TypeVar
 
 import torch
@@ -19,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress, Replicas
+from asyncdcp.closing import Closing, weakly
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
@@ -40,14 +38,11 @@ from asyncdcp.runs.listing import Mode
 from asyncdcp.runs.retention import check_retention
 from asyncdcp.staging import Guard
 from asyncdcp.storage import Place, open_place
-from asyncdcp.threads import uncut
 
 T = TypeVar("T")
 
-_logger = logging.getLogger("asyncdcp.manager")
 
-
-class CheckpointManager:
+class CheckpointManager(Closing):
     """Saves, restores and keeps the checkpoints of the run in a directory (a path, a ``file://`` URL or a ``Place``).
 
     Opening for writing claims the run's next *term*, waits for what earlier writers have in flight, and gives up what
@@ -70,6 +65,8 @@ class CheckpointManager:
     On all ranks the same verbs are called in the same order. Verbs start the work and return a future, as those of
     ``AsyncCheckpointer``, whose ``options``, ``process``, ``process_group``, ``extensions`` and ``registry`` these are.
     """
+
+    _noun = "manager"
 
     def __init__(  # noqa: PLR0913  # each is one word of the user's
         self,
@@ -102,9 +99,8 @@ class CheckpointManager:
         self._opening: CheckpointFuture[None] | None = None
         self._asked: tuple[int, bool] | None = None
         self._closed = False
-        close = weakref.WeakMethod(self.close)
         deadline = self._options.close_deadline
-        self._engine = Engine("asyncdcp-manager", drain=lambda: _call(close()), exit_deadline=deadline)
+        self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
         keys = (registry or ExtensionRegistry()).with_instances(extensions)
         self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds, keys)
@@ -400,11 +396,9 @@ class CheckpointManager:
             self._saves.collect(opening.unseen_failure)
         self._surface(self._saves.failures())
 
-    async def aclose(self) -> None:
-        """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
+    def _leave_thread(self) -> None:
         if self._preemption is not None:
-            self._preemption.remove()  # here, on the caller's thread
-        await uncut(self.close)
+            self._preemption.remove()
 
     def __enter__(self) -> Self:
         try:
@@ -414,17 +408,6 @@ class CheckpointManager:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as failure:
-            if error is None:
-                raise
-            _logger.exception("closing failed while another error is on its way")
-            error.add_note(f"and closing the manager failed: {failure}")
-
     async def __aenter__(self) -> Self:
         try:
             await self.open()
@@ -432,13 +415,6 @@ class CheckpointManager:
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._preemption is not None:
-            self._preemption.remove()
-        await uncut(partial(self.__exit__, kind, error, traceback))
 
 
 def _numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | None]:
@@ -453,8 +429,3 @@ def _numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | N
             raise InvalidOption(f"metrics take names, not {name!r}")
         found[name] = number if math.isfinite(number) else None
     return found
-
-
-def _call(method: Callable[[], object] | None) -> None:
-    if method is not None:
-        method()

@@ -7,18 +7,16 @@ import math
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import msgspec
 import torch
 from torch.distributed import ProcessGroup
 
+from asyncdcp.closing import Closing, weakly
 from asyncdcp.engine import Engine
 from asyncdcp.errors import Cancelled, Closed, InvalidOption, UnseenFailure, WouldDeadlock
 from asyncdcp.futures import CheckpointFuture
@@ -26,7 +24,6 @@ from asyncdcp.results import Progress, ProgressMeter
 from asyncdcp.staging import EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import StructureCache
-from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
 from asyncdcp.transport.binding import Anew, InPlace
 from asyncdcp.transport.handle import SendHandle
@@ -46,7 +43,7 @@ _logger = logging.getLogger("asyncdcp.transport")
 _STOP_SECONDS = 30.0
 
 
-class PGTransport:
+class PGTransport(Closing):
     """Sends states to other ranks and receives them, without storage.
 
     ``pg`` is a process group (None: torch's default one); only its ``send`` and ``recv`` are used, on threads of the
@@ -64,6 +61,8 @@ class PGTransport:
     Transfers between the same two ranks in one direction take turns, in the order of the calls. A context manager,
     plain or async; leaving it waits for pending transfers, and raises what failed unseen.
     """
+
+    _noun = "transport"
 
     def __init__(
         self,
@@ -91,8 +90,7 @@ class PGTransport:
         self._receives: list[CheckpointFuture[Any]] = []
         self._turns = Turns()
         self._closed = self._ended = False
-        close = weakref.WeakMethod(self.close)
-        self._engine = Engine("asyncdcp-transport", drain=lambda: _call(close()), exit_deadline=self.timeout)
+        self._engine = Engine("asyncdcp-transport", drain=weakly(self.close), exit_deadline=self.timeout)
 
     @property
     def rank(self) -> int:
@@ -248,10 +246,6 @@ class PGTransport:
                 future.mark_seen()
                 raise UnseenFailure(f"the {future.name} failed and nobody looked at it: {error}") from error
 
-    async def aclose(self) -> None:
-        """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
-        await uncut(self.close)
-
     def __del__(self) -> None:
         engine: Engine | None = vars(self).get("_engine")
         if engine is None or self._closed or not engine.started or engine.inherited:
@@ -260,33 +254,7 @@ class PGTransport:
         with suppress(Closed):
             engine.call(engine._stop, 0.0)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as failure:
-            if error is None:
-                raise
-            error.add_note(f"and closing the transport failed: {failure}")
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await uncut(partial(self.__exit__, kind, error, traceback))
-
 
 def _is_over(future: CheckpointFuture[Any]) -> bool:
     """Whether nobody has to hear of it any more."""
     return future.done() and future.unseen_failure is None
-
-
-def _call(method: Callable[[], object] | None) -> None:
-    if method is not None:
-        method()
