@@ -12,7 +12,6 @@ from typing import IO, Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension, ZStandard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,16 +20,17 @@ from asyncdcp import SyncCheckpointer
 from asyncdcp.errors import InvalidOption
 from asyncdcp.interop.dcp import FileSystemReader, FileSystemWriter
 from tests.interop.dcp.states import State, blank, files, save_as_ranks, shard
+from tests.interop.dcp.torchs import extension_options, needs_extensions, torchs_zstd
 from tests.interop.dcp.upstream import with_drop_in
 
 Same = Callable[[Any, Any], bool]
 Writer = Callable[..., Any]
 Reader = Callable[..., Any]
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, Any] = {
     "default": {},
     "a file each": {"single_file_per_rank": False},
-    "zstd": {"_extensions": [ZStandard()]},
+    "zstd": extension_options(),
     "threads": {"thread_count": 3},
 }
 
@@ -168,16 +168,16 @@ def test_without_coordination_and_without_a_group(tmp_path: Path) -> None:
         dcp.load(target, storage_reader=FileSystemReader(tmp_path / "alone"), no_dist=True)
 
 
-class Inverted(StreamTransformExtension):
+class Inverted:
     """Turns every bit over: an extension that only a registry knows."""
 
     @staticmethod
     def registry_name() -> str:
         return "stream.inverted"
 
-    @staticmethod
-    def from_descriptor(version: str) -> Inverted:
-        return Inverted()
+    @classmethod
+    def from_descriptor(cls, version: str) -> Inverted:
+        return cls()
 
     def get_descriptor(self) -> str:
         return "stream.inverted/1"
@@ -196,11 +196,17 @@ class Inverted(StreamTransformExtension):
         return io.BytesIO(bytes(255 - byte for byte in input.read()))
 
 
+@needs_extensions
 def test_extensions_of_a_registry_in_their_order(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+
+    class Turning(Inverted, StreamTransformExtension):
+        pass
+
     registry = ExtensionRegistry()
-    registry.register(Inverted)
+    registry.register(Turning)
     state = {"x": torch.randn(50), "n": [1]}
-    for extensions in ([Inverted()], [ZStandard(), Inverted()], [Inverted(), ZStandard()]):
+    for extensions in ([Turning()], [*torchs_zstd(), Turning()], [Turning(), *torchs_zstd()]):
         place = tmp_path / str(len(files(tmp_path)))
         dcp.save(state, storage_writer=FileSystemWriter(place, _extensions=extensions))
         for reader in (FileSystemReader, dcp.FileSystemReader):
@@ -250,7 +256,7 @@ def test_async_save_on_a_thread(tmp_path: Path, cached: bool) -> None:
 
 
 def test_the_writer_travels_without_what_it_staged(tmp_path: Path) -> None:
-    writer = FileSystemWriter(tmp_path, thread_count=2, cache_staged_state_dict=True, _extensions=[ZStandard()])
+    writer = FileSystemWriter(tmp_path, thread_count=2, cache_staged_state_dict=True, _extensions=torchs_zstd())
     writer.stage({"x": torch.ones(100_000)})
     data = pickle.dumps(writer)
     assert len(data) < 2000
