@@ -30,7 +30,9 @@ def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> R
                 "works alone, with process_group=SoleRank()"
             )
         return SoleRank()
-    rank, members = dist.get_rank(process_group), dist.get_process_group_ranks(process_group)
+    group = dist.group.WORLD if process_group is None else process_group  # torch 2.6 takes no None for ranks
+    assert group is not None
+    rank, members = dist.get_rank(group), dist.get_process_group_ranks(group)
     if rank < 0:
         raise UsageError("this process is not one of the process_group that was given")
     if len(members) == 1:
