@@ -27,6 +27,8 @@ class PlaceType(click.ParamType[str]):
 
 
 PLACE = PlaceType()
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+"""The option of every command that prints a table."""
 
 
 def run(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -42,6 +42,7 @@ from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
+from asyncdcp.storage.files import sync_directory
 from asyncdcp.trace import Trace
 
 SHARD_BYTES: Final = 5 * 10**9
@@ -277,18 +278,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         os.rename(scratch, path)
-        _sync_directory(path.absolute().parent)
+        sync_directory(path.absolute().parent)
     except BaseException:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
         else:
             scratch.unlink(missing_ok=True)
         raise
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

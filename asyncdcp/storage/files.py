@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
@@ -112,3 +113,12 @@ def address(view: Buffer) -> int:
         return int(raw.buf or 0)
     finally:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(raw))
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Makes the names in a directory durable that no Storage keeps. Blocks."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

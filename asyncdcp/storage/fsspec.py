@@ -24,14 +24,13 @@ from anyio import CapacityLimiter
 
 from asyncdcp.errors import (
     AsyncDCPError,
-    Closed,
     CorruptCheckpoint,
     InvalidOption,
     MissingDependency,
     StorageError,
     UsageError,
 )
-from asyncdcp.storage.port import NAME_PATTERN, Buffer, StorageInfo, T, check_name
+from asyncdcp.storage.port import NAME_PATTERN, Buffer, StorageInfo, T, check_name, check_use
 from asyncdcp.threads import on_executor, on_thread
 
 _TRANSFERS: Final = 4
@@ -244,10 +243,7 @@ class FsspecWriter:
             self._on_end()
 
     def _check(self, what: str, value: int) -> None:
-        if self._spool.closed:
-            raise Closed(f"{self._path} is closed", path=self._path)
-        if value < 0:
-            raise InvalidOption(f"{what} is {value}; it takes 0 or more", path=self._path)
+        check_use(self._path, what, value, is_open=not self._spool.closed)
 
 
 class FsspecReader:
@@ -301,10 +297,7 @@ class FsspecReader:
         self._open = False
 
     def _check(self, offset: int) -> None:
-        if not self._open:
-            raise Closed(f"{self._path} is closed", path=self._path)
-        if offset < 0:
-            raise InvalidOption(f"offset is {offset}; it takes 0 or more", path=self._path)
+        check_use(self._path, "offset", offset, is_open=self._open)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Final
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError
+from asyncdcp.errors import CorruptCheckpoint, StorageError
 from asyncdcp.storage.files import MIN_ALIGNMENT, REFUSED, Descriptor, aligned, tolerated, translated
-from asyncdcp.storage.port import Buffer, T
+from asyncdcp.storage.port import Buffer, T, check_use
 from asyncdcp.storage.posix import IOV_MAX, PAGE, Posix
 from asyncdcp.threads import on_executor, on_thread
 
@@ -96,10 +96,7 @@ class LocalReader:
             await on_executor(self.close)
 
     def _expected(self, offset: int, buffers: Sequence[Buffer]) -> int:
-        if not self._file.is_open:
-            raise Closed(f"{self._path} is closed", path=self._path)
-        if offset < 0:
-            raise InvalidOption(f"offset is {offset}; it takes 0 or more", path=self._path)
+        check_use(self._path, "offset", offset, is_open=self._file.is_open)
         return max(0, min(sum(map(len, buffers)), self._size - offset))
 
     def load(self, limit: int) -> bytes:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
-from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError
-from asyncdcp.storage.port import Buffer, StorageInfo, T, check_name
+from asyncdcp.errors import CorruptCheckpoint, StorageError
+from asyncdcp.storage.port import Buffer, StorageInfo, T, check_name, check_use
 from asyncdcp.threads import on_thread
 
 
@@ -131,10 +131,7 @@ class MemoryWriter:
             del self._unfinished[self._name]
 
     def _check(self, what: str, value: int) -> None:
-        if self._unfinished.get(self._name) is not self:
-            raise Closed(f"{self._name} is closed", path=self._name)
-        if value < 0:
-            raise InvalidOption(f"{what} is {value}; it takes 0 or more", path=self._name)
+        check_use(self._name, what, value, is_open=self._unfinished.get(self._name) is self)
 
 
 class MemoryReader:
@@ -154,10 +151,7 @@ class MemoryReader:
         return 1
 
     async def read(self, offset: int, buffers: Sequence[Buffer]) -> int:
-        if not self._open:
-            raise Closed(f"{self._name} is closed", path=self._name)
-        if offset < 0:
-            raise InvalidOption(f"offset is {offset}; it takes 0 or more", path=self._name)
+        check_use(self._name, "offset", offset, is_open=self._open)
         await checkpoint()
         start = offset
         for buffer in buffers:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, TypeVar
 
-from asyncdcp.errors import InvalidOption
+from asyncdcp.errors import Closed, InvalidOption
 
 T = TypeVar("T")
 
@@ -42,6 +42,14 @@ def check_name(name: str) -> str:
             f"not an object's name: {name!r}; it takes 1 to {NAME_LIMIT} of [A-Za-z0-9._-], the first no dot"
         )
     return name
+
+
+def check_use(path: str, what: str, value: int, *, is_open: bool) -> None:
+    """``Closed`` where a reader or writer is, ``InvalidOption`` for an offset or length that is negative."""
+    if not is_open:
+        raise Closed(f"{path} is closed", path=path)
+    if value < 0:
+        raise InvalidOption(f"{what} is {value}; it takes 0 or more", path=path)
 
 
 @dataclass(frozen=True)

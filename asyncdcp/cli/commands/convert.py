@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import to_builtins
 
-from asyncdcp.cli.targets import PLACE, open_storage_at, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, open_storage_at, run
 from asyncdcp.cli.text import count_text, good, say, say_json, shown, size_text
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LISTED = 5
 @click.option("--dtype", metavar="DTYPE", help="What floating point numbers become, such as bfloat16.")
 @click.option("--shard-bytes", metavar="N", type=click.IntRange(min=1), help="Bytes of a Hugging Face shard, at most.")
 @click.option("--allow-pickle", is_flag=True, help="Take values that were stored with it. They can run code.")
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(  # noqa: PLR0913  # each is a word of the command line
     source: str,
     target: str,

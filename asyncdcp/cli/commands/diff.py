@@ -12,7 +12,7 @@ from asyncdcp.cli.checkpoints import complete_entry, opened
 from asyncdcp.cli.entries import Entry, chosen, entries_of
 from asyncdcp.cli.errors import DIFFERENT
 from asyncdcp.cli.plain import plain_text
-from asyncdcp.cli.targets import PLACE, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
     bad,
@@ -60,7 +60,7 @@ class Difference:
     "-t", "--tensor", "globs", metavar="GLOB", multiple=True, shell_complete=complete_entry, help="Only these names."
 )
 @click.option("-a", "--all", "everything", is_flag=True, help=f"Every line, not only {_SHOWN} of a kind.")
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(a: str, b: str, globs: tuple[str, ...], *, values: bool, everything: bool, as_json: bool) -> int:
     """Compare two checkpoints: names, dtypes, shapes and plain values; with --values tensors, too.
 

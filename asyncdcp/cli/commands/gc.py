@@ -10,7 +10,7 @@ from msgspec import to_builtins
 
 from asyncdcp.cli.errors import TROUBLE, describe
 from asyncdcp.cli.runfolder import open_run
-from asyncdcp.cli.targets import PLACE, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import Column, count_text, dim, say, say_json, shown, size_text, table
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.runs import Leftover, collect, plan_collection
@@ -39,7 +39,7 @@ _COLUMNS = (
     help="Leave alone what was written to within so many seconds: it may be a save under way.",
 )
 @click.option("--off-line", is_flag=True, help="Take checkpoints that a rollback left behind, too.")
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(place: str, *, delete: bool, older_than: float, off_line: bool, as_json: bool) -> int:
     """Show what of a run is of no use, and with --delete take it away.
 

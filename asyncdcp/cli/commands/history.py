@@ -11,7 +11,7 @@ from msgspec import to_builtins
 
 from asyncdcp.cli.entries import no_such_name
 from asyncdcp.cli.runfolder import open_run
-from asyncdcp.cli.targets import PLACE, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
     count_text,
@@ -37,7 +37,7 @@ _WIDTH = 60
 @click.argument("place", metavar="RUN", type=PLACE)
 @click.option("-m", "--metric", "metrics", metavar="NAME", multiple=True, help="Only this metric. May be repeated.")
 @click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the last N saves.")
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(place: str, metrics: tuple[str, ...], last: int | None, *, as_json: bool) -> None:
     """Show how the metrics of a run went, and what each save cost.
 

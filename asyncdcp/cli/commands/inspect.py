@@ -11,7 +11,7 @@ import click
 from asyncdcp.cli.checkpoints import complete_entry, opened, record_of
 from asyncdcp.cli.entries import Entry, chosen, entries_of
 from asyncdcp.cli.plain import plain_text
-from asyncdcp.cli.targets import PLACE, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
     count_text,
@@ -64,7 +64,7 @@ _STATISTICS = (
 )
 @click.option("--depth", type=click.IntRange(min=1), help=f"Levels of the tree; by default what fits {_LINES} lines.")
 @click.option("-a", "--all", "everything", is_flag=True, help="The whole tree, a line for each tensor.")
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(checkpoint: str, globs: tuple[str, ...], depth: int | None, *, everything: bool, as_json: bool) -> None:
     """Show what a checkpoint holds: names, dtypes, shapes, sizes, chunks, files and plain values.
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from asyncdcp.cli.runfolder import open_run
-from asyncdcp.cli.targets import PLACE, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
     bad,
@@ -32,7 +32,7 @@ _STYLES = {"committed": good, "partial": warned, "aborted": dim, "damaged": bad,
 
 @click.command()
 @click.argument("place", metavar="RUN", type=PLACE)
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(place: str, *, as_json: bool) -> None:
     """List the checkpoints of a run: step, state, when, size, ranks and metrics.
 

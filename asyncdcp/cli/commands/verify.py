@@ -10,7 +10,7 @@ from msgspec import to_builtins
 from asyncdcp.cli.checkpoints import opened
 from asyncdcp.cli.errors import DIFFERENT, TROUBLE, describe
 from asyncdcp.cli.progress import shown_progress
-from asyncdcp.cli.targets import PLACE, open_folder, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, open_folder, run
 from asyncdcp.cli.text import bad, count_text, dim, good, say, say_json, seconds_text, shown, size_text
 from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.pipeline.verify import VerifyReport, verify
@@ -20,7 +20,7 @@ _SHOWN = 20
 
 @click.command()
 @click.argument("checkpoints", metavar="CKPT...", type=PLACE, nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
+@AS_JSON
 def command(checkpoints: tuple[str, ...], *, as_json: bool) -> int:
     """Read every byte of checkpoints and compare it with its checksum.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
-from asyncdcp.storage.files import translated
+from asyncdcp.storage.files import sync_directory, translated
 
 _METADATA = re.compile(r"(__\d+)?\.metadata")
 _DATA = re.compile(r"__\d+_.*\.distcp")
@@ -41,7 +41,7 @@ def publish(path: Path, data: bytes, *, sync: bool) -> None:
             raise
         if sync:
             for directory in (path.parent, *made):
-                _sync(directory)
+                sync_directory(directory)
 
 
 def remove_unnamed(published: Path, prefix: str, named: set[str]) -> None:
@@ -75,11 +75,3 @@ def _make(directory: Path) -> list[Path]:
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return [path.parent for path in missing]
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,12 +11,12 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 from obstore.exceptions import PreconditionError
 
-from asyncdcp.errors import Closed, InvalidOption, StorageError
+from asyncdcp.errors import StorageError
 from asyncdcp.storage.files import address
 from asyncdcp.storage.object_store.failures import translated
 from asyncdcp.storage.object_store.persistence import again
 from asyncdcp.storage.object_store.url import ObjectURL
-from asyncdcp.storage.port import Buffer, T
+from asyncdcp.storage.port import Buffer, T, check_use
 from asyncdcp.storage.spec import RequestLimits
 from asyncdcp.threads import on_thread
 
@@ -113,10 +113,7 @@ class ObjectStoreReader:
         return memoryview(data)
 
     def _check(self, offset: int) -> None:
-        if not self._open:
-            raise Closed(f"{self._path} is closed", path=self._path)
-        if offset < 0:
-            raise InvalidOption(f"offset is {offset}; it takes 0 or more", path=self._path)
+        check_use(self._path, "offset", offset, is_open=self._open)
 
 
 def scatter(data: memoryview, buffers: Sequence[Buffer]) -> None:
