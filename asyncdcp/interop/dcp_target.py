@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ async def write_dcp(reader: ReadableCheckpoint, selection: Selection, path: Path
 
 
 def _save(state: dict[str, Any], path: Path, planner: DefaultSavePlanner) -> None:
+    alone = {"no_dist": True} if "no_dist" in signature(save).parameters else {}  # torch 2.6 is, without a group
     try:
-        save(state, storage_writer=FileSystemWriter(path), planner=planner, no_dist=True)
+        save(state, storage_writer=FileSystemWriter(path), planner=planner, **alone)
     except CheckpointException as error:
         for cause, _ in error.failures.values():
             if isinstance(cause, AsyncDCPError):
