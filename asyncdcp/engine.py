@@ -7,7 +7,6 @@ pending.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures.thread
 import logging
 import os
@@ -23,6 +22,8 @@ from weakref import WeakSet
 
 import anyio
 
+from asyncdcp.at_exit import exit_hook
+from asyncdcp.callbacks import CallbackThread
 from asyncdcp.errors import Cancelled, Closed, DeadlineExceeded, WouldDeadlock
 from asyncdcp.futures import CheckpointFuture
 
@@ -30,54 +31,6 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _logger = logging.getLogger(__name__)
-
-
-class _CallbackThread:
-    """Runs callables one after another, first in first out, on a thread that lives only while there are any.
-
-    So there is nothing to close, and a callback added after the engine closed still runs.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.ident: int | None = None
-        self._name = name
-        self._lock = threading.RLock()
-        self._queue: deque[tuple[Context, Callable[[], object]]] = deque()
-        self._idle = threading.Event()
-        self._idle.set()
-
-    def schedule(self, context: Context, fn: Callable[[], object]) -> None:
-        """Run ``fn`` in ``context`` after everything scheduled before."""
-        with self._lock:
-            self._queue.append((context, fn))
-            if not self._idle.is_set():
-                return
-            self._idle.clear()
-            try:
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
-            except RuntimeError:  # no more threads: at the limit of the system, or in the last moments of the process
-                self._idle.set()
-                _logger.exception("%d done callbacks wait: their thread could not be started", len(self._queue))
-
-    def join(self, timeout: float) -> bool:
-        """Wait until nothing is left to run; whether that came within ``timeout`` seconds."""
-        return self._idle.wait(timeout)
-
-    def _run(self) -> None:
-        self.ident = threading.get_ident()
-        while True:
-            with self._lock:
-                if not self._queue:
-                    self.ident = None
-                    self._idle.set()
-                    return
-                context, fn = self._queue.popleft()
-            try:
-                context.run(fn)
-            except BaseException:
-                # SystemExit too: in a callback it means no more than any other error, and others wait in the queue.
-                _logger.exception("a done callback failed")
-            del context, fn
 
 
 class _Stop(Exception):
@@ -128,7 +81,7 @@ class Engine:
         self._tasks: dict[CheckpointFuture[Any], asyncio.Task[Any]] = {}
         self._scopes: dict[CheckpointFuture[Any], anyio.CancelScope] = {}
         self._pending: WeakSet[CheckpointFuture[Any]] = WeakSet()
-        self._callbacks = _CallbackThread(f"{name}-callbacks")
+        self._callbacks = CallbackThread(f"{name}-callbacks")
 
     # ── work ──
 
@@ -284,7 +237,7 @@ class Engine:
         if self._ended:
             raise Closed(f"{self.name} is closed")
         if self._loop is None:
-            _exit_hook.add(self)
+            exit_hook.add(self)
             self._loop = asyncio.SelectorEventLoop()
             # A context of its own, so that free-threaded builds do not hand the caller's on to the thread.
             self._thread = threading.Thread(target=Context().run, args=(self._run,), name=self.name, daemon=True)
@@ -316,7 +269,7 @@ class Engine:
         for future in left:
             future._resolve(None, error or Cancelled(f"{future.name} was not done when {self.name} closed"))
         self._drain = None
-        _exit_hook.remove(self)
+        exit_hook.remove(self)
 
     def close(self, deadline: float) -> None:
         """Refuse new work, wait ``deadline`` seconds for what is pending, cancel the rest, and end the thread.
@@ -365,7 +318,7 @@ class Engine:
                 joined.pop(thread, None)
         return error
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """The end at interpreter exit: the owner's ``drain``, then ``close``. Raises nothing; logs what went wrong."""
         if os.getpid() != self._pid:
             return
@@ -387,50 +340,3 @@ class Engine:
 
 def _left(until: float) -> float:
     return min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
-
-
-class _ExitHook:
-    """The engines that run, the newest last; finishes them when the interpreter exits, the newest first.
-
-    It must run while threads can be started and executors take work. ``atexit`` is too late: by then threads were
-    joined and ``concurrent.futures`` refuses work. ``threading._register_atexit`` (3.9–3.14, private) calls its
-    functions last in, first out at the head of ``threading._shutdown``, before any join. ``concurrent.futures.thread``
-    registers its own refusal when it is imported, which is above, so ours comes before it.
-
-    - 3.11: tested here.
-    - 3.12.0–3.12.2 refuse any new thread from the beginning of finalization on, so that work which needs one at exit
-      fails with RuntimeError, loudly (gh-113964, mended in 3.12.3).
-    - 3.12.3–3.14 refuse it from after ``threading._shutdown``: as 3.11. In 3.13 ``_shutdown`` joins in C, yet calls
-      these functions first all the same. In 3.14 a daemon thread that outlives the interpreter is parked for good
-      instead of ended; both concern only work that was given up.
-
-    A thread of the user that goes on after the main thread has ended finds its engines closed, as it finds
-    ``concurrent.futures``. A child by ``os.fork()`` inherits the hook and skips its parent's engines.
-    """
-
-    def __init__(self) -> None:
-        self._engines: dict[Engine, None] = {}  # no lock: single dict operations, and a fork may not leave one held
-        self._installed = False
-
-    def add(self, engine: Engine) -> None:
-        if not self._installed:
-            register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
-            try:
-                register(self._run)
-            except RuntimeError as error:
-                raise Closed(f"{engine.name} cannot start: the interpreter is exiting") from error
-            self._installed = True
-        self._engines[engine] = None
-
-    def remove(self, engine: Engine) -> None:
-        self._engines.pop(engine, None)
-
-    def _run(self) -> None:
-        while self._engines:
-            engine, _ = self._engines.popitem()
-            self._engines[engine] = None  # finished engines remove themselves; until then they count as running
-            engine._finish()
-            self._engines.pop(engine, None)
-
-
-_exit_hook = _ExitHook()  # the one module global: the interpreter's exit is one per process

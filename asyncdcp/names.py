@@ -6,21 +6,16 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-_SAVE_ID = re.compile(r"[0-9a-f]{20}")
-_FILE = re.compile(rf"({_SAVE_ID.pattern})[-.].*")
+_SAVE_ID = r"[0-9a-f]{20}"
+_FILE = re.compile(rf"({_SAVE_ID})[-.].*")
 _DESCRIPTOR = re.compile(r"[A-Za-z0-9_.-]{1,100}(@[A-Za-z0-9_.-]{1,100})?/[A-Za-z0-9_.-]{1,100}")
-_RECORD = re.compile(rf"({_SAVE_ID.pattern})\.json")
+_RECORD = re.compile(rf"({_SAVE_ID})\.json")
 
 
 def make_save_id(run_id: str, path: str, attempt: int) -> str:
     """20 hex digits. All ranks of a run compute the same without talking; ``attempt`` counts every save to ``path``."""
     text = "\0".join((run_id, path, str(attempt)))
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
-
-
-def is_save_id(text: str) -> bool:
-    """Whether ``text`` has the form of a save id."""
-    return _SAVE_ID.fullmatch(text) is not None
 
 
 def record_name(save_id: str) -> str:

@@ -18,7 +18,7 @@ ROOT = Path(asyncdcp.__file__).parent
 
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"boxes", "buffers", "config", "memory_limits", "names", "threads", "trace"},
+    {"at_exit", "boxes", "buffers", "callbacks", "config", "memory_limits", "names", "threads", "trace"},
     {"metadata", "results", "storage", "arena", "futures", "closing"},
     {"chunk_table", "extensions", "format", "engine"},
     {"planning", "runs"},

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdcp.names import belongs_to, data_name, index_name, is_save_id, make_save_id, record_name, record_save_id
+from asyncdcp.names import belongs_to, data_name, index_name, make_save_id, record_name, record_save_id
 from asyncdcp.storage import check_name
 
 
@@ -10,7 +10,7 @@ def test_a_save_id_depends_on_run_path_and_attempt() -> None:
     ids = {
         make_save_id(run, path, attempt) for run in ("a", "b") for path in ("p", "q\udcff", "ä") for attempt in (1, 11)
     }
-    assert len(ids) == 12 and all(map(is_save_id, ids))
+    assert len(ids) == 12 and all(record_save_id(record_name(each)) == each for each in ids)
     assert make_save_id("a", "p", 1) == make_save_id("a", "p", 1)
 
 

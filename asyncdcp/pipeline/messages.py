@@ -1,8 +1,10 @@
 """What the trainer's side and the pipeline say to each other about one save. Plain data, the same within one process
 and between two.
 
-trainer → pipeline   SaveJob, then SlabReady …, then StagingDone; or GiveUp at any time
-pipeline → trainer   SlabDone …, Progress …, then one Saved or an error
+trainer → pipeline   SaveJob, then SlabReady …
+pipeline → trainer   one Saved, or an error
+
+What else there is to say is a call within one process, and a message of ``worker/protocol.py`` between two.
 """
 
 from __future__ import annotations
@@ -52,30 +54,13 @@ class SaveJob(msgspec.Struct, frozen=True):
 
 class SlabReady(msgspec.Struct, frozen=True, tag=True):
     """Slab ``number`` of file ``file`` lies in arena slot ``slot``, ``length`` bytes long. The slot is the pipeline's
-    until ``SlabDone``.
+    until it gives it back.
     """
 
     file: int
     number: int
     slot: int
     length: int
-
-
-class StagingDone(msgspec.Struct, frozen=True, tag=True):
-    """Every slab was announced."""
-
-
-class GiveUp(msgspec.Struct, frozen=True, tag=True):
-    """The trainer's side gives the save up: ``kind`` is "cancelled", "deadline" or "failed"; ``cause`` is its text."""
-
-    kind: str
-    cause: str
-
-
-class SlabDone(msgspec.Struct, frozen=True, tag=True):
-    """Slot ``slot`` is not used by the pipeline any more."""
-
-    slot: int
 
 
 class Saved(msgspec.Struct, frozen=True, tag=True):

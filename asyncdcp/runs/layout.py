@@ -94,11 +94,6 @@ def encode_claim(claim: TermClaim) -> bytes:
     return encode_document("term", claim)
 
 
-def decode_claim(data: bytes, name: str) -> TermClaim:
-    """A term's claim; ``CorruptCheckpoint`` naming ``name`` otherwise."""
-    return decode_document("term", TermClaim, data, name)
-
-
 def encode_line(start: LineStart) -> bytes:
     """The bytes of a line's file."""
     return encode_document("line", start)
