@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # torch's pools spin while they wait for work, one for every thread that calls it. Where as many processes run tests as
@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+
+from tests.programs import Programs
 
 Same = Callable[[Any, Any], bool]
 
@@ -81,3 +83,11 @@ def _same(a: Any, b: Any) -> bool:
 @pytest.fixture(scope="session")
 def same() -> Same:
     return _same
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Starts programs in processes of their own, without their imports' cost."""
+    made = Programs()
+    yield made
+    made.close()

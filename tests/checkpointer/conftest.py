@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import textwrap
 import threading
 from collections import Counter
@@ -17,6 +15,7 @@ import torch
 from anyio import to_thread
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options
+from tests.programs import Programs
 
 LONG = 150.0  # a deadline that only a failing test reaches: a cold cache makes importing torch take half a minute
 
@@ -171,18 +170,10 @@ def bits() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a program in an interpreter of its own, whose current directory is the test's."""
+def python(tmp_path: Path, programs: Programs) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in a process of its own, whose current directory is the test's."""
 
-    def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *options, "-c", textwrap.dedent(code)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=LONG,
-            check=False,
-        )
+    def run(code: str, *strict: str) -> subprocess.CompletedProcess[str]:
+        return programs.run("-c", textwrap.dedent(code), cwd=tmp_path, strict=strict, timeout=LONG)
 
     return run

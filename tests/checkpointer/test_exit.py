@@ -48,7 +48,7 @@ def test_what_is_pending_is_committed_at_exit(python: Python, tmp_path: Path, en
 
 
 def test_with_warnings_as_errors_the_exit_is_the_same(python: Python, tmp_path: Path) -> None:
-    ran = python(PROGRAM, "-W", "error::ResourceWarning")
+    ran = python(PROGRAM, "ResourceWarning")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert committed(tmp_path / "it")
 

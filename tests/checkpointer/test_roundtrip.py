@@ -53,13 +53,20 @@ def views(dtype: str) -> dict[str, Tensor]:
     return made
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
+def lasting(request: pytest.FixtureRequest) -> Iterator[AsyncCheckpointer]:
+    """As ``checkpointer``, one for all dtypes."""
+    with AsyncCheckpointer(process=bool(request.param)) as made:
+        yield made
+
+
 @pytest.mark.parametrize("dtype", list(DTYPE_SIZES))
-def test_every_dtype_and_view(checkpointer: AsyncCheckpointer, tmp_path: Path, bits: Bits, dtype: str) -> None:
+def test_every_dtype_and_view(lasting: AsyncCheckpointer, tmp_path: Path, bits: Bits, dtype: str) -> None:
     state = views(dtype)
-    checkpointer.save(tmp_path / "it", state).result()
-    made = checkpointer.load(tmp_path / "it").result()
+    lasting.save(tmp_path / "it", state).result()
+    made = lasting.load(tmp_path / "it").result()
     targets = {name: random(tuple(tensor.shape), dtype, 99) for name, tensor in state.items()}
-    checkpointer.load(tmp_path / "it", targets).result()
+    lasting.load(tmp_path / "it", targets).result()
     for name, tensor in state.items():
         for loaded in (made[name], targets[name]):
             assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
@@ -67,11 +74,11 @@ def test_every_dtype_and_view(checkpointer: AsyncCheckpointer, tmp_path: Path, b
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bool", "bfloat16", "uint8", "complex64", "float8_e4m3fn"])
-def test_targets_may_be_strided_too(checkpointer: AsyncCheckpointer, tmp_path: Path, bits: Bits, dtype: str) -> None:
+def test_targets_may_be_strided_too(lasting: AsyncCheckpointer, tmp_path: Path, bits: Bits, dtype: str) -> None:
     state = {"a": random((6, 4), dtype), "b": random((5,), dtype, 1)}
     targets = {"a": random((4, 12), dtype, 2)[:, ::2].t(), "b": random((5, 3), dtype, 3)[:, 1]}
-    checkpointer.save(tmp_path / "it", state).result()
-    assert checkpointer.load(tmp_path / "it", targets).result() is targets
+    lasting.save(tmp_path / "it", state).result()
+    assert lasting.load(tmp_path / "it", targets).result() is targets
     for name, tensor in state.items():
         assert torch.equal(bits(targets[name]), bits(tensor))
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.programs import Programs
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "compress_encrypt.py"
 
 
-def test_it_saves_less_and_hides_all_and_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "ASYNCDCP_KEY"} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    command = [sys.executable, str(PROGRAM), "--width", "384", "--steps", "3"]
-    ran = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50, check=False
-    )
+def test_it_saves_less_and_hides_all_and_goes_on_as_if_nothing_had_been(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("ASYNCDCP_KEY", raising=False)
+    ran = programs.run(str(PROGRAM), "--width", "384", "--steps", "3", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     parts = {name: int(part) for name, part in re.findall(r"^(\w+): (\d+)% of", ran.stdout, re.MULTILINE)}
     assert parts["compressed"] == parts["encrypted"] <= 75 < 100 <= parts["plain"]

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import Programs
+
 _PROGRAM = Path(__file__).parents[2] / "examples" / "train_fsdp.py"
 
 
-def _start(rank: int, world_size: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    """What torchrun does for a rank."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
-    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(_PROGRAM), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def _run(world_size: int, *arguments: str) -> tuple[list[int], str, str]:
+def _run(programs: Programs, world_size: int, *arguments: str) -> tuple[list[int], str, str]:
     """Exit codes, and what rank 0 said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = [_start(rank, world_size, port, *arguments) for rank in range(world_size)]
-    try:
-        said = [process.communicate(timeout=100) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return [process.returncode for process in running], said[0][0], said[0][1]
+    running = []
+    for rank in range(world_size):  # what torchrun does
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        environment = {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        running.append(programs.start(str(_PROGRAM), *arguments, env=environment))
+    ended = [program.wait(100) for program in running]
+    return [each.returncode for each in ended], ended[0].stdout, ended[0].stderr
 
 
 def _losses(output: str) -> dict[int, float]:
@@ -41,11 +31,11 @@ def _losses(output: str) -> dict[int, float]:
 
 
 @pytest.mark.timeout(200)
-def test_the_loss_goes_on_in_another_world(tmp_path: Path) -> None:
+def test_the_loss_goes_on_in_another_world(programs: Programs, tmp_path: Path) -> None:
     common = ("--dir", str(tmp_path / "run"), "--steps", "6", "--save-every", "2")
-    codes, before, errors = _run(2, *common, "--kill-at", "5")
+    codes, before, errors = _run(programs, 2, *common, "--kill-at", "5")
     assert codes == [-9, -9], errors
-    codes, after, errors = _run(1, *common)
+    codes, after, errors = _run(programs, 1, *common)
     assert codes == [0], errors
     assert "resumed at step 4" in after
     assert sorted(_losses(after)) == [5, 6]

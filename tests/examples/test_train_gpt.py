@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from tests.programs import Programs
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def _run(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            str(_EXAMPLES / program),
-            "--dir",
-            str(folder),
-            "--steps",
-            "6",
-            "--save-every",
-            "2",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(programs: Programs) -> Run:
+    def run(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        common = ("--dir", str(folder), "--steps", "6", "--save-every", "2")
+        return programs.run(str(_EXAMPLES / program), *common, *arguments)
+
+    return run
 
 
 def _losses(output: str) -> dict[str, str]:
@@ -36,12 +31,12 @@ def _losses(output: str) -> dict[str, str]:
     return {line.split()[1]: line.split()[3] for line in output.splitlines() if line.startswith("step ")}
 
 
-def test_the_losses_after_a_resume_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    whole = _run("train_sync.py", tmp_path / "whole")
+def test_the_losses_after_a_resume_are_those_of_an_uninterrupted_run(run: Run, tmp_path: Path) -> None:
+    whole = run("train_sync.py", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    killed = _run("train_gpt.py", tmp_path / "run", "--kill-at", "4")
+    killed = run("train_gpt.py", tmp_path / "run", "--kill-at", "4")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = _run("train_gpt.py", tmp_path / "run")
+    resumed = run("train_gpt.py", tmp_path / "run")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step " in resumed.stdout
     expected, found = _losses(whole.stdout), _losses(resumed.stdout)
@@ -52,7 +47,7 @@ def test_the_losses_after_a_resume_are_those_of_an_uninterrupted_run(tmp_path: P
     assert "checkpoints cost" in resumed.stdout
 
 
-def test_wrong_input_is_refused_by_name(tmp_path: Path) -> None:
-    refused = _run("train_gpt.py", tmp_path, "--kill-at", "3")
+def test_wrong_input_is_refused_by_name(run: Run, tmp_path: Path) -> None:
+    refused = run("train_gpt.py", tmp_path, "--kill-at", "3")
     assert refused.returncode == 2
     assert "--kill-at 3: no save begins there" in refused.stderr

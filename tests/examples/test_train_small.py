@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,10 @@ import torch
 
 from asyncdcp import SyncCheckpointer
 from asyncdcp.errors import CheckpointNotFound
+from tests.programs import Programs
 
 _PROGRAM = Path(__file__).parents[2] / "examples" / "train_small.py"
 _STEPS = ("--steps", "18", "--save-every", "6")
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # One thread, since several on busy cores mostly wait for each other.
-    return subprocess.run(
-        [sys.executable, str(_PROGRAM), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def _losses(output: str) -> list[str]:
@@ -57,18 +46,19 @@ def _assert_same_tensors(one: Path, other: Path) -> None:
 
 
 @pytest.mark.timeout(480)  # three programs; a few seconds each where nothing else runs
-def test_killed_in_the_middle_of_a_save_it_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = _run("--dir", str(tmp_path / "whole"), *_STEPS)
+def test_killed_in_the_middle_of_a_save_it_resumes_bit_for_bit(programs: Programs, tmp_path: Path) -> None:
+    run = partial(programs.run, str(_PROGRAM))
+    whole = run("--dir", str(tmp_path / "whole"), *_STEPS)
     assert whole.returncode == 0, whole.stderr
 
-    killed = _run("--dir", str(tmp_path / "run"), *_STEPS, "--kill-at", "12")
+    killed = run("--dir", str(tmp_path / "run"), *_STEPS, "--kill-at", "12")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "bytes written" in killed.stdout
     assert _is_committed(tmp_path / "run" / "step_6")
     assert any((tmp_path / "run" / "step_12").iterdir())
     assert not _is_committed(tmp_path / "run" / "step_12")
 
-    resumed = _run("--dir", str(tmp_path / "run"), *_STEPS)
+    resumed = run("--dir", str(tmp_path / "run"), *_STEPS)
     assert resumed.returncode == 0, resumed.stderr
     assert "step 12: its save was cut off" in resumed.stdout
     assert "step 6: resumed" in resumed.stdout

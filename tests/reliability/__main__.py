@@ -21,7 +21,7 @@ from tests.reliability.worlds import Seen
 def power(cases: int, seed: int, figures: Figures) -> None:
     """Loss of power; ``cases`` states looked at for each call, all workloads of three steps on one and two ranks."""
     for ranks in (1, 2):
-        seen: Seen = set()
+        seen = Seen()
         for round_ in range(seed, seed + 3):
             for steps in workloads():
                 explore(steps, ranks=ranks, limit=cases, seed=round_, seen=seen, figures=figures)

@@ -61,6 +61,7 @@ def explore(  # noqa: PLR0913  # a test's knobs
     figures: Figures | None = None,
 ) -> None:
     """One workload. Raises ``Lost`` for a broken promise, with what replays it."""
+    seen = seen or Seen()
     rng = random.Random(f"{seed} {ranks} {' '.join(steps)}")
     figures = figures if figures is not None else Figures()
 
@@ -70,9 +71,9 @@ def explore(  # noqa: PLR0913  # a test's knobs
         await perform(world, steps, rng)
         figures.update(workloads=1, calls=world.calls, states=len(world.losses))
         for number, loss in enumerate(world.losses):
-            await check(loss)
+            await check(loss, seen)
             if number % 20 == 0:
-                await check_that_work_goes_on(loss)
+                await check_that_work_goes_on(loss, seen)
 
     try:
         with simulated(rng if seed else None):

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 from unittest.mock import patch
@@ -36,12 +37,7 @@ def simulated(rng: random.Random | None = None) -> Iterator[None]:
         threads.on_thread: limited,
         anyio.to_thread: SimpleNamespace(run_sync=call),
     }
-    found = [
-        patch.object(module, name, stand_ins[value])
-        for module in _modules()
-        for name, value in vars(module).items()
-        if callable(getattr(value, "__hash__", None)) and _known(value, stand_ins)
-    ]
+    found = [patch.object(module, name, stand_ins[value]) for module, name, value in _calls(len(_modules()))]
     clock = patch.object(settle, "time", SimpleNamespace(time=lambda: 0.0))
     for one in (clock, *found):
         one.start()
@@ -52,8 +48,12 @@ def simulated(rng: random.Random | None = None) -> Iterator[None]:
             one.stop()
 
 
-def _known(value: Any, stand_ins: dict[Any, Any]) -> bool:
-    return any(value is known for known in stand_ins)
+@cache
+def _calls(_modules_there: int) -> list[tuple[ModuleType, str, Any]]:
+    """Every name by which what goes to threads is called; found anew where more modules are there."""
+    known = (threads.on_executor, threads.on_thread, anyio.to_thread)
+    names = ((module, name, value) for module in _modules() for name, value in vars(module).items())
+    return [(module, name, value) for module, name, value in names if any(value is one for one in known)]
 
 
 def _modules() -> list[ModuleType]:

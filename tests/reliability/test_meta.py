@@ -93,7 +93,7 @@ def test_every_sync_of_a_save_is_needed() -> None:
 
 def look_where_one_is_killed(rank: int, lag: float = 0.0) -> None:
     """Two ranks save over a checkpoint, the second ``lag`` seconds late; one is killed after each of its calls."""
-    seen: Seen = set()
+    seen = Seen()
     for calls in range(5, 34):
         budgets = ["never", "never"]
         budgets[rank] = str(calls)

@@ -10,7 +10,7 @@ from tests.reliability.worlds import PLACE, Lost, Seen, World, check
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 3), (2, 3)])
 def test_nothing_acknowledged_is_lost(ranks: int, steps: int) -> None:
-    seen: Seen = set()
+    seen = Seen()
     figures = Figures()
     for workload in workloads(steps):
         explore(workload, ranks=ranks, limit=40, seen=seen, figures=figures)
@@ -19,7 +19,7 @@ def test_nothing_acknowledged_is_lost(ranks: int, steps: int) -> None:
 
 def test_a_process_killed_at_every_call_then_power_lost() -> None:
     """Also of what it made and did not come to sync, and of a save by the next process over that."""
-    seen: Seen = set()
+    seen = Seen()
     for calls in range(1, 36):
         explore(("save", f"killed after {calls}", "resume", "save"), limit=6, seen=seen)
 

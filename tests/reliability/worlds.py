@@ -105,7 +105,6 @@ class Process:
 
 
 Interceptor = Callable[[Call], Any]
-Seen = set[tuple[bytes, frozenset[int]]]
 CHANGES: Final = frozenset(
     {"open", "pwrite", "fallocate", "ftruncate", "fsync", "link", "rename_noreplace", "unlink", "mkdir", "rmdir"}
 )
@@ -145,7 +144,7 @@ class World:
         self.losses: list[Loss] = []
         self.limit = limit
         self.intercept = intercept
-        self._seen = seen if seen is not None else set()
+        self._seen = seen if seen is not None else Seen()
         self._interned: dict[bytes, bytes] = {}
         self._attempts = 0
 
@@ -156,8 +155,8 @@ class World:
             return
         for image in remains(self.disk, self.limit, seed=self.calls):
             key = fingerprint(image), self.expected
-            if key not in self._seen:
-                self._seen.add(key)
+            if key not in self._seen.states:
+                self._seen.states.add(key)
                 kept = {path: None if data is None else self._intern(data) for path, data in visible(image)}
                 self.losses.append(Loss(f"{operation} {path} (call {self.calls})", self.expected, kept))
 
@@ -252,27 +251,40 @@ async def version_at(storage: Storage, *, ambiguous: bool = False) -> int:
     return version
 
 
-async def check(loss: Loss) -> None:
-    """Power comes back: what is found must be whole, and one of what was acknowledged; and a new save must work."""
-    storage = MemoryStorage("after the loss")
-    prefix = f"{PLACE}/"
-    for path, data in loss.image.items():
-        if path.startswith(prefix) and data is not None:
-            storage._objects[path.removeprefix(prefix)] = data
-    found = await version_at(storage)
+class Seen:
+    """What was looked at already: states, each with what had to be found there; and the version that files make up."""
+
+    def __init__(self) -> None:
+        self.states: set[tuple[bytes, frozenset[int]]] = set()
+        self._versions: dict[bytes, int] = {}
+
+    async def version(self, image: Image) -> int:
+        """As ``version_at``; the same files are loaded once."""
+        prefix = f"{PLACE}/"
+        files = {path: data for path, data in visible(image) if path.startswith(prefix) and data is not None}
+        key = fingerprint(files)
+        if key not in self._versions:
+            storage = MemoryStorage("after the loss")
+            storage._objects.update((path.removeprefix(prefix), data) for path, data in files.items())
+            self._versions[key] = await version_at(storage)
+        return self._versions[key]
+
+
+async def check(loss: Loss, seen: Seen | None = None) -> None:
+    """Power comes back: what is found must be whole, and one of what was acknowledged."""
+    found = await (seen or Seen()).version(loss.image)
     if found not in loss.expected:
         raise Lost(f"power lost after {loss.call}: found version {found}, not one of {sorted(loss.expected)}")
 
 
-async def check_that_work_goes_on(loss: Loss) -> None:
+async def check_that_work_goes_on(loss: Loss, seen: Seen) -> None:
     """A run that starts on what was left saves over it, and finds its own save, also after another loss of power."""
     world = World()
     world.disk = SimulatedDisk(loss.image)
     world._attempts = 90
     await world.save()
     for image in remains(world.disk, 8):
-        again = LocalStorage(PLACE, posix=SimulatedDisk(image))
-        if await version_at(again) != 91:
+        if await seen.version(image) != 91:
             raise Lost(f"power lost after {loss.call}, then a save, then again: the save is gone")
 
 

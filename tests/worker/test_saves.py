@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 import warnings
@@ -32,6 +31,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.storage.faults import FaultyStorage
 from asyncdcp.storage.spec import Fault
+from tests.programs import Programs
 from tests.worker.conftest import LONG, SLAB, Opened, has_ended, state, worker_of
 
 SMALL: dict[str, Any] = {"w": torch.arange(1000), "step": 3}
@@ -251,7 +251,7 @@ def test_close_says_what_it_gave_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wait", ["", "handle.staged.result(30)"])
-def test_exit_without_close_waits_and_leaves_no_process(tmp_path: Path, wait: str) -> None:
+def test_exit_without_close_waits_and_leaves_no_process(programs: Programs, tmp_path: Path, wait: str) -> None:
     code = f"""
         import torch
         from asyncdcp import AsyncCheckpointer
@@ -260,8 +260,8 @@ def test_exit_without_close_waits_and_leaves_no_process(tmp_path: Path, wait: st
         print(checkpointer._engine.submit(checkpointer._lanes.pipeline.acquire).result(30).pid, flush=True)
         {wait}
     """
-    program = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=LONG, check=True)
+    done = programs.run("-c", textwrap.dedent(code), cwd=tmp_path, timeout=LONG)
+    assert done.returncode == 0, done.stderr
     assert not Path(f"/proc/{int(done.stdout)}").exists()
     with AsyncCheckpointer(process=False) as reader:
         assert torch.all(reader.load(tmp_path / "saved").result(LONG)["w"] == 7)
