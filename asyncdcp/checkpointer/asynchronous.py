@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any
 
 import torch
 from anyio import to_thread
@@ -18,12 +17,11 @@ from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.jobs import plain_json
-from asyncdcp.checkpointer.loading import LoadRequest, load_state
 from asyncdcp.checkpointer.pending import PendingSaves
 from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner
-from asyncdcp.checkpointer.reading import ReadTask
+from asyncdcp.checkpointer.read_verbs import OnProgress, Place, ReadVerbs
 from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
-from asyncdcp.closing import Closing, weakly
+from asyncdcp.closing import weakly
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
@@ -39,33 +37,22 @@ from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import RunStamp
-from asyncdcp.pipeline.descriptions import OtherWorld
 from asyncdcp.pipeline.session import ThreadPipeline
-from asyncdcp.pipeline.verify import VerifyReport, verify
 from asyncdcp.planning import Structure
 from asyncdcp.planning.division import Holdings
 from asyncdcp.ranks import Ranks, find_ranks, first_rank
-from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import FlatState, flatten
-from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import select
 from asyncdcp.storage import MemoryStorage, Storage, open_storage
-from asyncdcp.trace import Trace
 from asyncdcp.worker.launch import is_supported
 from asyncdcp.worker.pipeline import ProcessPipeline
 
 PROCESS_BY_DEFAULT = is_supported()
 """On Linux, unless the system is so old or so confined that a process cannot be watched there."""
 
-StateT = TypeVar("StateT")
-T = TypeVar("T")
-Place: TypeAlias = str | os.PathLike[str] | Storage
-Replicas: TypeAlias = Literal["read", "broadcast"]
-OnProgress: TypeAlias = Callable[[Progress], object]
 
-
-class AsyncCheckpointer(Closing):
+class AsyncCheckpointer(ReadVerbs):
     """Saves and loads states without stopping the caller.
 
     Guaranteed: verbs return at once (``save`` flattens the state and encodes its plain values before it returns, no
@@ -260,23 +247,7 @@ class AsyncCheckpointer(Closing):
         then.
         """
         self._check_open()
-        return self._all_staged()
-
-    def _all_staged(self) -> CheckpointFuture[None]:
-        future: CheckpointFuture[None] = self._engine.future("staging of all pending saves")
-        waiting = self._pending.unsettled()
-        left = [len(waiting)]
-
-        def staged(_: object) -> None:  # all callbacks run on one thread
-            left[0] -= 1
-            if not left[0]:
-                future.resolve(None)
-
-        for handle in waiting:
-            handle.staged.add_done_callback(staged)
-        if not waiting:
-            future.resolve(None)
-        return future
+        return self._pending.all_staged(self._engine)
 
     def _active_guards(self) -> list[Guard]:
         with self._lock:
@@ -298,14 +269,6 @@ class AsyncCheckpointer(Closing):
         handle.committed.set_exception(skipped)
         return handle
 
-    def _trace(self, total: int, on_progress: OnProgress | None) -> Trace:
-        meter = None
-        if on_progress is not None:  # a stage a callback: one stage's reports never replace another's
-            meter = ProgressMeter({stage: self._engine.callback(on_progress) for stage in PROGRESS_STAGES})
-        trace = Trace(meter)
-        trace.total = total
-        return trace
-
     def _warn_volatile(self, storage: Storage) -> None:
         info = storage.info
         if isinstance(storage, MemoryStorage):
@@ -318,145 +281,6 @@ class AsyncCheckpointer(Closing):
                 VolatileStorageWarning,
                 stacklevel=3,
             )
-
-    # ── load ──
-
-    @overload
-    def load(
-        self,
-        path: Place,
-        state: None = None,
-        *,
-        strict: bool = True,
-        cast: Literal["error", "allow"] = "error",
-        keys: Sequence[str] | None = None,
-        rename: Mapping[str, str] | Callable[[str], str] | None = None,
-        device: torch.device | str = "cpu",
-        assign: bool = False,
-        allow_pickle: bool = False,
-        per_rank: OtherWorld = "error",
-        replicas: Replicas = "read",
-        on_progress: OnProgress | None = None,
-    ) -> CheckpointFuture[Any]: ...
-
-    @overload
-    def load(
-        self,
-        path: Place,
-        state: StateT,
-        *,
-        strict: bool = True,
-        cast: Literal["error", "allow"] = "error",
-        keys: Sequence[str] | None = None,
-        rename: Mapping[str, str] | Callable[[str], str] | None = None,
-        device: torch.device | str = "cpu",
-        assign: bool = False,
-        allow_pickle: bool = False,
-        per_rank: OtherWorld = "error",
-        replicas: Replicas = "read",
-        on_progress: OnProgress | None = None,
-    ) -> CheckpointFuture[StateT]: ...
-
-    def load(  # noqa: PLR0913  # the vocabulary of loading; LoadOptions carries it from here on
-        self,
-        path: Place,
-        state: Any = None,
-        *,
-        strict: bool = True,
-        cast: Literal["error", "allow"] = "error",
-        keys: Sequence[str] | None = None,
-        rename: Mapping[str, str] | Callable[[str], str] | None = None,
-        device: torch.device | str = "cpu",
-        assign: bool = False,
-        allow_pickle: bool = False,
-        per_rank: OtherWorld = "error",
-        replicas: Replicas = "read",
-        on_progress: OnProgress | None = None,
-    ) -> CheckpointFuture[Any]:
-        """Begins to load the checkpoint at ``path``; resolves to the state, with a ``LoadReport`` at the future's
-        ``report``.
-
-        Without ``state`` a new nested state is made, of tensors on ``device``. With it, the state is what the future
-        resolves to, and it must not be used until then. For modules and bare tensors and values the *state* decides:
-        tensors are filled in place, values replaced. For other Statefuls (optimizers, schedulers, data loaders) the
-        *checkpoint* decides: tensors that match are filled in place, others made anew. Every Stateful's
-        ``load_state_dict`` is called, in the state's order, after every byte was verified.
-
-        All that is missing, unexpected or different is found and listed (``StateMismatch``) before a byte is read. A
-        load into ``state`` begins once the saves that were called before it have copied their tensors.
-
-        - ``strict=False`` loads what both sides have and leaves the rest alone. - ``cast="allow"`` converts to the
-        target's dtype where it differs. - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest
-        of the state is left alone. - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them, to the state's;
-        names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation checkpointing) match by
-        themselves. - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on
-        the meta device need; new ones are where the old ones were, or on ``device`` for meta. - ``allow_pickle=True``
-        also unpickles what was saved so: it runs code of the checkpoint's choosing. - ``per_rank`` says what a rank
-        gets of ``PerRank`` values that were saved by another number of ranks: an error, rank 0's, or with "drop"
-        nothing, so that what it has stays. - ``replicas="broadcast"`` has what several ranks want alike read by one of
-        them, each a part, and sent to the others over the network, for a storage that is slower than that; by default
-        each reads all it wants. All ranks give the same.
-
-        Several ranks load together: all of them call it, all get the same checkpoint, each reads what it holds, and if
-        one of them fails, all do, before any ``load_state_dict`` is called.
-
-        ``ChecksumMismatch`` names file, block and tensors; targets may then be partly written. Also
-        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``,
-        ``DeadlineExceeded``, ``Cancelled``.
-        """
-        self._enter()
-        options = LoadOptions(
-            strict=strict,
-            cast=cast,
-            keys=keys,
-            rename=rename,
-            device=torch.device(device),
-            assign=assign,
-            allow_pickle=allow_pickle,
-            per_rank=per_rank,
-            replicas=replicas,
-        )
-        storage = open_storage(path)
-        flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
-        staged = None if state is None else self._all_staged()
-        request = LoadRequest(
-            storage,
-            state,
-            flat,
-            options,
-            self._trace(0, on_progress),
-            staged,
-            self.ranks,
-            self._options.load_deadline,
-            self._registry,
-        )
-        hint = "; tensors loaded in place may still be written to"
-        return self._read("load", storage, partial(load_state, request), hint)
-
-    def _read(
-        self, verb: str, storage: Storage, work: Callable[[], Awaitable[tuple[T, object]]], hint: str = ""
-    ) -> CheckpointFuture[T]:
-        location = storage.info.location
-        task = ReadTask(verb, location, work, self._engine)
-        self._engine.submit(partial(task.run, self._options.load_deadline, hint), name=f"{verb} of {location}")
-        return task.future
-
-    def verify(self, path: Place, *, on_progress: OnProgress | None = None) -> CheckpointFuture[VerifyReport]:
-        """Begins to read every byte of the checkpoint at ``path`` and to hold it against its checksums.
-
-        Damage is not raised: the report lists all of it, by file, block and tensors; ``report.ok`` says that there is
-        none. No extension is needed, and no key unless names and values are encrypted too. Raises
-        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded``
-        (by ``options.load_deadline``), ``Cancelled``.
-        """
-        self._enter()
-        storage = open_storage(path)
-        trace = self._trace(0, on_progress)
-
-        async def work() -> tuple[VerifyReport, None]:
-            return await verify(storage, trace, self._registry), None
-
-        return self._read("verify", storage, work)
 
     # ── the end ──
 
@@ -498,16 +322,6 @@ class AsyncCheckpointer(Closing):
         except DeadlineExceeded as error:
             return error
         return None
-
-    def _check_open(self) -> None:
-        self._engine.check_process()  # first of all: in a forked child a lock may be held for good
-        if self._closed:
-            raise Closed("the checkpointer is closed")
-
-    def _enter(self) -> None:
-        """What every verb does first."""
-        self._check_open()
-        self._pending.surface()
 
     def __del__(self) -> None:
         """Warns; saves under way still end, at the latest at the interpreter's exit."""

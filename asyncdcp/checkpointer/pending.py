@@ -12,7 +12,9 @@ from functools import partial
 
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.config import OnError
+from asyncdcp.engine import Engine
 from asyncdcp.errors import DeadlineExceeded, UnseenFailure
+from asyncdcp.futures import CheckpointFuture
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -52,6 +54,23 @@ class PendingSaves:
         """The saves that are under way, in the order of their calls."""
         with self._lock:
             return [handle for handle in self._handles if not handle.done()]
+
+    def all_staged(self, engine: Engine) -> CheckpointFuture[None]:
+        """Resolves once all saves that are under way have copied their tensors, or have failed."""
+        future: CheckpointFuture[None] = engine.future("staging of all pending saves")
+        waiting = self.unsettled()
+        left = [len(waiting)]
+
+        def staged(_: object) -> None:  # all callbacks run on one thread
+            left[0] -= 1
+            if not left[0]:
+                future.resolve(None)
+
+        for handle in waiting:
+            handle.staged.add_done_callback(staged)
+        if not waiting:
+            future.resolve(None)
+        return future
 
     def hold(self, deadline: float) -> None:
         """Blocks until a step of the calling thread changes nothing that a save reads. One that still has to be copied

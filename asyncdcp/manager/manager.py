@@ -15,7 +15,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
-from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT, OnProgress, Replicas
+from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
+from asyncdcp.checkpointer.read_verbs import OnProgress, Replicas
 from asyncdcp.closing import Closing, weakly
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine

@@ -1,0 +1,200 @@
+"""The verbs of a checkpointer that read: ``load`` and ``verify``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar, overload
+
+import torch
+
+from asyncdcp.checkpointer.loading import LoadRequest, load_state
+from asyncdcp.checkpointer.pending import PendingSaves
+from asyncdcp.checkpointer.reading import ReadTask
+from asyncdcp.closing import Closing
+from asyncdcp.config import Options
+from asyncdcp.engine import Engine
+from asyncdcp.errors import Closed
+from asyncdcp.extensions import ExtensionRegistry
+from asyncdcp.futures import CheckpointFuture
+from asyncdcp.pipeline.descriptions import OtherWorld
+from asyncdcp.pipeline.verify import VerifyReport, verify
+from asyncdcp.ranks import Ranks
+from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
+from asyncdcp.state_dict.flatten import flatten
+from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.storage import Storage, open_storage
+from asyncdcp.trace import Trace
+
+StateT = TypeVar("StateT")
+T = TypeVar("T")
+Place: TypeAlias = str | os.PathLike[str] | Storage
+Replicas: TypeAlias = Literal["read", "broadcast"]
+OnProgress: TypeAlias = Callable[[Progress], object]
+
+
+class ReadVerbs(Closing):
+    """What reads, and what every verb does first."""
+
+    ranks: Ranks
+    _options: Options
+    _engine: Engine
+    _registry: ExtensionRegistry
+    _pending: PendingSaves
+    _closed: bool
+
+    @overload
+    def load(
+        self,
+        path: Place,
+        state: None = None,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[Any]: ...
+
+    @overload
+    def load(
+        self,
+        path: Place,
+        state: StateT,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[StateT]: ...
+
+    def load(  # noqa: PLR0913  # the vocabulary of loading; LoadOptions carries it from here on
+        self,
+        path: Place,
+        state: Any = None,
+        *,
+        strict: bool = True,
+        cast: Literal["error", "allow"] = "error",
+        keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
+        per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[Any]:
+        """Begins to load the checkpoint at ``path``; resolves to the state, with a ``LoadReport`` at the future's
+        ``report``.
+
+        Without ``state`` a new nested state is made, of tensors on ``device``. With it, the state is what the future
+        resolves to, and it must not be used until then. For modules and bare tensors and values the *state* decides:
+        tensors are filled in place, values replaced. For other Statefuls (optimizers, schedulers, data loaders) the
+        *checkpoint* decides: tensors that match are filled in place, others made anew. Every Stateful's
+        ``load_state_dict`` is called, in the state's order, after every byte was verified.
+
+        All that is missing, unexpected or different is found and listed (``StateMismatch``) before a byte is read. A
+        load into ``state`` begins once the saves that were called before it have copied their tensors.
+
+        - ``strict=False`` loads what both sides have and leaves the rest alone. - ``cast="allow"`` converts to the
+        target's dtype where it differs. - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest
+        of the state is left alone. - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them, to the state's;
+        names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation checkpointing) match by
+        themselves. - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on
+        the meta device need; new ones are where the old ones were, or on ``device`` for meta. - ``allow_pickle=True``
+        also unpickles what was saved so: it runs code of the checkpoint's choosing. - ``per_rank`` says what a rank
+        gets of ``PerRank`` values that were saved by another number of ranks: an error, rank 0's, or with "drop"
+        nothing, so that what it has stays. - ``replicas="broadcast"`` has what several ranks want alike read by one of
+        them, each a part, and sent to the others over the network, for a storage that is slower than that; by default
+        each reads all it wants. All ranks give the same.
+
+        Several ranks load together: all of them call it, all get the same checkpoint, each reads what it holds, and if
+        one of them fails, all do, before any ``load_state_dict`` is called.
+
+        ``ChecksumMismatch`` names file, block and tensors; targets may then be partly written. Also
+        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``,
+        ``DeadlineExceeded``, ``Cancelled``.
+        """
+        self._enter()
+        options = LoadOptions(
+            strict=strict,
+            cast=cast,
+            keys=keys,
+            rename=rename,
+            device=torch.device(device),
+            assign=assign,
+            allow_pickle=allow_pickle,
+            per_rank=per_rank,
+            replicas=replicas,
+        )
+        storage = open_storage(path)
+        flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
+        staged = None if state is None else self._pending.all_staged(self._engine)
+        request = LoadRequest(
+            storage,
+            state,
+            flat,
+            options,
+            self._trace(0, on_progress),
+            staged,
+            self.ranks,
+            self._options.load_deadline,
+            self._registry,
+        )
+        hint = "; tensors loaded in place may still be written to"
+        return self._read("load", storage, partial(load_state, request), hint)
+
+    def _read(
+        self, verb: str, storage: Storage, work: Callable[[], Awaitable[tuple[T, object]]], hint: str = ""
+    ) -> CheckpointFuture[T]:
+        location = storage.info.location
+        task = ReadTask(verb, location, work, self._engine)
+        self._engine.submit(partial(task.run, self._options.load_deadline, hint), name=f"{verb} of {location}")
+        return task.future
+
+    def verify(self, path: Place, *, on_progress: OnProgress | None = None) -> CheckpointFuture[VerifyReport]:
+        """Begins to read every byte of the checkpoint at ``path`` and to hold it against its checksums.
+
+        Damage is not raised: the report lists all of it, by file, block and tensors; ``report.ok`` says that there is
+        none. No extension is needed, and no key unless names and values are encrypted too. Raises
+        ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded``
+        (by ``options.load_deadline``), ``Cancelled``.
+        """
+        self._enter()
+        storage = open_storage(path)
+        trace = self._trace(0, on_progress)
+
+        async def work() -> tuple[VerifyReport, None]:
+            return await verify(storage, trace, self._registry), None
+
+        return self._read("verify", storage, work)
+
+    def _trace(self, total: int, on_progress: OnProgress | None) -> Trace:
+        meter = None
+        if on_progress is not None:  # a stage a callback: one stage's reports never replace another's
+            meter = ProgressMeter({stage: self._engine.callback(on_progress) for stage in PROGRESS_STAGES})
+        trace = Trace(meter)
+        trace.total = total
+        return trace
+
+    def _check_open(self) -> None:
+        self._engine.check_process()  # first of all: in a forked child a lock may be held for good
+        if self._closed:
+            raise Closed("the checkpointer is closed")
+
+    def _enter(self) -> None:
+        """What every verb does first."""
+        self._check_open()
+        self._pending.surface()
