@@ -41,11 +41,11 @@ async def test_a_round_trip(url: str, endpoint: str, process: bool) -> None:
 
 
 @pytest.mark.parametrize("process", [False, True])
-async def test_saves_through_a_storm(make: Make, endpoint: str, process: bool) -> None:
+async def test_saves_through_a_storm(make: Make, lean_endpoint: str, process: bool) -> None:
     """One request in eight meets with a fault: every save that is called durable can be loaded, and is what it was."""
     chance = random.Random(7)
     faults = ["500", "503", "reset", "after reset", "after 500", "truncate"]
-    async with proxied(endpoint) as proxy, AsyncCheckpointer(process=process) as checkpointer:
+    async with proxied(lean_endpoint) as proxy, AsyncCheckpointer(process=process) as checkpointer:
         proxy.choose = lambda request: chance.choice(faults) if chance.random() < 0.125 else ""
         places = []
         for number in range(3):
@@ -54,10 +54,12 @@ async def test_saves_through_a_storm(make: Make, endpoint: str, process: bool) -
             await checkpointer.save(storage, state)
             places.append(storage)
         for number, storage in enumerate(places):
-            for reader in (storage, make(storage.info.location)):
+            for reader in (storage, make(storage.info.location, via=lean_endpoint)):
                 loaded = await checkpointer.load(reader)
                 assert loaded["number"] == number and torch.equal(loaded["long"], torch.full((3 << 20,), float(number)))
-            names = sorted(name.partition(".")[2] for name in await make(storage.info.location).list())
+            names = sorted(
+                name.partition(".")[2] for name in await make(storage.info.location, via=lean_endpoint).list()
+            )
             assert names == ["index.json", "json", "safetensors"]
         assert any(request.fault for request in proxy.seen)
         parts = [request.length for request in proxy.seen if request.is_part]
