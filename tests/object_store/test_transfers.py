@@ -221,6 +221,23 @@ async def test_so_many_parts_are_under_way_and_no_more(make: Make, proxy: Proxy,
     assert writer.parts_lent == 0 and unfinished(endpoint, storage) == []
 
 
+async def test_many_parts_that_were_held_are_given_up_at_once(make: Make, proxy: Proxy, endpoint: str) -> None:
+    """However many there are: obstore takes no more than are under way, and hears of it though all of these stall."""
+    storage = make(via=proxy.url)
+    proxy.choose = lambda request: "stall" if request.is_part else ""
+    proxy.stalls_wanted = PARTS_IN_FLIGHT + 1
+    writer, data = await storage.create("a", 30 * PART), shared(bytes(PART))
+    for number in range(1, 25):
+        await writer.write(number * PART, data)
+    first = asyncio.create_task(writer.write(0, data))
+    await proxy.stalled.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await writer.abort()
+    assert writer.parts_lent == 0 and unfinished(endpoint, storage) == []
+
+
 async def test_an_object_that_is_not_what_was_sent_is_found_before_the_commit(make: Make, endpoint: str) -> None:
     for data in (b"shorter", os.urandom(2 * PART + 1)):
         storage = make()

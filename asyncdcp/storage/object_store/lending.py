@@ -20,10 +20,12 @@ class GivenUp(Exception):
 class Parts:
     """The parts of an upload, as obstore iterates over them. Lives on one asyncio loop.
 
-    ``lent`` counts those that were given and have not come back.
+    ``lent`` counts those that were given and have not come back. obstore has no more than ``limit`` of them at once: so
+    it always asks for the next one, which is where it hears that the upload is given up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._queue: deque[memoryview] = deque()
         self._more = asyncio.Event()
@@ -76,6 +78,7 @@ class Parts:
         self.lent -= 1
         back.set()
         self._back.set()
+        self._more.set()
 
     # ── as obstore iterates ──
 
@@ -83,10 +86,10 @@ class Parts:
         return self
 
     async def __anext__(self) -> memoryview:
-        while not self._queue:
+        while not self._queue or self.lent - len(self._queue) >= self._limit:
             if self._given_up:
                 raise GivenUp
-            if self._ended:
+            if self._ended and not self._queue:
                 raise StopAsyncIteration
             self._more.clear()
             await self._more.wait()

@@ -72,7 +72,7 @@ class ObjectStoreWriter:
         self._hint = length_hint
         self._part = PART_BYTES * max(1, -(-length_hint // (PART_BYTES * PARTS_LIMIT)))
         self._on_end = on_end
-        self._parts = Parts()
+        self._parts = Parts(PARTS_IN_FLIGHT + 1)
         self._partial: dict[int, bytearray] = {}
         self._filled: dict[int, int] = {}
         self._next = 0
@@ -168,7 +168,7 @@ class ObjectStoreWriter:
                     self._parts,
                     use_multipart=True,
                     chunk_size=self._part,
-                    max_concurrency=PARTS_IN_FLIGHT + 1,  # so that it always asks for the next one
+                    max_concurrency=PARTS_IN_FLIGHT + 1,
                 )
             except (BaseError, FileNotFoundError) as error:
                 if self._parts.asked:
