@@ -30,7 +30,7 @@ from asyncdcp.storage.object_store import writer as writing
 from asyncdcp.storage.spec import ObjectStoreSpec
 from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
 from tests.object_store.azure import AzureHandler
-from tests.object_store.conftest import LIMITS
+from tests.object_store.conftest import LIMITS, OF_EACH_SERVER
 from tests.object_store.lean import Memory, S3Handler, running
 
 ACCOUNT = "devstoreaccount1"
@@ -68,17 +68,16 @@ def kit_at(url: str) -> StorageKit:
     )
 
 
-@pytest.mark.parametrize("check", STORAGE_CHECKS, ids=NAME)
+@pytest.mark.parametrize("check", OF_EACH_SERVER, ids=NAME)
 async def test_promises(cloud: tuple[str, Memory], check: Check) -> None:
     await check(kit_at(cloud[0]))
 
 
-@pytest.mark.parametrize("process", [False, True])
-async def test_a_run(cloud: tuple[str, Memory], process: bool) -> None:
-    """Saved in parts, committed, deleted by retention, and loaded again."""
+async def test_a_run(cloud: tuple[str, Memory]) -> None:
+    """Saved in parts by the background process, committed, deleted by retention, and loaded again."""
     url, memory = cloud
     state = {"long": torch.arange(3 << 20), "step": 0}
-    async with CheckpointManager(url, process=process, keep=KeepLast(1)) as manager:
+    async with CheckpointManager(url, process=True, keep=KeepLast(1)) as manager:
         for step in (1, 2):
             state["step"] = step
             await manager.save(step, state)

@@ -9,15 +9,10 @@ import pytest
 
 from asyncdcp.storage import Storage
 from asyncdcp.storage.object_store import ObjectStorage
-from asyncdcp.testing import storage as checks
 from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
-from tests.object_store.conftest import Make
+from tests.object_store.conftest import OF_EACH_SERVER, Make
 
 NAME = operator.attrgetter("__name__")
-ANSWERED_OTHERWISE = (
-    *(checks.reads_of_any_alignment, checks.what_exists_is_not_made_again, checks.what_is_missing),
-    *(checks.delete_passes_over_what_is_gone, checks.of_many_claims_one_wins, checks.nothing_is_left_of_what_ended),
-)
 
 
 @pytest.fixture
@@ -51,7 +46,7 @@ async def test_promises_in_memory(memory: StorageKit, check: Check) -> None:
     await check(memory)
 
 
-@pytest.mark.parametrize("check", ANSWERED_OTHERWISE, ids=NAME)
+@pytest.mark.parametrize("check", OF_EACH_SERVER, ids=NAME)
 async def test_promises_of_a_small_server(localbucket: StorageKit, check: Check) -> None:
     """What it answers otherwise than moto does: ranges, conditional PUTs, and deletes; it has no metadata."""
     await check(localbucket)
