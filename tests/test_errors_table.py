@@ -39,7 +39,8 @@ from asyncdcp.errors import AsyncDCPError
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
 from asyncdcp.memory_limits import Headroom
 from asyncdcp.pipeline.descriptions import Viewer
-from asyncdcp.planning.division import Holdings, divide
+from asyncdcp.planning.division import divide
+from asyncdcp.planning.holdings import Holdings
 from asyncdcp.staging import SlabCopier
 from asyncdcp.state_dict.values import WAY_OUT
 from asyncdcp.storage import MemoryPlace
@@ -317,7 +318,7 @@ def _launched() -> None:
 
 @case("call", "what differs by rank, and no PerRank")
 def _replicas() -> None:
-    divide([Holdings([], [], [], [], [], [], {"data.position": digest}) for digest in (b"1", b"2")])
+    divide([Holdings.of([], [], [], [], {"data.position": digest}) for digest in (b"1", b"2")])
 
 
 @case("call", "PerRank values of another number of ranks")

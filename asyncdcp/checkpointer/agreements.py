@@ -21,7 +21,8 @@ from anyio import to_thread
 
 from asyncdcp.errors import AsyncDCPError, InvalidOption, StorageError
 from asyncdcp.planning import Structure
-from asyncdcp.planning.division import Division, Holdings, Pick, Shares, divide, share
+from asyncdcp.planning.division import Division, Pick, Rows, divide, share
+from asyncdcp.planning.holdings import Holdings
 from asyncdcp.ranks import Ranks, together
 from asyncdcp.storage import Storage
 
@@ -45,6 +46,13 @@ class _Agreed(NamedTuple):
     topic: str
     place: int
     division: Division
+
+
+class _Heard(msgspec.Struct):
+    """``Shares`` as they come: of each rank's, only this one's own are decoded."""
+
+    rows: list[msgspec.Raw]
+    begin: int
 
 
 class SaveAgreements:
@@ -79,10 +87,11 @@ class SaveAgreements:
             self._agreeing -= 1
             agreed, self._agreed = self._agreed, asyncio.Event()
             agreed.set()
-        shares = msgspec.msgpack.decode(heard, type=Shares)
-        division = Division(held, shares.rows[self._ranks.rank])
+        shares = msgspec.msgpack.decode(heard, type=_Heard)
+        rows = msgspec.msgpack.decode(shares.rows[self._ranks.rank], type=list[list[Rows]])
+        division = Division(held, rows)
         self._divisions.append(_Agreed(shares.begin, topic, len(self._divisions), division))
-        self._latest = _unmarked(held)
+        self._latest = held.unmarked()
 
     def join(self, number: int) -> None:
         """Save ``number`` comes to whatever the ranks have to agree on for it."""
@@ -111,7 +120,7 @@ class SaveAgreements:
             await self.agree(held())
         self._planned = max(self._planned, number)
         if self._shares[:1] and self._shares[0][0] is not structure:
-            self._latest = _unmarked(held())
+            self._latest = held().unmarked()
         return await self._shared(number, structure)
 
     async def _shared(self, number: int, structure: Structure) -> Share:
@@ -188,8 +197,3 @@ def _one_place(told: Sequence[bytes]) -> bytes:
 
 def _divided(told: Sequence[bytes]) -> bytes:
     return msgspec.msgpack.encode(divide([msgspec.msgpack.decode(one, type=Holdings) for one in told]))
-
-
-def _unmarked(held: Holdings) -> Holdings:
-    """Without fingerprints, which are of one moment."""
-    return msgspec.structs.replace(held, fingerprints=[b""] * len(held.tensor), values={})

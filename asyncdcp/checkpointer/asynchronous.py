@@ -39,7 +39,7 @@ from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import RunStamp
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.planning import Structure
-from asyncdcp.planning.division import Holdings
+from asyncdcp.planning.holdings import Holdings
 from asyncdcp.ranks import Ranks, find_ranks, first_rank
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import FlatState, flatten

@@ -21,7 +21,8 @@ from asyncdcp.metadata import RunStamp, encode_record
 from asyncdcp.names import make_save_id, record_name
 from asyncdcp.pipeline.settle import abort_record
 from asyncdcp.planning import PlanCache, SavePlan, Structure
-from asyncdcp.planning.division import Holdings, Pick
+from asyncdcp.planning.division import Pick
+from asyncdcp.planning.holdings import Holdings
 from asyncdcp.ranks import Ranks
 from asyncdcp.staging import Sources
 from asyncdcp.state_dict.flatten import FlatState

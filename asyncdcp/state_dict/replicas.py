@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor
 
 from asyncdcp.planning import Structure
-from asyncdcp.planning.division import Holdings, holdings_of
+from asyncdcp.planning.holdings import Holdings, holdings_of
 from asyncdcp.state_dict.chunks import is_dtensor
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.train_state import TrainState

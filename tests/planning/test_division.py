@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from asyncdcp.boxes import Box, intersect, tiles, whole
 from asyncdcp.errors import ReplicaMismatch
 from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
-from asyncdcp.planning.division import Division, divide, holdings_of, share
+from asyncdcp.planning.division import Division, divide, share
+from asyncdcp.planning.holdings import holdings_of
 
 
 def structure(rank: int, shapes: list[tuple[int, ...]], kinds: list[str], world_size: int) -> Structure:

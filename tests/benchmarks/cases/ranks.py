@@ -10,12 +10,16 @@ import gc
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 
+import msgspec
+
 from asyncdcp.boxes import Box
 from asyncdcp.format.blocks import BLOCK_BYTES, block_count
 from asyncdcp.metadata import FileTable, IndexHead, Metadata, StorageMeta, decode_index, encode_index
 from asyncdcp.names import data_name
 from asyncdcp.pipeline.union import Union, unite
 from asyncdcp.planning import ChunkSpec, SavePlan, Structure, TensorSpec, Want, plan_load
+from asyncdcp.planning.division import divide
+from asyncdcp.planning.holdings import Holdings, holdings_of
 from asyncdcp.planning.save_plan import PlanCache
 from tests.benchmarks.measuring import Setting, own_cpu
 from tests.benchmarks.results import Budget, Results
@@ -55,9 +59,14 @@ def run(setting: Setting) -> Results:
     about = f"{world.ranks:,} ranks x {len(world.specs):,} tensors, {world.ranks * len(world.specs):,} chunks"
     results = Results("ranks", f"{about}; processor seconds")
     results.order([_RANK, _ALL])
-    results.budgets = [Budget(_RANK, "repeated plan", 0.05), Budget(_ALL, "coverage", 2.0)]
+    results.budgets = [
+        Budget(_RANK, "repeated plan", 0.05),
+        Budget(_ALL, "coverage", 2.0),
+        Budget(_ALL, "divide", 3.0),
+    ]
     for number in range(setting.rounds):
         setting.progress(f"ranks: round {number + 1} of {setting.rounds}")
+        _divide(world, results)
         indexes = _describe(world, results)
         data = sum(map(len, indexes))
         decoded, seconds = _cpu(lambda data=indexes: [decode_index(one, "index") for one in data])  # type: ignore[misc]  # bound at once
@@ -82,6 +91,18 @@ def _describe(world: World, results: Results) -> list[bytes]:
             results.add(_RANK, first_plan=first, repeated_plan=repeated)
         found.append(_index(rank, plan))
     return found
+
+
+def _divide(world: World, results: Results) -> None:
+    """Who writes what, from what all ranks tell to what each hears."""
+    marks = [b""] * len(world.specs)
+    told = [
+        msgspec.msgpack.encode(holdings_of(world.structure(rank), lambda _: True, marks, {}))
+        for rank in range(world.ranks)
+    ]
+    shares, seconds = _cpu(lambda: divide([msgspec.msgpack.decode(one, type=Holdings) for one in told]))
+    results.add(_ALL, divide=seconds)
+    assert len(shares.rows) == world.ranks
 
 
 def _index(rank: int, plan: SavePlan) -> bytes:
