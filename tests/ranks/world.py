@@ -1,20 +1,22 @@
-"""One of four gloo processes: runs every case in turn and writes down what came of it. Started by ``test_world.py``.
+"""Four gloo processes that run every case in turn and write down what came of it. Started by ``test_world.py``.
 
-python -m tests.ranks.world RANK PORT FOLDER
+python -m tests.ranks.world PORT FOLDER
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,10 +28,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from asyncdcp import AsyncCheckpointer, Options, PerRank, RNGState, SoleRank, TrainState
-from asyncdcp.errors import PeerFailed, UnsupportedValue
+from asyncdcp.errors import PeerFailed, UnsupportedValue, WorkerCrashed
+from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.state_dict.chunks import local_chunks
+from asyncdcp.storage.faults import FaultyStorage
+from asyncdcp.storage.spec import Fault
 
 WORLD = 4
+_PR_SET_PDEATHSIG = 1
 MESHES = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2), "4x1": (4, 1)}
 SAVED = ("2", "4", "2x2")
 KINDS = {"ddp": "2", "fsdp": "4", "fsdp2": "2", "hsdp": "2x2", "tp": "2", "fsdp_tp": "2x2", "plain": "1"}
@@ -66,11 +72,11 @@ class World:
             name: DeviceMesh("cpu", torch.arange(_size(name)).view(shape), mesh_dim_names=("dp", "tp")[: len(shape)])
             for name, shape in MESHES.items()
         }
-        groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
+        self.groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
         options = Options(agreement_deadline=30, save_deadline=30, load_deadline=30)
         self.checkpointers = {
             size: AsyncCheckpointer(options, process=False, process_group=group)
-            for size, group in groups.items()
+            for size, group in self.groups.items()
             if rank < size
         }
         self.alone = self.checkpointers[1] = AsyncCheckpointer(options, process=False, process_group=SoleRank())
@@ -149,12 +155,12 @@ def save_training(world: World, kind: str) -> None:
         world.checkpointer(KINDS[kind]).save(world.folder / f"training-{kind}", state).result()
 
 
-def load_training(world: World, saved: str, loaded: str) -> None:
+def load_training(world: World, saved: str, loaded: str, replicas: Literal["read", "broadcast"] = "read") -> None:
     """Compares every shard with what a process alone reads of it, and takes another step."""
     if not world.has(KINDS[loaded]):
         return
     state = training(world, loaded, 2)
-    world.checkpointer(KINDS[loaded]).load(world.folder / f"training-{saved}", state).result()
+    world.checkpointer(KINDS[loaded]).load(world.folder / f"training-{saved}", state, replicas=replicas).result()
     whole = world.alone.load(world.folder / f"training-{saved}").result()
     _compare(state["model"].state_dict(), whole["model"])
     assert state["step"] == 1
@@ -233,6 +239,8 @@ def cases() -> dict[str, Callable[[World], None]]:
         made[f"save {kind}"] = partial(save_training, kind=kind)
     for a, b in [*PAIRS, *((kind, kind) for kind in KINDS)]:
         made[f"load {a} {b}"] = partial(load_training, saved=a, loaded=b)
+    for a, b in (("fsdp", "ddp"), ("ddp", "hsdp"), ("fsdp_tp", "tp")):
+        made[f"load {a} {b}, read once"] = partial(load_training, saved=a, loaded=b, replicas="broadcast")
     for a, b in (("fsdp", "ddp"), ("ddp", "fsdp_tp"), ("hsdp", "plain")):
         made[f"named {a} {b}"] = partial(named_training, saved=a, loaded=b)
     made["own generators"] = own_generators
@@ -240,8 +248,90 @@ def cases() -> dict[str, Callable[[World], None]]:
     return made
 
 
-def main(rank: int, port: str, folder: Path) -> None:
-    torch.set_num_threads(1)
+# ── the dying, at the end ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dying(world: World) -> dict[str, str]:
+    """A background process is killed in the middle of a save of four ranks, then a trainer; three ranks go on. The
+    failures that this rank has seen.
+    """
+    found: dict[str, str] = {}
+    options = Options(agreement_deadline=30, save_deadline=30, load_deadline=30, staging_bytes=SLAB_BYTES)
+    four = AsyncCheckpointer(options, process_group=dist.group.WORLD)
+    scenes = {"a background process": a_worker_dies, "a trainer": a_trainer_dies}
+    for name, scene in scenes.items():
+        try:
+            scene(world, four)
+        except Exception:  # noqa: BLE001  # the test shows it
+            found[name] = traceback.format_exc()
+    four.close()
+    return found
+
+
+def doomed_state(world: World, version: int) -> dict[str, Any]:
+    """Of the last rank so much that it is not staged before something is written."""
+    slabs = 4 if world.rank == WORLD - 1 else 0
+    big = torch.full((slabs * SLAB_BYTES // 4 + 1,), float(version))
+    return {"x": torch.full((8,), float(version)), "own": PerRank(big)}
+
+
+def check_version(world: World, version: int) -> None:
+    loaded = world.alone.load(world.folder / "dying", per_rank="drop").result()
+    assert loaded["x"].tolist() == [version] * 8, loaded
+
+
+def doomed_save(world: World, four: AsyncCheckpointer, version: int, victim: int, fault: Fault) -> BaseException | None:
+    """A save that ``fault`` befalls on one rank. Its error, which must come before the deadline."""
+    path = world.folder / "dying"
+    where = FaultyStorage(path, [fault]) if world.rank == victim else path
+    begun = time.monotonic()
+    error = four.save(where, doomed_state(world, version), overwrite=True).exception()
+    assert time.monotonic() - begun < 25
+    return error
+
+
+def a_worker_dies(world: World, four: AsyncCheckpointer) -> None:
+    """It is rank 2's. The trainers go on, and so do their next saves."""
+    four.save(world.folder / "dying", doomed_state(world, 1)).result()
+    error = doomed_save(world, four, 2, 2, Fault("pwrite", 1, "kill"))
+    if world.rank == 2:
+        assert isinstance(error, WorkerCrashed) and error.signal == signal.SIGKILL, error
+    else:
+        assert isinstance(error, PeerFailed) and error.rank == 2, error
+    check_version(world, 1)
+    dist.barrier()
+    four.save(world.folder / "dying", doomed_state(world, 3), overwrite=True).result()
+    check_version(world, 3)
+
+
+def a_trainer_dies(world: World, four: AsyncCheckpointer) -> None:
+    """It is the last rank's, while it stages. The others are told by its background process, and go on as a new job
+    that saves to the same place.
+    """
+    error = doomed_save(world, four, 4, WORLD - 1, Fault("pwrite", 1, "kill-trainer"))
+    assert isinstance(error, PeerFailed) and error.rank == WORLD - 1, error
+    check_version(world, 3)
+    with AsyncCheckpointer(process_group=world.groups[WORLD - 1]) as restarted:
+        assert not [name for name in os.listdir(world.folder / "dying") if name.startswith(".")]
+        restarted.save(world.folder / "dying", doomed_state(world, 5), overwrite=True).result()
+    check_version(world, 5)
+
+
+def die_after_staging(world: World) -> None:
+    """Every trainer that is left is killed once its part is staged; what becomes of the save, the background processes
+    see to.
+    """
+    group = world.groups[WORLD - 1]
+    checkpointer = AsyncCheckpointer(process=True, process_group=group)
+    state = {"x": torch.full((3,), 4.0), "own": PerRank(world.rank)}
+    staged, _ = checkpointer.save(world.folder / "orphaned", state)
+    staged.result(60)
+    dist.barrier(group)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def one_rank(rank: int, port: str, folder: Path) -> None:
+    """The life of one process, which does not return."""
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=40)
     )
@@ -254,19 +344,39 @@ def main(rank: int, port: str, folder: Path) -> None:
         except Exception:  # noqa: BLE001  # the test shows it
             outcomes[name] = traceback.format_exc()
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    outcomes |= dying(world)
+    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
     for checkpointer in world.checkpointers.values():
         checkpointer.close()
-    die_after_staging(rank, folder)
+    die_after_staging(world)
 
 
-def die_after_staging(rank: int, folder: Path) -> None:
-    """Every trainer is killed once its part is staged; what becomes of the save, the background processes see to."""
-    checkpointer = AsyncCheckpointer(process=True)
-    staged, _ = checkpointer.save(folder / "orphaned", {"x": torch.full((3,), 4.0), "own": PerRank(rank)})
-    staged.result(60)
-    dist.barrier()
-    os.kill(os.getpid(), signal.SIGKILL)
+def main(port: str, folder: Path) -> None:
+    """Forks the ranks: that torch is imported once, and not by each of them, is half of what a world costs. How each
+    ended is in ``codes.json``.
+    """
+    torch.set_num_threads(1)
+    assert len(os.listdir("/proc/self/task")) == 1, "what is forked must have one thread"
+    children = [_forked(rank, port, folder) for rank in range(WORLD)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
+def _forked(rank: int, port: str, folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a test that gives up kills the parent alone
+    log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        one_rank(rank, port, folder)
+    except BaseException:  # noqa: BLE001  # no code of the parent's is to run here
+        traceback.print_exc()
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))
