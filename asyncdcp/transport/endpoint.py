@@ -9,7 +9,7 @@ import anyio
 import torch
 from torch import Tensor
 
-from asyncdcp.errors import PeerError, PeerFailed
+from asyncdcp.errors import Cancelled, PeerError, PeerFailed, ungrouped
 from asyncdcp.threads import on_thread
 from asyncdcp.transport import wire
 from asyncdcp.transport.link import Link, LinkError, Pending
@@ -37,11 +37,30 @@ class Endpoint:
         self.device = link.device
         self._link = link
         self._out, self._in = (_TAG, _TAG + 1) if sender else (_TAG + 1, _TAG)
-        self._limiter = anyio.CapacityLimiter(2)  # who waits for ticks, and who waits for blocks
+        self._limiter = anyio.CapacityLimiter(1)
+        self._given_up = False
 
     async def call(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Calls the function on a thread."""
         return await on_thread(self._limiter, function, *args)
+
+    async def call_long(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """As ``call``, for what waits again and again: cancelled, it ends after the wait that it is at."""
+        over = False
+
+        async def watch() -> None:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                self._given_up = not over
+
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch)
+                result = await self.call(function, *args)
+                over = True
+                tasks.cancel_scope.cancel()
+        return result
 
     # ── blocking, on threads ──
 
@@ -61,6 +80,8 @@ class Endpoint:
 
     def wait(self, pending: Pending, what: str, tensors: Names = tuple) -> None:
         """``PeerFailed`` with rank and tensors if it fails, or nothing happens in time."""
+        if self._given_up:
+            raise Cancelled("the transfer was given up when its transport closed")
         try:
             pending.wait(self.timeout)
         except LinkError as error:

@@ -7,14 +7,12 @@ from collections import deque
 from functools import partial
 from typing import Any, NamedTuple
 
-import anyio
 import torch
 from torch import Tensor
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerError, PeerFailed, ungrouped
+from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerError, PeerFailed
 from asyncdcp.futures import CheckpointFuture
-from asyncdcp.pipeline.channel import Channel
 from asyncdcp.results import frozen
 from asyncdcp.trace import Trace
 from asyncdcp.transport import wire
@@ -56,8 +54,7 @@ class ReceiveTask:
         self._landing: Landing | None = None
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._digests: list[tuple[int, ...]] = []
-        self._delivered = 0
-        self._moved = anyio.Event()
+        self._found: list[tuple[int, ...]] = []
         self._landed = self._last_in_place = 0
         self.trace = Trace()
         self.future: CheckpointFuture[Any] = engine.future(f"receive from rank {src}", cancel=self.cancel)
@@ -139,30 +136,29 @@ class ReceiveTask:
     async def _stream(self, offered: Offered) -> None:
         """Takes all batches. Returns at the end, or when this side has failed; ``PeerFailed`` when the other has."""
         batches = wire.batches(offered.layout.borders[1:])
-        ticks = deque([await self._end.call(self._end.post_tick) for _ in range(2)])
-        channel: Channel[tuple[int, list[_Arriving]]] = Channel(0)
-        stopped = False
-        with ungrouped():
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._consume, channel)
-                for number in range(1, len(batches) + 3):
-                    posted = ticks.popleft()
-                    behind = partial(self._names_of, batches, number - 2)
-                    tick = await self._end.call(self._end.take_tick, posted, number, behind)
-                    self._digests.append(tick.digests)
-                    stopped = stopped or tick.verdict is Verdict.STOP
-                    if not stopped and number <= len(batches):
-                        await self._room(number)
-                        arriving = await self._end.call(self._post, number, batches[number - 1])
-                        ticks.append(await self._end.call(self._end.post_tick))
-                        await channel.send((number, arriving), 0)
-                    if not ticks:
-                        break
-                channel.close()
-        if stopped:
+        if await self._end.call_long(self._take_all, batches):
             await self._hear_why()
         if self._error is None and offered.checksums:
             self._verify(offered, batches)
+
+    def _take_all(self, batches: list[range]) -> bool:
+        """Ticks and batches as they come, on a thread: whether the sender has stopped. Two batches are under way."""
+        ticks = deque(self._end.post_tick() for _ in range(2))
+        arriving: deque[tuple[int, list[_Arriving]]] = deque()
+        stopped = False
+        for number in range(1, len(batches) + 3):
+            if arriving and arriving[0][0] == number - 2:
+                self._take_batch(*arriving.popleft())
+            behind = partial(self._names_of, batches, number - 2)
+            tick = self._end.take_tick(ticks.popleft(), number, behind)
+            self._digests.append(tick.digests)
+            stopped = stopped or tick.verdict is Verdict.STOP
+            if not stopped and number <= len(batches):
+                arriving.append((number, self._post(number, batches[number - 1])))
+                ticks.append(self._end.post_tick())
+            if not ticks:
+                break
+        return stopped
 
     def _names_of(self, batches: list[range], number: int) -> list[str]:
         """The tensors of a batch, the first if there is no such number yet."""
@@ -175,11 +171,6 @@ class ReceiveTask:
             await self._end.hear(Failure, "waiting for the reason why the sender stopped")
         except PeerFailed as error:
             raise PeerFailed(f"{error}{self._touched()}", rank=error.rank, tensors=error.tensors) from error.__cause__
-
-    async def _room(self, number: int) -> None:
-        """Waits until the buffers of batch ``number - 2`` are free again."""
-        while self._delivered < number - 2:
-            await self._moved.wait()
 
     def _post(self, number: int, batch: range) -> list[_Arriving]:
         return [self._post_block(number, place, block) for place, block in enumerate(batch)]
@@ -202,27 +193,18 @@ class ReceiveTask:
             found = self._buffers[key] = torch.empty(length, dtype=torch.uint8, device=self._link.device)
         return found[:length]
 
-    async def _consume(self, channel: Channel[tuple[int, list[_Arriving]]]) -> None:
+    def _take_batch(self, number: int, arriving: list[_Arriving]) -> None:
         """Waits for the blocks in order, hashes and delivers them."""
-        self._found: list[tuple[int, ...]] = []
-        async for number, arriving in channel:
-            try:
-                self._found.append(await self._end.call(self._take_batch, arriving))
-            except PeerError:
-                raise
-            except Exception as error:  # noqa: BLE001  # what fails here, fails the transfer in order
-                known = AsyncDCPError(f"a tensor could not be filled: {type(error).__name__}: {error}{_TOUCHED}")
-                known.__cause__ = error
-                self._error = self._error or known
-            if self._error is not None and number >= self._last_in_place:
-                self.future.fail(self._error)  # nothing is written any more
-            del arriving
-            self._delivered = number
-            self._moved.set()
-            self._moved = anyio.Event()
-
-    def _take_batch(self, arriving: list[_Arriving]) -> tuple[int, ...]:
-        return tuple(self._take_block(each) for each in arriving)
+        try:
+            self._found.append(tuple(self._take_block(each) for each in arriving))
+        except (PeerError, Cancelled):
+            raise
+        except Exception as error:  # noqa: BLE001  # what fails here, fails the transfer in order
+            known = AsyncDCPError(f"a tensor could not be filled: {type(error).__name__}: {error}{_TOUCHED}")
+            known.__cause__ = error
+            self._error = self._error or known
+        if self._error is not None and number >= self._last_in_place:
+            self.future.fail(self._error)  # nothing is written any more
 
     def _take_block(self, each: _Arriving) -> int:
         assert self._offered is not None

@@ -12,21 +12,20 @@ import msgspec
 
 from asyncdcp.engine import Engine
 from asyncdcp.errors import AsyncDCPError, Cancelled, TornSnapshotError, ungrouped
-from asyncdcp.pipeline.channel import Channel
 from asyncdcp.staging import Sources
 from asyncdcp.threads import on_thread
-from asyncdcp.trace import Span, Trace
+from asyncdcp.trace import Trace
 from asyncdcp.transport import wire
 from asyncdcp.transport.blocks import Batch, Stager
 from asyncdcp.transport.endpoint import Endpoint, named
 from asyncdcp.transport.handle import SendHandle
-from asyncdcp.transport.link import Link, Pending
+from asyncdcp.transport.lane import Flow, Lane, Staged
+from asyncdcp.transport.link import Link
 from asyncdcp.transport.options import TransportOptions
 from asyncdcp.transport.reports import SendReport
 from asyncdcp.transport.stream import Stream
 from asyncdcp.transport.turns import Turns
-from asyncdcp.transport.wire import Accept, Done, Failure, Offer, Tick, Verdict
-from asyncdcp.worker.failures import to_frame
+from asyncdcp.transport.wire import Offer, Tick, Verdict
 
 
 @dataclass
@@ -41,14 +40,6 @@ class SendRequest:
     begun: float
 
 
-class _Staged:
-    """A batch, and the tick that follows it."""
-
-    def __init__(self, batch: Batch, tick: Tick) -> None:
-        self.batch = batch
-        self.tick = tick
-
-
 class SendTask:
     """Carries one send out on the engine's loop. ``handle``'s futures are resolved here and nowhere else."""
 
@@ -61,10 +52,9 @@ class SendTask:
         whole = options.staging == "whole"
         self._stager = Stager(request.stream, link.device, whole=whole, checksums=options.checksums)
         self._rank = link.rank
-        self._lanes = [_Lane(self, Endpoint(link, rank, timeout, sender=True)) for rank in request.ranks]
-        self._moved = anyio.Event()
+        self._flow = Flow(request.stream, request.trace)
+        self._lanes = [Lane(self._flow, Endpoint(link, rank, timeout, sender=True)) for rank in request.ranks]
         self._staged_seconds = 0.0
-        self.error: AsyncDCPError | None = None
         ranks = ", ".join(map(str, request.ranks))
         self.handle = SendHandle(
             engine.future(f"staging of the send to rank {ranks}", cancel=self.cancel),
@@ -74,8 +64,7 @@ class SendTask:
 
     def cancel(self) -> None:
         """Gives the send up: no further batch is staged, and the receivers are told."""
-        self.error = self.error or Cancelled(f"the {self.handle.sent.name} was cancelled")
-        self.moved()
+        self._flow.fail(Cancelled(f"the {self.handle.sent.name} was cancelled"))
 
     async def run(self, turns: Turns) -> None:
         """Never raises but for cancellation, at the engine's end."""
@@ -108,14 +97,15 @@ class SendTask:
             async with anyio.create_task_group() as tasks:
                 for lane in self._lanes:
                     tasks.start_soon(lane.run, message)
-                await self._feed()
-                await self._all_sent()
-                self._staged()
+                try:
+                    await on_thread(self._limiter, self._feed)
+                finally:
+                    self._end_lanes()
         if all(lane.done for lane in self._lanes):
-            self.error = None  # it was given up too late
+            self._flow.error = None  # it was given up too late
             self._staged()
-        if self.error is not None:
-            raise self.error
+        if self._flow.error is not None:
+            raise self._flow.error
         failed = [lane.error for lane in self._lanes if lane.error is not None]
         for other in failed[1:]:
             failed[0].add_note(str(other))
@@ -131,39 +121,47 @@ class SendTask:
 
     # ── staging, once for all ──
 
-    async def _feed(self) -> None:
-        """Stages the batches and hands them to all lanes; after an error, the one that was licensed before it."""
+    def _feed(self) -> None:
+        """Stages the batches and hands them to all lanes; after an error, the one that was licensed before it. Blocks,
+        on a thread, until all is sent.
+        """
         last, stopped = len(self.request.stream.batches), False
-        await self._try(partial(self._stager.begin, self.request.sources))
+        self._try(partial(self._stager.begin, self.request.sources))
         for number in range(1, last + 1):
-            await self._room(number)
+            self._wait_for_room(number)
             if not any(lane.live for lane in self._lanes):
                 break
-            batch = await self._try(partial(self._stager.stage, number))
-            if number == last and self.error is None:
-                await self._try(self._check_torn)
-            tick = Tick(number + 2, Verdict.GO if self.error is None else Verdict.STOP, batch.digests if batch else ())
+            batch = self._try(partial(self._stager.stage, number))
+            if number == last:
+                self._try(self._check_torn)
+            verdict = Verdict.GO if self._flow.error is None else Verdict.STOP
+            tick = Tick(number + 2, verdict, batch.digests if batch else ())
             for lane in self._lanes:
-                await lane.give(_Staged(batch or self._stager.blank(number), tick))
+                lane.give(Staged(batch or self._stager.blank(number), tick))
             if stopped:
                 break
-            stopped = self.error is not None
-        for lane in self._lanes:
-            lane.end()
+            stopped = verdict is Verdict.STOP
+        self._end_lanes()
         if self._options.staging == "whole":
             self._staged()
+        self._flow.wait(lambda: not any(lane.live and not lane.all_sent for lane in self._lanes))
+        self._staged()
 
-    async def _try(self, work: Callable[[], Batch | None]) -> Batch | None:
-        """On a thread, unless the send has failed; if it fails now, all of it does."""
-        if self.error is None:
+    def _end_lanes(self) -> None:
+        for lane in self._lanes:
+            lane.end()
+
+    def _try(self, work: Callable[[], Batch | None]) -> Batch | None:
+        """Unless the send has failed; if it fails now, all of it does."""
+        if self._flow.error is None:
             try:
-                return await on_thread(self._limiter, work)
+                return work()
             except AsyncDCPError as error:
-                self.error = self.error or error
+                self._flow.fail(error)
             except Exception as error:  # noqa: BLE001  # whatever it is, the receivers must be told
                 known = AsyncDCPError(f"the state could not be staged: {type(error).__name__}: {error}")
                 known.__cause__ = error
-                self.error = self.error or known
+                self._flow.fail(known)
         return None
 
     def _check_torn(self) -> None:
@@ -175,128 +173,15 @@ class SendTask:
                 tensors=names,
             )
 
-    async def _room(self, number: int) -> None:
-        """Waits until no lane needs the buffers of batch ``number - 2`` any more."""
-        while self._options.staging == "bounded" and any(
-            lane.live and lane.finished < number - 2 for lane in self._lanes
-        ):
-            await self._moved.wait()
-
-    async def _all_sent(self) -> None:
-        while any(lane.live and not lane.all_sent for lane in self._lanes):
-            await self._moved.wait()
-
-    def moved(self) -> None:
-        """A lane has come further, or ended."""
-        self._moved.set()
-        self._moved = anyio.Event()
+    def _wait_for_room(self, number: int) -> None:
+        """Until no lane needs the buffers of batch ``number - 2`` any more."""
+        if self._options.staging == "bounded":
+            self._flow.wait(lambda: not any(lane.live and lane.finished < number - 2 for lane in self._lanes))
 
     def _staged(self) -> None:
         """No tensor is read any more."""
-        if self.error is None and not self.handle.staged.done():
+        if self._flow.error is None and not self.handle.staged.done():
             self._staged_seconds = time.monotonic() - self.request.begun
             self._stager.end()
             self.request.sources.drop()
             self.handle.staged.resolve(None)
-
-
-class _Lane:
-    """The way to one receiver. Its failure is its own: the others go on."""
-
-    def __init__(self, task: SendTask, endpoint: Endpoint) -> None:
-        self.error: AsyncDCPError | None = None
-        self.live = True
-        self.finished = 0
-        """The last batch of which every byte is sent."""
-        self.all_sent = False
-        self.done = False
-        """The receiver has verified all of it."""
-        self._task = task
-        self._end = endpoint
-        self._under_way: list[tuple[Pending, int]] = []
-        self._batches: Channel[_Staged] = Channel(0)
-
-    async def give(self, staged: _Staged) -> None:
-        """The next batch."""
-        if self.live:
-            await self._batches.send(staged, 0)
-
-    def end(self) -> None:
-        """There are no more."""
-        self._batches.close()
-
-    async def run(self, offer: tuple[bytes, bytes]) -> None:
-        """From the offer to the receiver's last word."""
-        peer = self._end.peer
-        try:
-            if self._task.error is None:
-                await self._end.call(self._end.say_all, offer, "sending the offer of the state")
-                await self._end.hear(Accept, f"waiting for rank {peer} to accept the state")
-            if self._task.error is None and await self._stream():
-                self.all_sent = True
-                self._task.moved()
-                await self._end.hear(Done, f"waiting for rank {peer} to have verified the state")
-                self.done = True
-            elif self._task.error is not None:
-                await self._end.say(Failure(to_frame(self._task.error, with_traceback=False)), "giving the send up")
-        except AsyncDCPError as error:
-            self.error = error
-        finally:
-            self._under_way.clear()
-            self.live = False
-            self._batches.close()
-            self._task.moved()
-
-    async def _stream(self) -> bool:
-        """Whether all was sent, and not stopped."""
-        verdict = Verdict.GO if self._task.error is None else Verdict.STOP
-        await self._end.call(self._post_first, verdict)
-        if verdict is Verdict.STOP:
-            return False
-        stopped = False
-        async for staged in self._batches:
-            stopped = stopped or staged.tick.verdict is Verdict.STOP
-            number = staged.batch.number
-            await self._end.call(self._post, staged)
-            del staged
-            await self._end.call(self._finish, number - 1)
-            self._advance(number - 1)
-        await self._end.call(self._finish, len(self._task.request.stream.batches))
-        if not stopped:
-            self._advance(len(self._task.request.stream.batches))
-        return not stopped
-
-    def _post_first(self, verdict: Verdict) -> None:
-        for number in (1, 2):
-            self._under_way.append((self._end.send_bytes(wire.encode_tick(Tick(number, verdict)), "sending"), 0))
-
-    def _post(self, staged: _Staged) -> None:
-        """The batch's blocks, and the tick after them."""
-        number = staged.batch.number
-        stream = self._task.request.stream
-        for block, data in zip(stream.batches[number - 1], staged.batch.blocks, strict=True):
-            names = partial(stream.names, stream.blocks[block])
-            self._under_way.append((self._end.send(data, "sending", names), block + 1))
-        self._under_way.append((self._end.send_bytes(wire.encode_tick(staged.tick), "sending"), -number))
-
-    def _finish(self, number: int) -> None:
-        """Waits for all that was posted up to batch ``number``, its tick included."""
-        stream = self._task.request.stream
-        blocks = stream.batches[number - 1].stop if number else 0
-        while self._under_way:
-            pending, what = self._under_way[0]
-            if what > blocks or -what > number:
-                return
-            names = partial(stream.names, stream.blocks[what - 1]) if what > 0 else tuple
-            self._end.wait(pending, "sending", names)
-            self._under_way.pop(0)
-
-    def _advance(self, number: int) -> None:
-        """Every byte up to batch ``number`` is sent."""
-        stream = self._task.request.stream
-        nbytes = sum(stream.blocks[block].length for n in range(self.finished, number) for block in stream.batches[n])
-        self.finished = max(self.finished, number)
-        if nbytes:
-            now = time.monotonic()
-            self._task.request.trace.add(Span("send", now, now, nbytes))
-        self._task.moved()

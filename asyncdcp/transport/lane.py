@@ -1,0 +1,163 @@
+"""The ways of one send: to each receiver a lane of its own, on a thread from the first block to the last."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from asyncdcp.errors import AsyncDCPError
+from asyncdcp.trace import Span, Trace
+from asyncdcp.transport import wire
+from asyncdcp.transport.blocks import Batch
+from asyncdcp.transport.endpoint import Endpoint
+from asyncdcp.transport.link import Pending
+from asyncdcp.transport.stream import Stream
+from asyncdcp.transport.wire import Accept, Done, Failure, Tick, Verdict
+from asyncdcp.worker.failures import to_frame
+
+
+class Staged(NamedTuple):
+    """A batch, and the tick that follows it."""
+
+    batch: Batch
+    tick: Tick
+
+
+class Flow:
+    """What all lanes of a send share. Who waits for one of them waits here; every lane ends by its timeout."""
+
+    def __init__(self, stream: Stream, trace: Trace) -> None:
+        self.stream = stream
+        self.trace = trace
+        self.error: AsyncDCPError | None = None
+        """Why the whole send is given up; the first counts."""
+        self._changed = threading.Condition()
+
+    def fail(self, error: AsyncDCPError) -> None:
+        """From any thread."""
+        with self._changed:
+            self.error = self.error or error
+            self._changed.notify_all()
+
+    def change(self, change: Callable[[], object]) -> None:
+        """Does it, and wakes who waits."""
+        with self._changed:
+            change()
+            self._changed.notify_all()
+
+    def wait(self, until: Callable[[], object]) -> None:
+        """Blocks until it is true."""
+        with self._changed:
+            self._changed.wait_for(until)
+
+
+class Lane:
+    """The way to one receiver. Its failure is its own: the others go on."""
+
+    def __init__(self, flow: Flow, endpoint: Endpoint) -> None:
+        self.error: AsyncDCPError | None = None
+        self.live = True
+        self.finished = 0
+        """The last batch of which every byte is sent."""
+        self.all_sent = False
+        self.done = False
+        """The receiver has verified all of it."""
+        self._flow = flow
+        self._end = endpoint
+        self._under_way: deque[tuple[Pending, int]] = deque()
+        self._given: deque[Staged] = deque()
+        self._ended = False
+
+    # ── for who feeds it ──
+
+    def give(self, staged: Staged) -> None:
+        """The next batch."""
+        if self.live:
+            self._flow.change(partial(self._given.append, staged))
+
+    def end(self) -> None:
+        """There are no more."""
+        self._flow.change(partial(setattr, self, "_ended", True))
+
+    # ── on the loop ──
+
+    async def run(self, offer: tuple[bytes, bytes]) -> None:
+        """From the offer to the receiver's last word."""
+        peer, flow = self._end.peer, self._flow
+        try:
+            if flow.error is None:
+                await self._end.call(self._end.say_all, offer, "sending the offer of the state")
+                await self._end.hear(Accept, f"waiting for rank {peer} to accept the state")
+            if flow.error is None and await self._end.call_long(self._stream):
+                await self._end.hear(Done, f"waiting for rank {peer} to have verified the state")
+                self.done = True
+            elif flow.error is not None:
+                await self._end.say(Failure(to_frame(flow.error, with_traceback=False)), "giving the send up")
+        except AsyncDCPError as error:
+            self.error = error
+        finally:
+            flow.change(self._close)
+
+    def _close(self) -> None:
+        self.live = False
+        self._under_way.clear()
+        self._given.clear()
+
+    # ── blocking, on a thread ──
+
+    def _stream(self) -> bool:
+        """Whether all was sent, and not stopped."""
+        verdict = Verdict.GO if self._flow.error is None else Verdict.STOP
+        for number in (1, 2):
+            self._under_way.append((self._end.send_bytes(wire.encode_tick(Tick(number, verdict)), "sending"), 0))
+        if verdict is Verdict.STOP:
+            return False
+        last = len(self._flow.stream.batches)
+        while (staged := self._next()) is not None:
+            verdict, number = staged.tick.verdict, staged.batch.number
+            self._post(staged)
+            del staged
+            self._finish(number - 1)
+        self._finish(last, stopped=verdict is Verdict.STOP)
+        if verdict is Verdict.GO:
+            self._flow.change(partial(setattr, self, "all_sent", True))
+        return verdict is Verdict.GO
+
+    def _next(self) -> Staged | None:
+        self._flow.wait(lambda: self._given or self._ended)
+        return self._given.popleft() if self._given else None
+
+    def _post(self, staged: Staged) -> None:
+        """The batch's blocks, and the tick after them."""
+        number, stream = staged.batch.number, self._flow.stream
+        for block, data in zip(stream.batches[number - 1], staged.batch.blocks, strict=True):
+            names = partial(stream.names, stream.blocks[block])
+            self._under_way.append((self._end.send(data, "sending", names), block + 1))
+        self._under_way.append((self._end.send_bytes(wire.encode_tick(staged.tick), "sending"), -number))
+
+    def _finish(self, number: int, *, stopped: bool = False) -> None:
+        """Waits for all that was posted up to batch ``number``, its tick included."""
+        stream = self._flow.stream
+        blocks = stream.batches[number - 1].stop if number else 0
+        while self._under_way:
+            pending, what = self._under_way[0]
+            if what > blocks or -what > number:
+                break
+            names = partial(stream.names, stream.blocks[what - 1]) if what > 0 else tuple
+            self._end.wait(pending, "sending", names)
+            self._under_way.popleft()
+        if not stopped:
+            self._flow.change(partial(self._advance, number))
+
+    def _advance(self, number: int) -> None:
+        """Every byte up to batch ``number`` is sent."""
+        stream = self._flow.stream
+        nbytes = sum(stream.blocks[block].length for n in range(self.finished, number) for block in stream.batches[n])
+        self.finished = max(self.finished, number)
+        if nbytes:
+            now = time.monotonic()
+            self._flow.trace.add(Span("send", now, now, nbytes))
