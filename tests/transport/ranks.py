@@ -16,15 +16,18 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # torch exports them without saying so
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from asyncdcp import Progress
 from asyncdcp.transport import PGTransport, TransportOptions
+from asyncdcp.transport.link import Link, Pending, group_link
 
 LONG: Final = timedelta(seconds=60)
 STALL_SECONDS: Final = 0.5
+SMALL_BUFFERS: Final = TransportOptions(buffer_bytes=1 << 20)
 
 
 def state(seed: int, mesh: DeviceMesh) -> dict[str, Any]:
@@ -75,10 +78,43 @@ def stall(rank: int, store: Store, result: dict[str, Any]) -> None:
         store.wait(["given up"], LONG)
 
 
-def kill(rank: int, result: dict[str, Any]) -> None:
+class Dying:
+    """A link whose process dies by SIGKILL at its ``sends``-th send."""
+
+    def __init__(self, link: Link, sends: int) -> None:
+        self._link = link
+        self._left = sends
+        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+        self.receive = link.receive
+
+    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._link.send(peer, tag, data)
+
+
+def kill_sender(rank: int, group: Any, result: dict[str, Any]) -> None:
+    """Rank 1 dies by SIGKILL while it sends to rank 0."""
+    if rank == 1:
+        transport = PGTransport(Dying(group_link(group, None), 60), timeout=30, options=SMALL_BUFFERS)
+        transport.send_checkpoint([0], {"w": torch.ones(8_000_000)}).result(60)
+    begun = time.monotonic()
+    transport = PGTransport(group, timeout=30, options=SMALL_BUFFERS)
+    error = transport.recv_checkpoint(1, {"w": torch.zeros(8_000_000)}).exception(60)
+    result["sender killed"] = {
+        "kind": type(error).__name__,
+        "rank": getattr(error, "rank", None),
+        "tensors": getattr(error, "tensors", None),
+        "said": str(error),
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def kill_receiver(rank: int, result: dict[str, Any]) -> None:
     """The last rank dies by SIGKILL in the middle; the others get it all."""
     group = dist.new_group(timeout=LONG)
-    transport = PGTransport(group, timeout=30, options=TransportOptions(buffer_bytes=1 << 20))
+    transport = PGTransport(group, timeout=30, options=SMALL_BUFFERS)
     last = transport.world_size - 1
     begun = time.monotonic()
 
@@ -100,6 +136,11 @@ def kill(rank: int, result: dict[str, Any]) -> None:
         result["kill"] = bool(torch.equal(found["w"], torch.arange(8_000_000.0)))
 
 
+def tell(result: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Prints one line of JSON."""
     faulthandler.dump_traceback_later(100, exit=True)
@@ -110,9 +151,12 @@ def main() -> None:
     result: dict[str, Any] = {}
     transfer(rank, mesh, result)
     stall(rank, store, result)
-    kill(rank, result)
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
+    pair = dist.new_group([0, 1], timeout=LONG)  # while all are there to make it
+    kill_receiver(rank, result)
+    if rank == 1:
+        tell(result)
+    kill_sender(rank, pair, result)
+    tell(result)
     os._exit(0)  # a group that has lost a rank cannot be taken apart in order
 
 

@@ -120,6 +120,46 @@ def test_a_sender_that_stalls_fails_both_within_the_timeout(world: World, after:
         assert errors[0].tensors  # type: ignore[attr-defined]  # a PeerFailed
 
 
+class Halting:
+    """A link that at its ``after``-th send does nothing for some seconds, as a process that is stopped, and goes on."""
+
+    def __init__(self, link: Link, after: int, seconds: float) -> None:
+        self._link = link
+        self._left = after
+        self._seconds = seconds
+        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+        self.receive = link.receive
+
+    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._left -= 1
+        if not self._left:
+            time.sleep(self._seconds)
+        return self._link.send(peer, tag, data)
+
+
+def test_a_stall_of_three_seconds(world: World) -> None:
+    """Who waits a second gives up after that, by name; who waits longer has it all."""
+
+    def halting(link: Link) -> Link:
+        return Halting(link, 20, 3.0) if link.rank == 0 else link
+
+    _, [patient, waiting] = world(timeout=LONG, link=halting)
+    _, [sender, hasty] = world(timeout=1.0, link=halting)
+    into = {"w": torch.zeros(100_000)}
+    sends = [each.send_checkpoint([1], {"w": torch.ones(100_000)}) for each in (patient, sender)]
+    begun = time.monotonic()
+    whole, failed = waiting.recv_checkpoint(0), hasty.recv_checkpoint(0, into)
+    error = failed.exception(LONG)
+    assert 0.9 < time.monotonic() - begun < 10
+    assert isinstance(error, PeerFailed)
+    assert (error.rank, error.tensors) == (0, ("w",))
+    assert "rank 0 did nothing for 1 s (timeout=)" in str(error)
+    assert torch.equal(whole.result(LONG)["w"], torch.ones(100_000))
+    assert time.monotonic() - begun > 2.9
+    sends[0].result(LONG)
+    assert isinstance(sends[1].exception(LONG), PeerFailed)
+
+
 def test_nobody_comes(world: World) -> None:
     _, [sender, _] = world(timeout=0.1)
     error = sender.send_checkpoint([1], STATE).exception(LONG)

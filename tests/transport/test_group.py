@@ -1,4 +1,4 @@
-"""Real processes on gloo, one world for all: a transfer to several, one that stalls, one that is killed."""
+"""Real processes on gloo, one world for all: a transfer to several, one that stalls, sides that are killed."""
 
 from __future__ import annotations
 
@@ -35,10 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     try:
         for rank, process in enumerate(ranks):
             out, err = process.communicate(timeout=110)
-            if rank == WORLD - 1:
-                assert process.returncode == -signal.SIGKILL, err
-            else:
-                assert process.returncode == 0, err
+            assert process.returncode == (-signal.SIGKILL if rank else 0), err
+            if rank < WORLD - 1:
                 found.append(json.loads(out.splitlines()[-1]))
     finally:
         for process in ranks:
@@ -67,3 +65,10 @@ def test_one_that_is_killed_fails_the_send_by_name_and_nobody_else(results: list
     assert "is gone" in said
     assert results[0]["seconds"] < 25, "it is seen at once, not by the timeout"
     assert results[1]["kill"] is True
+
+
+def test_a_sender_that_is_killed_fails_the_receive_by_name(results: list[Any]) -> None:
+    found = results[0]["sender killed"]
+    assert (found["kind"], found["rank"], found["tensors"]) == ("PeerFailed", 1, ["w"])
+    assert "receiving w: rank 1 is gone" in found["said"]
+    assert found["seconds"] < 25, "it is seen at once, not by the timeout"

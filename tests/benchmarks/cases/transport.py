@@ -32,6 +32,7 @@ def run(setting: Setting) -> Results:
             Ratio(f"1 to {receivers}, small / torch", own, "small", torch, "small", 0.2),
         ]
         results.budgets.append(Budget(own, "lag p99", 0.008))
+    results.notes.append("a structure is sent again, after a first round; lag and memory are of turns of their own")
     results.notes.append("memory is in GB, beyond what the processes held before; the bound is 0.067")
     return results
 
