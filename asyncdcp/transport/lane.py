@@ -81,7 +81,7 @@ class Lane:
 
     def end(self) -> None:
         """There are no more."""
-        self._flow.change(partial(setattr, self, "_ended", True))
+        self._flow.change(self._end_given)
 
     # ── on the loop ──
 
@@ -101,6 +101,12 @@ class Lane:
             self.error = error
         finally:
             flow.change(self._close)
+
+    def _end_given(self) -> None:
+        self._ended = True
+
+    def _mark_sent(self) -> None:
+        self.all_sent = True
 
     def _close(self) -> None:
         self.live = False
@@ -124,7 +130,7 @@ class Lane:
             self._finish(number - 1)
         self._finish(last, stopped=verdict is Verdict.STOP)
         if verdict is Verdict.GO:
-            self._flow.change(partial(setattr, self, "all_sent", True))
+            self._flow.change(self._mark_sent)
         return verdict is Verdict.GO
 
     def _next(self) -> Staged | None:
