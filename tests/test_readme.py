@@ -1,4 +1,7 @@
-"""The README's programs run, its commands do what it says, and what it points to is there."""
+"""The programs of README and of the pages it leads to run, its commands do what it says, and all it points to is there.
+
+A program marked ``<!-- goes on from: NAME -->`` runs behind the one marked ``<!-- program: NAME -->``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _ROOT = Path(__file__).parents[1]
-_README = (_ROOT / "README.md").read_text(encoding="utf-8")
-_PROGRAMS = re.findall(r"^```python\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL)
+_PAGES = [_ROOT / "README.md", *sorted((_ROOT / "asyncdcp").rglob("README.md"))]
+_TEXTS = {page: page.read_text(encoding="utf-8") for page in _PAGES}
+_README = _TEXTS[_PAGES[0]]
+_BLOCK = re.compile(r"(?:^<!-- (program|goes on from): (\w+) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMANDS = dict(re.findall(r"^<!-- command: (\w+) -->\n```sh\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL))
 
 # All in one interpreter, each in a folder of its own. Warnings are errors, but for what a save says where the temporary
@@ -27,14 +34,22 @@ for folder in sys.argv[1:]:
 """
 
 
+def _programs(text: str) -> list[str]:
+    """Each whole, with what it goes on from. What others go on from runs with each of them."""
+    blocks = _BLOCK.findall(text)
+    named = {name: code for mark, name, code in blocks if mark == "program"}
+    return [named[name] + code if mark else code for mark, name, code in blocks if mark != "program"]
+
+
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
 def test_programs_run(tmp_path: Path) -> None:
-    folders = [tmp_path / str(number) for number in range(len(_PROGRAMS))]
-    for folder, program in zip(folders, _PROGRAMS, strict=True):
+    programs = [program for text in _TEXTS.values() for program in _programs(text)]
+    folders = [tmp_path / str(number) for number in range(len(programs))]
+    for folder, program in zip(folders, programs, strict=True):
         folder.mkdir()
         (folder / "program.py").write_text(program)
     ran = _run([sys.executable, "-c", _STRICTLY, *map(str, folders)], tmp_path)
@@ -44,7 +59,7 @@ def test_programs_run(tmp_path: Path) -> None:
 
 
 def test_there_are_programs_and_both_commands() -> None:
-    assert _PROGRAMS
+    assert len(_programs(_README)) > 10
     assert set(_COMMANDS) == {"train", "test"}
     for command in _COMMANDS.values():
         assert "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e " in command
@@ -56,8 +71,26 @@ def test_the_train_command_calls_the_example_that_dies_and_resumes() -> None:
     assert calls == [("examples/train_small.py", " --kill-at 40"), ("examples/train_small.py", "")]
 
 
-def test_what_it_points_to_is_there() -> None:
-    targets = set(re.findall(r"\]\(([^)#]+)\)", _README))
-    assert "tests/reliability/README.md" in targets
-    missing = [target for target in targets if not (_ROOT / target).exists()]
+@pytest.mark.parametrize("page", _PAGES, ids=[str(page.relative_to(_ROOT)) for page in _PAGES])
+def test_what_it_points_to_is_there(page: Path) -> None:
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", _TEXTS[page]))
+    local = {target.partition("#")[::2] for target in targets if not target.startswith("https://")}
+    missing = [target for target, _ in local if not (page.parent / target).exists()]
     assert not missing
+    unheard = [
+        f"{target}#{heading}"
+        for target, heading in local
+        if heading and heading not in _headings((page.parent / target if target else page).read_text(encoding="utf-8"))
+    ]
+    assert not unheard
+
+
+def _headings(text: str) -> set[str]:
+    """As GitHub makes anchors of them."""
+    lines = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_page_is_reached() -> None:
+    for page in _PAGES[1:]:
+        assert f"]({page.relative_to(_ROOT)}" in _README

@@ -43,7 +43,9 @@ class LoadOptions:
         return self._pattern is None or self._pattern.fullmatch(name) is not None
 
     def renamed(self, name: str) -> str:
-        """The state's name for a checkpoint's FQN. A mapping's keys are FQNs, or prefixes of them up to a dot."""
+        """The state's name for a checkpoint's FQN. A mapping's keys are FQNs, or prefixes of them up to a dot, of which
+        the longest counts; "" stands for all.
+        """
         if self.rename is None:
             return name
         if callable(self.rename):
@@ -51,7 +53,7 @@ class LoadOptions:
         for end in _ends(name):
             new = self.rename.get(name[:end])
             if new is not None:
-                return new + name[end:]
+                return ".".join(part for part in (new, name[end:].removeprefix(".")) if part)
         return name
 
     @cached_property
@@ -65,5 +67,5 @@ def key_pattern(keys: Sequence[str]) -> re.Pattern[str]:
 
 
 def _ends(name: str) -> list[int]:
-    """The ends of ``name``'s dotted prefixes, the longest first."""
-    return [len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == ".")]
+    """The ends of ``name``'s dotted prefixes, the longest first; the last is that of the empty one."""
+    return [len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == "."), 0]

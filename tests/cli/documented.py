@@ -1,4 +1,4 @@
-"""The run that the README's examples of the command line show: really trained, really saved, and killed once."""
+"""The run that the examples on the command line's page show: really trained, really saved, and killed once."""
 
 from __future__ import annotations
 

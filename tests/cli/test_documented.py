@@ -1,4 +1,4 @@
-"""The README's examples of the command line print what it says, but for times, rates, save ids and versions."""
+"""The examples on the command line's page print what it says, but for times, rates, save ids and versions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from tests.cli.conftest import Call
 from tests.cli.documented import make_run
 
-_README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-_BLOCKS = re.findall(r"^```console\n(.*?)^```$", _README, re.MULTILINE | re.DOTALL)
+_PAGE = (Path(__file__).parents[2] / "asyncdcp" / "cli" / "README.md").read_text(encoding="utf-8")
+_BLOCKS = re.findall(r"^```console\n(.*?)^```$", _PAGE, re.MULTILINE | re.DOTALL)
 _VARYING = (
     (re.compile(r"\b[0-9a-f]{20}\b"), "<id>"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "<time>"),
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 
 def examples() -> list[Example]:
-    """All that the README shows, in order."""
+    """All that the page shows, in order."""
     parts = [part.split("\n", 1) for block in _BLOCKS for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     return [Example(command, printed) for command, printed in parts]
 
@@ -53,7 +53,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_examples_print_what_the_readme_says(
+def test_the_examples_print_what_the_page_says(
     _made: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(_made, tmp_path / "runs" / "gpt")

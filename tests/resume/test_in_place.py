@@ -175,6 +175,15 @@ def test_rename_by_prefix_and_by_function(into):
     assert recorder.log[0][1]["x"] == 2
 
 
+@pytest.mark.parametrize(("stored", "target", "rename"), [(0, 1, {"": "model"}), (1, 0, {"model": ""})])
+def test_rename_with_nothing_stands_for_all(into, stored, target, rename):
+    """As with convert: a folder of Hugging Face has no name in front, a state mostly has."""
+    linears = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    shapes = [dict, lambda state: {"model": state}]
+    into(shapes[target](dict(linears[0].named_parameters())), shapes[stored](linears[1].state_dict()), rename=rename)
+    assert torch.equal(linears[0].weight, linears[1].weight)
+
+
 def test_assign_replaces_bare_tensors(into):
     old = torch.zeros(2, dtype=torch.half)
     target = {"a": old, "m": torch.empty(2, device="meta")}
