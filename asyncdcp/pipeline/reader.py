@@ -11,8 +11,8 @@ decoded one at a time, and copied from there.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from types import TracebackType
@@ -32,10 +32,12 @@ from asyncdcp.pipeline.decoding import ALIGNMENT_LIMIT, decoded_blocks, mismatch
 from asyncdcp.pipeline.descriptions import Description, Viewer, read_description, with_commit
 from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, unite
 from asyncdcp.storage.files import address
-from asyncdcp.storage.port import ObjectReader, Storage
+from asyncdcp.storage.port import Fetch, ObjectReader, Storage
 from asyncdcp.trace import Trace
 
 READS_IN_FLIGHT = 6
+WINDOWS_A_TRIP = 4
+"""So many windows are read in one trip to a thread: a trip costs a fifth of what a window in the page cache does."""
 _STRAIGHT_BYTES = 64 << 10
 """Pieces at least this long are read straight to their target where the page cache has them; shorter ones are copied.
 """
@@ -75,19 +77,12 @@ class _Window(NamedTuple):
     parts: list[_Part]
 
 
-async def _fetch(
-    file: FileMap,
-    source: ObjectReader,
-    begin: int,
-    buffers: tuple[list[memoryview], list[memoryview]],
-    place: Callable[[bool], None],
-    seen: Callable[[int], None] | None = None,
-) -> None:
+async def _fetch(file: FileMap, source: ObjectReader, reads: Iterable[Fetch]) -> None:
     """As ``ObjectReader.fetch``, with the errors of a file that is not as long as it should be."""
     if source.size != file.stored_size:
         raise damaged(file, f"has {source.size} bytes")
     try:
-        await source.fetch(begin, *buffers, place, seen)
+        await source.fetch(*reads)
     except EOFError as error:
         raise damaged(file, "has become shorter") from error
 
@@ -132,24 +127,27 @@ class RangeReader:
         info = self._storage.info
         windows = _windows(ranges, self._files, info.read_gap)
         left = Counter(window.file.name for window in windows)
-        waiting, opening = iter(windows), anyio.Lock()
+        tasks = min(max(READS_IN_FLIGHT, info.transfers), len(windows))
+        waiting, opening = deque(windows), anyio.Lock()
         room = max([SLAB_BYTES, *(_room(window) for window in windows if window.file.transforms)])
 
         async def work() -> None:
             bounce = io_buffer(room)
-            for window in waiting:
+            while waiting:
+                batch = _next(waiting, tasks)
+                file = batch[0].file
                 async with opening:
-                    source = await self._source(window.file)
-                read = self._read_transformed if window.file.transforms else self._read_window
-                await read(window, source, bounce, trace)
-                left[window.file.name] -= 1
-                if not left[window.file.name]:
-                    await self._close(window.file.name)
+                    source = await self._source(file)
+                with trace.span("read", sum(window.end - window.begin for window in batch)):
+                    await _fetch(file, source, [self._reading(window, source, bounce, trace) for window in batch])
+                left[file.name] -= len(batch)
+                if not left[file.name]:
+                    await self._close(file.name)
 
         try:
             with ungrouped():
                 async with anyio.create_task_group() as workers:
-                    for _ in range(min(max(READS_IN_FLIGHT, info.transfers), len(windows))):
+                    for _ in range(tasks):
                         workers.start_soon(work)
         finally:
             await self.aclose()
@@ -168,12 +166,14 @@ class RangeReader:
                 raise damaged(file, "is missing") from error
         return self._objects[file.name]
 
-    async def _read_window(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> None:
+    def _reading(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
+        """What is to be read of a window, and how it then comes to its targets."""
         length = window.end - window.begin
+        if window.file.transforms:
+            return self._reading_transformed(window, source, bounce, trace)
         straight = _straight_parts(window)
         layout = _layout(window, straight, bounce)
         whole = [bounce[: -(-length // source.alignment) * source.alignment]]
-
         check = _Check(window, layout)
 
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
@@ -181,22 +181,20 @@ class RangeReader:
                 (check if cached else _Check(window, whole)).finish()
                 _place(window, straight if cached else [], bounce)
 
-        with trace.span("read", length):
-            await _fetch(window.file, source, window.begin, (layout, whole), place, check.advance)
+        return Fetch(window.begin, layout, whole, place, check.advance)
 
-    async def _read_transformed(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> None:
-        file, length = window.file, window.end - window.begin
+    def _reading_transformed(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
+        file = window.file
         chain = self._chain(file)
         span = span_of(file, window.begin, window.end, source.alignment)
         whole = [bounce[: span.length]]
 
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
-            with trace.span("verify", length):
+            with trace.span("verify", window.end - window.begin):
                 for begin, block in decoded_blocks(file, chain, self._save_id, span, bounce):
                     _place_block(window.parts, begin, block)
 
-        with trace.span("read", length):
-            await _fetch(file, source, span.start, (whole, whole), place)
+        return Fetch(span.start, whole, whole, place)
 
 
 class CheckpointReader(RangeReader):
@@ -272,6 +270,15 @@ class CheckpointReader(RangeReader):
                 raise type(error)(f"the checkpoint at {location} cannot be read: {error}", path=location) from error
             if chain.seals:
                 seals.require([record_name(record.save_id), *(ref.name for ref in record.indexes)])
+
+
+def _next(waiting: deque[_Window], tasks: int) -> list[_Window]:
+    """The next window, and some behind it of the same file, so that no task is left without."""
+    batch = [waiting.popleft()]
+    most = min(WINDOWS_A_TRIP, len(waiting) // tasks)
+    while len(batch) < most and waiting[0].file is batch[0].file:
+        batch.append(waiting.popleft())
+    return batch
 
 
 def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap], gap: int = 0) -> list[_Window]:

@@ -16,7 +16,7 @@ from asyncdcp.storage.local_place import LocalPlace
 from asyncdcp.storage.memory import MemoryStorage
 from asyncdcp.storage.memory_place import MemoryPlace
 from asyncdcp.storage.place import Contents, Found, Place, Survey
-from asyncdcp.storage.port import Buffer, ObjectReader, ObjectWriter, Storage, StorageInfo, check_name
+from asyncdcp.storage.port import Buffer, Fetch, ObjectReader, ObjectWriter, Storage, StorageInfo, check_name
 from asyncdcp.storage.spec import LocalSpec, ObjectStoreSpec, StorageSpec, spec_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "OBJECT_STORES",
     "Buffer",
     "Contents",
+    "Fetch",
     "Found",
     "LocalPlace",
     "LocalStorage",

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar
 
 from anyio import CapacityLimiter
 
@@ -30,8 +30,10 @@ from asyncdcp.errors import (
     StorageError,
     UsageError,
 )
-from asyncdcp.storage.port import NAME_PATTERN, Buffer, StorageInfo, T, check_name, check_use
+from asyncdcp.storage.port import NAME_PATTERN, Buffer, Fetch, StorageInfo, check_name, check_use
 from asyncdcp.threads import on_executor, on_thread
+
+T = TypeVar("T")
 
 _TRANSFERS: Final = 4
 _TEMPORARY: Final = re.compile(rf"\.{NAME_PATTERN}\.[0-9a-f]{{16}}")
@@ -265,33 +267,32 @@ class FsspecReader:
         return 1
 
     async def read(self, offset: int, buffers: Sequence[Buffer]) -> int:
-        return await self.fetch(offset, buffers, (), lambda _: max(0, min(sum(map(len, buffers)), self._size - offset)))
+        self._check(offset)
+        await on_thread(self._limiter, self._fill, offset, buffers)
+        return max(0, min(sum(map(len, buffers)), self._size - offset))
 
     async def read_cached(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         self._check(offset)
         return False
 
-    async def fetch(
-        self,
-        offset: int,
-        cached: Sequence[Buffer],
-        otherwise: Sequence[Buffer],
-        then: Callable[[bool], T],
-        seen: Callable[[int], object] | None = None,
-    ) -> T:
-        self._check(offset)
-        end = min(offset + sum(map(len, cached)), self._size)
+    async def fetch(self, *reads: Fetch) -> None:
+        for read in reads:
+            self._check(read.offset)
+        await on_thread(self._limiter, self._carry_out, reads)
 
-        def work() -> T:
-            data = memoryview(self._read_bytes(offset, end) if end > offset else b"")
-            if len(data) < end - offset:
-                raise EOFError(f"{self._path} gave {len(data)} of {end - offset} bytes at {offset}")
-            for buffer in cached:
-                buffer[: len(data)] = data[: len(buffer)]
-                data = data[len(buffer) :]
-            return then(True)  # noqa: FBT003  # as the port has it
+    def _carry_out(self, reads: Sequence[Fetch]) -> None:
+        for read in reads:
+            self._fill(read.offset, read.cached)
+            read.then(True)  # noqa: FBT003  # as the port has it
 
-        return await on_thread(self._limiter, work)
+    def _fill(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        end = min(offset + sum(map(len, buffers)), self._size)
+        data = memoryview(self._read_bytes(offset, end) if end > offset else b"")
+        if len(data) < end - offset:
+            raise EOFError(f"{self._path} gave {len(data)} of {end - offset} bytes at {offset}")
+        for buffer in buffers:
+            buffer[: len(data)] = data[: len(buffer)]
+            data = data[len(buffer) :]
 
     async def aclose(self) -> None:
         self._open = False

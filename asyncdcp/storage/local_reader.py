@@ -14,7 +14,7 @@ from anyio import CapacityLimiter
 
 from asyncdcp.errors import CorruptCheckpoint, StorageError
 from asyncdcp.storage.files import MIN_ALIGNMENT, REFUSED, Descriptor, aligned, tolerated, translated
-from asyncdcp.storage.port import Buffer, T, check_use
+from asyncdcp.storage.port import Buffer, Fetch, check_use
 from asyncdcp.storage.posix import IOV_MAX, PAGE, Posix
 from asyncdcp.threads import on_executor, on_thread
 
@@ -72,24 +72,19 @@ class LocalReader:
         with translated("read", self._path):
             return await on_thread(self._limiter, self._fill_cached, offset, buffers, expected)
 
-    async def fetch(
-        self,
-        offset: int,
-        cached: Sequence[Buffer],
-        otherwise: Sequence[Buffer],
-        then: Callable[[bool], T],
-        seen: Callable[[int], object] | None = None,
-    ) -> T:
-        within, expected = self._expected(offset, cached), self._expected(offset, otherwise)
+    async def fetch(self, *reads: Fetch) -> None:
+        await on_thread(self._limiter, self._carry_out, [(read, *self._lengths(read)) for read in reads])
 
-        def work() -> T:
+    def _lengths(self, read: Fetch) -> tuple[int, int]:
+        return self._expected(read.offset, read.cached), self._expected(read.offset, read.otherwise)
+
+    def _carry_out(self, reads: Sequence[tuple[Fetch, int, int]]) -> None:
+        for read, within, expected in reads:
             with translated("read", self._path):
-                found = self._nowait and self._fill_cached(offset, cached, within, seen)
+                found = self._nowait and self._fill_cached(read.offset, read.cached, within, read.seen)
                 if not found:
-                    self._fill(offset, otherwise, expected)
-            return then(found)
-
-        return await on_thread(self._limiter, work)
+                    self._fill(read.offset, read.otherwise, expected)
+            read.then(found)
 
     async def aclose(self) -> None:
         with translated("close", self._path):

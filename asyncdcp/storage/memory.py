@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
 from asyncdcp.errors import CorruptCheckpoint, StorageError
-from asyncdcp.storage.port import Buffer, StorageInfo, T, check_name, check_use
+from asyncdcp.storage.port import Buffer, Fetch, StorageInfo, check_name, check_use
 from asyncdcp.threads import on_thread
 
 
@@ -164,16 +164,10 @@ class MemoryReader:
         await self.read(offset, buffers)
         return True
 
-    async def fetch(
-        self,
-        offset: int,
-        cached: Sequence[Buffer],
-        otherwise: Sequence[Buffer],
-        then: Callable[[bool], T],
-        seen: Callable[[int], object] | None = None,
-    ) -> T:
-        found = await self.read_cached(offset, cached)
-        return await on_thread(CapacityLimiter(1), then, found)  # it may block, and the loop has other work
+    async def fetch(self, *reads: Fetch) -> None:
+        for read in reads:
+            found = await self.read_cached(read.offset, read.cached)
+            await on_thread(CapacityLimiter(1), read.then, found)  # it may block, and the loop has other work
 
     async def aclose(self) -> None:
         self._open = False

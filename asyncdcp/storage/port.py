@@ -15,11 +15,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from asyncdcp.errors import Closed, InvalidOption
-
-T = TypeVar("T")
 
 Buffer: TypeAlias = memoryview
 """A C-contiguous memoryview of format ``B``; writable where it is read into."""
@@ -50,6 +48,21 @@ def check_use(path: str, what: str, value: int, *, is_open: bool) -> None:
         raise Closed(f"{path} is closed", path=path)
     if value < 0:
         raise InvalidOption(f"{what} is {value}; it takes 0 or more", path=path)
+
+
+class Fetch(NamedTuple):
+    """The bytes from ``offset`` on, read into ``cached`` if ``read_cached`` can, else into ``otherwise``; then
+    ``then(was cached)`` is called.
+
+    A storage may call ``seen(n)`` when the first ``n`` bytes of ``cached`` are there, so that they can be looked at
+    while the processor has them at hand; in the end the same bytes may still come in ``otherwise``.
+    """
+
+    offset: int
+    cached: Sequence[Buffer]
+    otherwise: Sequence[Buffer]
+    then: Callable[[bool], object]
+    seen: Callable[[int], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,21 +152,11 @@ class ObjectReader(Protocol):
         """
         ...
 
-    async def fetch(
-        self,
-        offset: int,
-        cached: Sequence[Buffer],
-        otherwise: Sequence[Buffer],
-        then: Callable[[bool], T],
-        seen: Callable[[int], object] | None = None,
-    ) -> T:
-        """Reads into ``cached`` if ``read_cached`` can, else into ``otherwise``; then calls ``then(was cached)``.
+    async def fetch(self, *reads: Fetch) -> None:
+        """Carries out the reads, one after another, and raises what one of them or what it calls raises.
 
-        A storage may call ``seen(n)`` when the first ``n`` bytes of ``cached`` are there, so that they can be looked at
-        while the processor has them at hand; in the end the same bytes may still come in ``otherwise``.
-
-        Returns, or raises, what that does. A storage that reads on threads calls it on the same one, where it may
-        block: to go back to the loop in between, twice for each read, costs a fifth of a load's time.
+        A storage that reads on threads does all of it on one, where what is called may block: to go back to the loop in
+        between, for each read of 8 MiB, costs a fifth of a load's time.
         """
         ...
 

@@ -24,7 +24,7 @@ from typing import Final, TypeAlias
 import anyio
 
 from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError
-from asyncdcp.storage import ObjectReader, ObjectWriter, Storage, open_spec, spec_of
+from asyncdcp.storage import Fetch, ObjectReader, ObjectWriter, Storage, open_spec, spec_of
 
 _KIB: Final = 1024
 _BAD_NAMES: Final = ("", ".", "..", ".a", "a/b", "/a", "a b", "ä", "a\0", "a\n", "a" * 201, "/etc/passwd")
@@ -142,26 +142,30 @@ async def many_small_buffers_in_one_read(kit: StorageKit) -> None:
 
 
 async def fetch_reads_one_way_or_the_other(kit: StorageKit) -> None:
-    """And hands on what ``then`` returns or raises."""
+    """Several reads after one another, each with what it calls, whose errors it hands on."""
     data, reader = await _opened(kit.make(), 50_000)
     cached, otherwise = page_buffer(bytes(64 * _KIB)), page_buffer(bytes(64 * _KIB))
+    taken: list[bytes] = []
 
-    def then(found: bool) -> bytes:  # noqa: FBT001  # what the port says
-        return bytes((cached if found else otherwise)[: len(data)])
+    def then(found: bool) -> None:  # noqa: FBT001  # what the port says
+        taken.append(bytes(cached if found else otherwise))
 
     def fail(found: bool) -> None:  # noqa: FBT001  # what the port says
         raise LookupError("the caller's")
 
     seen: list[tuple[int, bytes]] = []
-    assert await reader.fetch(0, [cached], [otherwise], then, lambda n: seen.append((n, bytes(cached[:n])))) == data
+    await reader.fetch(Fetch(0, [cached], [otherwise], then, lambda n: seen.append((n, bytes(cached[:n])))))
     assert all(data[:count] == there[: len(data)] for count, there in seen)
     assert [count for count, _ in seen] == sorted({count for count, _ in seen})
-    assert await reader.fetch(0, [cached], [otherwise], then) == data
+    await reader.fetch(Fetch(0, [cached], [otherwise], then), Fetch(4096, [cached], [otherwise], then))
+    assert [found[: len(data)] for found in taken[:2]] == [data, data]
+    assert taken[2][: len(data) - 4096] == data[4096:]
     with _raises(LookupError, "the caller's"):
-        await reader.fetch(0, [cached], [otherwise], fail)
+        await reader.fetch(Fetch(0, [cached], [otherwise], fail), Fetch(0, [cached], [otherwise], then))
+    assert len(taken) == 3
     await reader.aclose()
     with _raises(Closed):
-        await reader.fetch(0, [cached], [otherwise], then)
+        await reader.fetch(Fetch(0, [cached], [otherwise], then))
 
 
 async def get_keeps_its_limit(kit: StorageKit) -> None:

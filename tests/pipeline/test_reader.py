@@ -20,7 +20,7 @@ from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import reader as reading
 from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
 from asyncdcp.pipeline.union import FileMap
-from asyncdcp.storage import LocalStorage, MemoryStorage, ObjectReader
+from asyncdcp.storage import Fetch, LocalStorage, MemoryStorage, ObjectReader
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 from tests.pipeline.forge import BLOCK, OTHER, SAVE, forger, read_all, save, steady
@@ -72,21 +72,15 @@ class _Seen:
             buffer[: len(buffer) // 2] = bytes(len(buffer) // 2)
         return False
 
-    async def fetch(
-        self,
-        offset: int,
-        cached: Sequence[memoryview],
-        otherwise: Sequence[memoryview],
-        then: Callable[[bool], T],
-        seen: Callable[[int], object] | None = None,
-    ) -> T:
-        found = await self.read_cached(offset, cached)
-        if found and seen is not None:
-            for there in range(0, sum(map(len, cached)), 3000):  # in steps that are no blocks
-                seen(there)
-        if not found:
-            await self.read(offset, otherwise)
-        return await on_thread(CapacityLimiter(1), then, found)
+    async def fetch(self, *reads: Fetch) -> None:
+        for read in reads:
+            found = await self.read_cached(read.offset, read.cached)
+            if found and read.seen is not None:
+                for there in range(0, sum(map(len, read.cached)), 3000):  # in steps that are no blocks
+                    read.seen(there)
+            if not found:
+                await self.read(read.offset, read.otherwise)
+            await on_thread(CapacityLimiter(1), read.then, found)
 
     async def aclose(self) -> None:
         self._storage.open_now.remove(self._name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +16,7 @@ from asyncdcp.storage.files import address
 from asyncdcp.storage.object_store.failures import translated
 from asyncdcp.storage.object_store.persistence import again
 from asyncdcp.storage.object_store.url import ObjectURL
-from asyncdcp.storage.port import Buffer, T, check_use
+from asyncdcp.storage.port import Buffer, Fetch, check_use
 from asyncdcp.storage.spec import RequestLimits
 from asyncdcp.threads import on_thread
 
@@ -71,21 +71,10 @@ class ObjectStoreReader:
         await checkpoint()
         return False
 
-    async def fetch(
-        self,
-        offset: int,
-        cached: Sequence[Buffer],
-        otherwise: Sequence[Buffer],
-        then: Callable[[bool], T],
-        seen: Callable[[int], object] | None = None,
-    ) -> T:
-        data = await self._get(offset, sum(map(len, cached)))
-
-        def work() -> T:
-            scatter(data, cached)
-            return then(True)  # noqa: FBT003  # as the port has it
-
-        return await on_thread(self._limiter, work)
+    async def fetch(self, *reads: Fetch) -> None:
+        for read in reads:
+            data = await self._get(read.offset, sum(map(len, read.cached)))
+            await on_thread(self._limiter, _hand_on, data, read)
 
     async def aclose(self) -> None:
         self._open = False
@@ -114,6 +103,11 @@ class ObjectStoreReader:
 
     def _check(self, offset: int) -> None:
         check_use(self._path, "offset", offset, is_open=self._open)
+
+
+def _hand_on(data: memoryview, read: Fetch) -> None:
+    scatter(data, read.cached)
+    read.then(True)  # noqa: FBT003  # as the port has it
 
 
 def scatter(data: memoryview, buffers: Sequence[Buffer]) -> None:

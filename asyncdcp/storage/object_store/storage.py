@@ -13,7 +13,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 from anyio import CapacityLimiter
@@ -30,9 +30,11 @@ from asyncdcp.storage.object_store.uploads import Uploads
 from asyncdcp.storage.object_store.url import parse_url
 from asyncdcp.storage.object_store.writer import PARTS_IN_FLIGHT, Finished, ObjectStoreWriter
 from asyncdcp.storage.place import Found
-from asyncdcp.storage.port import StorageInfo, T, check_name
+from asyncdcp.storage.port import StorageInfo, check_name
 from asyncdcp.storage.spec import ObjectStoreSpec, RequestLimits, StorageSpec
 from asyncdcp.threads import ended
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
