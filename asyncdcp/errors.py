@@ -9,9 +9,10 @@ processes as its class name, message and fields.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from inspect import signature
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -278,3 +279,33 @@ class ungrouped:  # in lower case, since it is used as a statement: with ungroup
         if isinstance(error, BaseExceptionGroup):
             first = first_error(error)
             raise first from first.__cause__
+
+
+def drop_frames(error: BaseException) -> None:
+    """Empties the frames that an error's traceback keeps, and those of its causes and of what a group holds: they may
+    hold tensors, or views of the arena, for as long as somebody holds the error. Frames that still run are left alone.
+    """
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        clear_frames(each.__traceback__)
+        waiting += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions
+
+
+async def frameless(task: Callable[[], Awaitable[None]]) -> None:
+    """Runs a task that has views of a slab's memory: what it raises, a cancellation too, does not keep them.
+
+    A task group's task and the error that ended it hold each other, so what is in its frames would stay until the
+    garbage collector comes by; an arena of gigabytes with it.
+    """
+    try:
+        await task()
+    except BaseException as error:
+        drop_frames(error)
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,15 @@ from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.turns import Turn, TurnQueue
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, DeadlineExceeded, StructureChanged, ungrouped
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    CommitUnknown,
+    DeadlineExceeded,
+    StructureChanged,
+    drop_frames,
+    ungrouped,
+)
 from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
@@ -295,7 +302,7 @@ class SaveTask:
         self._staging.end()
         self._writing.end()
         if isinstance(outcome, AsyncDCPError):
-            _drop_frames(outcome)
+            drop_frames(outcome)
             self.handle.staged.fail(outcome)
             self.handle.committed.fail(outcome)
         else:
@@ -328,15 +335,6 @@ def _free(arena: StagingArena, stager: CheckpointStager, slot: int) -> None:
     """The pipeline has given a slot back."""
     stager.held.remove(slot)
     arena.ring.release(slot)
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Empties the frames that an error's traceback keeps, those of its causes too: they hold tensors and views of the
-    arena, for as long as somebody holds the error.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _unexpected(error: BaseException) -> AsyncDCPError:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import anyio
 
 from asyncdcp.buffers import io_buffer
-from asyncdcp.errors import AsyncDCPError
+from asyncdcp.errors import AsyncDCPError, frameless
 from asyncdcp.extensions.base import BlockContext
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.format.blocks import block_count, checksum, element_size, slice_blocks, stored_limit
@@ -183,7 +183,7 @@ async def checksum_slabs(stage: Stage, *, in_order: bool = False) -> None:
     with stage.out:
         async with anyio.create_task_group() as workers:
             for _ in range(CHECKSUMS_IN_FLIGHT):
-                workers.start_soon(work)
+                workers.start_soon(frameless, work)
 
 
 async def encode_slabs(stage: Stage, chain: Chain) -> None:
@@ -215,7 +215,7 @@ async def encode_slabs(stage: Stage, chain: Chain) -> None:
     with stage.out:
         async with anyio.create_task_group() as workers:
             for _ in range(slabs_at_once()):
-                workers.start_soon(work)
+                workers.start_soon(frameless, work)
 
 
 def slabs_at_once() -> int:

@@ -16,7 +16,15 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, SaveAborted, StorageError, ungrouped
+from asyncdcp.errors import (
+    AsyncDCPError,
+    CommitUnknown,
+    DeadlineExceeded,
+    SaveAborted,
+    StorageError,
+    frameless,
+    ungrouped,
+)
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
@@ -152,7 +160,7 @@ class CheckpointWriter:
 
         async with anyio.create_task_group() as workers:
             for _ in range(max(WRITES_IN_FLIGHT, self._storage.info.transfers)):
-                workers.start_soon(work)
+                workers.start_soon(frameless, work)
         unfinished = [file.stored.job.name for file in self._files if not file.finished]
         if unfinished:
             raise AsyncDCPError(f"staging ended before all slabs of {', '.join(unfinished)} had come")

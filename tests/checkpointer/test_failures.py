@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from asyncdcp import AsyncCheckpointer, LocalStorage, MemoryStorage
 from asyncdcp.errors import (
     AsyncDCPError,
+    Cancelled,
     CheckpointNotFound,
     MemoryLimit,
     StorageError,
     StorageFull,
 )
+from asyncdcp.extensions import ZStandard
 from asyncdcp.staging import arenas
 from asyncdcp.staging.copier import SlabCopier
 from asyncdcp.storage.posix import OS
@@ -170,3 +173,40 @@ def test_a_state_larger_than_memory(opened: Opened, monkeypatch: pytest.MonkeyPa
         with pytest.raises(MemoryLimit):
             checkpointer.save(MemoryStorage(), STATE).result()
     assert works(checkpointer)
+
+
+# ── the memory of what failed ──
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """The garbage collector comes by only before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "fails with extensions"])
+def test_a_save_that_failed_holds_no_memory_of_the_arena(faulty: Any, how: str) -> None:
+    """Not even in the frames of its tasks, which their errors keep. The error itself is held here."""
+    before, storage = _arenas(), faulty()
+    extensions = [ZStandard(level=1)] if "extensions" in how else []
+    with AsyncCheckpointer(process=False, extensions=extensions) as checkpointer:
+        if how == "is cancelled":
+            gate = storage.gate("write", 1)
+            handle = checkpointer.save(storage, STATE)
+            gate.wait_begun()
+            handle.cancel()
+            gate.release.set()
+        else:
+            storage.errors["write", 1] = StorageError("broken")
+            handle = checkpointer.save(storage, STATE)
+        error = handle.exception(60)
+    assert isinstance(error, StorageError | Cancelled)
+    assert _arenas() == before
+
+
+def _arenas() -> int:
+    return Path("/proc/self/maps").read_text().count("asyncdcp-arena")
