@@ -20,7 +20,7 @@ from asyncdcp.errors import PeerFailed, ungrouped
 from asyncdcp.metadata import DTYPE_SIZES, Metadata, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.load import Target, place
-from asyncdcp.pipeline.reader import ReadRange
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.planning.shared_reads import SharedReads, Unit, Wanted, cut
 from asyncdcp.ranks import Links

@@ -12,7 +12,7 @@ from asyncdcp.boxes import Box, intersect, whole
 from asyncdcp.cli.numbers import Array, stored_dtype
 from asyncdcp.metadata import MetadataIndex, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
-from asyncdcp.pipeline.reader import ReadRange
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.trace import Trace
 
 BATCH_BYTES = 16 << 20

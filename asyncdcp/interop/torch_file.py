@@ -29,7 +29,7 @@ from asyncdcp.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from asyncdcp.pipeline.reader import ReadRange
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.state_dict.flatten import FlatState, flatten
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.storage.foreign import ForeignPlace

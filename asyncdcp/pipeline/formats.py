@@ -18,7 +18,8 @@ from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.metadata import Metadata
 from asyncdcp.pipeline.descriptions import Viewer
-from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
+from asyncdcp.pipeline.reader import CheckpointReader
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage.foreign import ForeignPlace, foreign_place
 from asyncdcp.storage.port import Storage
 from asyncdcp.trace import Trace

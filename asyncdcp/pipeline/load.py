@@ -11,7 +11,7 @@ from anyio import to_thread
 from asyncdcp.boxes import Box
 from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
-from asyncdcp.pipeline.reader import ReadRange, copy_bytes
+from asyncdcp.pipeline.windows import ReadRange, copy_bytes
 from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.trace import Trace
 

@@ -10,16 +10,13 @@ decoded one at a time, and copied from there.
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from operator import itemgetter
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import anyio
-import xxhash
 from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
@@ -28,53 +25,25 @@ from asyncdcp.extensions import Chain, ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.metadata import Metadata, Record, StorageMeta
 from asyncdcp.names import record_name
-from asyncdcp.pipeline.decoding import ALIGNMENT_LIMIT, decoded_blocks, mismatch, span_of
+from asyncdcp.pipeline.decoding import ALIGNMENT_LIMIT, decoded_blocks, span_of
 from asyncdcp.pipeline.descriptions import Description, Viewer, read_description, with_commit
 from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, unite
-from asyncdcp.storage.files import address
+from asyncdcp.pipeline.windows import (
+    ReadRange,
+    Window,
+    WindowCheck,
+    cut_windows,
+    layout_of,
+    place_block,
+    place_window,
+    straight_parts,
+)
 from asyncdcp.storage.port import Fetch, ObjectReader, Storage
 from asyncdcp.trace import Trace
 
 READS_IN_FLIGHT = 6
 WINDOWS_A_TRIP = 4
 """So many windows are read in one trip to a thread: a trip costs a fifth of what a window in the page cache does."""
-_STRAIGHT_BYTES = 64 << 10
-"""Pieces at least this long are read straight to their target where the page cache has them; shorter ones are copied.
-"""
-
-Deliver = Callable[[int, memoryview], None]
-
-
-class ReadRange(NamedTuple):
-    """Bytes ``begin <= i < end`` of decoded data file ``file``, and what becomes of them.
-
-    Either ``into`` is a writable memoryview of ``end - begin`` bytes, or ``deliver(offset, data)`` is called, on a
-    worker thread, with verified pieces of the range in any order; ``data`` is only good during the call.
-    """
-
-    file: str
-    begin: int
-    end: int
-    into: memoryview | None
-    deliver: Deliver | None
-
-
-class _Part(NamedTuple):
-    """The part of a range that lies in a window; ``offset`` is where it begins in its range."""
-
-    begin: int
-    end: int
-    offset: int
-    range: ReadRange
-
-
-class _Window(NamedTuple):
-    """A run of whole blocks of a file, ``begin <= i < end``, and the parts wanted of it, in order."""
-
-    file: FileMap
-    begin: int
-    end: int
-    parts: list[_Part]
 
 
 async def _fetch(file: FileMap, source: ObjectReader, reads: Iterable[Fetch]) -> None:
@@ -125,7 +94,7 @@ class RangeReader:
         and on raise no buffer is in use any more. Files are open only while they are read.
         """
         info = self._storage.info
-        windows = _windows(ranges, self._files, info.read_gap)
+        windows = cut_windows(ranges, self._files, info.read_gap)
         left = Counter(window.file.name for window in windows)
         tasks = min(max(READS_IN_FLIGHT, info.transfers), len(windows))
         waiting, opening = deque(windows), anyio.Lock()
@@ -166,24 +135,24 @@ class RangeReader:
                 raise damaged(file, "is missing") from error
         return self._objects[file.name]
 
-    def _reading(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
+    def _reading(self, window: Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
         """What is to be read of a window, and how it then comes to its targets."""
         length = window.end - window.begin
         if window.file.transforms:
             return self._reading_transformed(window, source, bounce, trace)
-        straight = _straight_parts(window)
-        layout = _layout(window, straight, bounce)
+        straight = straight_parts(window)
+        layout = layout_of(window, straight, bounce)
         whole = [bounce[: -(-length // source.alignment) * source.alignment]]
-        check = _Check(window, layout)
+        check = WindowCheck(window, layout)
 
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
             with trace.span("verify", length):
-                (check if cached else _Check(window, whole)).finish()
-                _place(window, straight if cached else [], bounce)
+                (check if cached else WindowCheck(window, whole)).finish()
+                place_window(window, straight if cached else [], bounce)
 
         return Fetch(window.begin, layout, whole, place, check.advance)
 
-    def _reading_transformed(self, window: _Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
+    def _reading_transformed(self, window: Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
         file = window.file
         chain = self._chain(file)
         span = span_of(file, window.begin, window.end, source.alignment)
@@ -192,7 +161,7 @@ class RangeReader:
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
             with trace.span("verify", window.end - window.begin):
                 for begin, block in decoded_blocks(file, chain, self._save_id, span, bounce):
-                    _place_block(window.parts, begin, block)
+                    place_block(window.parts, begin, block)
 
         return Fetch(span.start, whole, whole, place)
 
@@ -272,7 +241,7 @@ class CheckpointReader(RangeReader):
                 seals.require([record_name(record.save_id), *(ref.name for ref in record.indexes)])
 
 
-def _next(waiting: deque[_Window], tasks: int) -> list[_Window]:
+def _next(waiting: deque[Window], tasks: int) -> list[Window]:
     """The next window, and some behind it of the same file, so that no task is left without."""
     batch = [waiting.popleft()]
     most = min(WINDOWS_A_TRIP, len(waiting) // tasks)
@@ -281,148 +250,5 @@ def _next(waiting: deque[_Window], tasks: int) -> list[_Window]:
     return batch
 
 
-def _windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap], gap: int = 0) -> list[_Window]:
-    """Cuts the ranges along a grid of slabs. In each slab, every run of blocks that something wants is a window.
-
-    Runs no more than ``gap`` bytes apart are one, as long as no more is unwanted in it than wanted.
-    """
-    slabs: dict[tuple[str, int], list[_Part]] = {}
-    for wanted in sorted(ranges, key=lambda part: (part.file, part.begin)):
-        block = files[wanted.file].block_bytes
-        step = SLAB_BYTES // block * block
-        for begin in range(wanted.begin // step * step, wanted.end, step):
-            part = _Part(max(begin, wanted.begin), min(begin + step, wanted.end), max(begin - wanted.begin, 0), wanted)
-            slabs.setdefault((wanted.file, begin), []).append(part)
-    return [
-        window
-        for (name, _), parts in sorted(slabs.items(), key=itemgetter(0))
-        for window in _runs(files[name], parts, gap)
-    ]
-
-
-def _runs(file: FileMap, parts: list[_Part], gap: int) -> Iterator[_Window]:
-    """The windows of one slab, whose parts are given in order of where they begin."""
-    block, run = file.block_bytes, list[_Part]()
-    begin = end = unwanted = 0
-    for part in parts:
-        first = part.begin // block * block
-        apart = max(0, first - end)
-        if run and apart and (apart > gap or 2 * (unwanted + apart) > end - begin + apart):
-            yield _Window(file, begin, end, run)
-            run = []
-        if not run:
-            begin, end, unwanted, apart = first, first, 0, 0
-        run.append(part)
-        unwanted += apart
-        end = max(end, min(-(-part.end // block) * block, file.size))
-    if run:
-        yield _Window(file, begin, end, run)
-
-
-def _straight_parts(window: _Window) -> list[_Part]:
-    """The parts that are long, go to memory, and share no byte with another part."""
-    chosen: list[_Part] = []
-    reach = window.begin
-    for part, following in zip(window.parts, [*window.parts[1:], None], strict=True):
-        alone = part.begin >= reach and (following is None or following.begin >= part.end)
-        if alone and part.range.into is not None and part.end - part.begin >= _STRAIGHT_BYTES:
-            chosen.append(part)
-        reach = max(reach, part.end)
-    return chosen
-
-
-def _layout(window: _Window, straight: list[_Part], bounce: memoryview) -> list[memoryview]:
-    """Buffers that take the whole window: the straight parts' targets, and ``bounce`` for everything between them."""
-    buffers: list[memoryview] = []
-    position = window.begin
-    for part in straight:
-        assert part.range.into is not None
-        if part.begin > position:
-            buffers.append(bounce[position - window.begin : part.begin - window.begin])
-        buffers.append(part.range.into[part.offset : part.offset + part.end - part.begin])
-        position = part.end
-    if position < window.end:
-        buffers.append(bounce[position - window.begin : window.end - window.begin])
-    return buffers
-
-
-def _place(window: _Window, straight: list[_Part], bounce: memoryview) -> None:
-    """Copies to their targets the parts of a verified window that are not there yet, and delivers the rest."""
-    there = set(map(id, straight))
-    for part in window.parts:
-        into = part.range.into
-        data = bounce[part.begin - window.begin : part.end - window.begin]
-        if into is None:
-            assert part.range.deliver is not None
-            part.range.deliver(part.offset, data)
-        elif id(part) not in there:
-            copy_bytes(into[part.offset : part.offset + len(data)], data)
-
-
-class _Check:
-    """Holds a window's blocks against their checksums, as its bytes arrive in the buffers of ``layout``."""
-
-    def __init__(self, window: _Window, layout: list[memoryview]) -> None:
-        self._window = window
-        self._layout = layout
-        self._pieces = iter(layout)
-        self._piece = memoryview(b"")
-        self._begin = window.begin
-
-    def advance(self, there: int) -> None:
-        """The window's first ``there`` bytes have arrived: checks the blocks that are whole."""
-        file = self._window.file
-        while file.checksums is not None and self._begin < self._window.end:
-            end = min(self._begin + file.block_bytes, self._window.end)
-            if end > self._window.begin + there:
-                return
-            block = self._begin // file.block_bytes
-            if self._digest(end - self._begin) != file.checksums[block]:
-                raise mismatch(file, block)
-            self._begin = end
-
-    def finish(self) -> None:
-        """All is there."""
-        file, window = self._window.file, self._window
-        self.advance(window.end - window.begin)
-        if file.checksums is None and file.check is not None:
-            file.check(window.begin, window.end, self._layout)
-
-    def _digest(self, missing: int) -> int:
-        hasher = xxhash.xxh3_64()
-        while missing:
-            if not len(self._piece):
-                self._piece = next(self._pieces)
-            taken = min(missing, len(self._piece))
-            hasher.update(self._piece[:taken])
-            self._piece = self._piece[taken:]
-            missing -= taken
-        return hasher.intdigest()
-
-
-def _place_block(parts: list[_Part], begin: int, block: memoryview) -> None:
-    """Copies or delivers what is wanted of one decoded block."""
-    for part in parts:
-        first, last = max(part.begin, begin), min(part.end, begin + len(block))
-        if first >= last:
-            continue
-        data, offset = block[first - begin : last - begin], part.offset + first - part.begin
-        if part.range.into is not None:
-            copy_bytes(part.range.into[offset : offset + len(data)], data)
-        else:
-            assert part.range.deliver is not None
-            part.range.deliver(offset, data)
-
-
-def _room(window: _Window) -> int:
+def _room(window: Window) -> int:
     return span_of(window.file, window.begin, window.end, 1).length + 2 * ALIGNMENT_LIMIT
-
-
-def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """Long copies by memmove, which releases the GIL; a memoryview's slice assignment holds it, and costs less for
-    short ones.
-    """
-    if len(target) < _STRAIGHT_BYTES:
-        target[:] = source
-    else:
-        ctypes.memmove(address(target), address(source), len(target))

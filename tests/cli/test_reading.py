@@ -21,7 +21,7 @@ from asyncdcp.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from asyncdcp.pipeline.reader import ReadRange
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.trace import Trace
 from tests.pipeline.forge import steady
 

@@ -20,8 +20,9 @@ from asyncdcp.metadata import (
     TensorStorageMetadata,
 )
 from asyncdcp.pipeline.formats import open_checkpoint
-from asyncdcp.pipeline.reader import RangeReader, ReadRange
+from asyncdcp.pipeline.reader import RangeReader
 from asyncdcp.pipeline.union import FileMap
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from asyncdcp.storage.foreign import ForeignDirectory, ForeignPlace
 from asyncdcp.trace import Trace

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import reader as reading
-from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
+from asyncdcp.pipeline import windows as cutting
+from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.pipeline.union import FileMap
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage import Fetch, LocalStorage, MemoryStorage, ObjectReader
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
@@ -91,8 +93,9 @@ class _Seen:
 @pytest.fixture(params=["cached", "uncached", "mixed", "straight"])
 async def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Seen]:
     """Windows of four blocks; ``straight`` reads even short parts right into their targets."""
-    monkeypatch.setattr(reading, "SLAB_BYTES", 16384)
-    monkeypatch.setattr(reading, "_STRAIGHT_BYTES", 1 if request.param == "straight" else 5000)
+    for module in (reading, cutting):
+        monkeypatch.setattr(module, "SLAB_BYTES", 16384)
+    monkeypatch.setattr(cutting, "_STRAIGHT_BYTES", 1 if request.param == "straight" else 5000)
     storage, rng = Seen(), random.Random(1)
     storage.close_error = True
     await save(storage, ARRAYS)
@@ -255,7 +258,7 @@ async def test_a_cancelled_task_waits_for_the_thread_that_fills_its_target(monke
         assert leave.wait(10)
         left.set()
 
-    monkeypatch.setattr(reading, "_place", slow)
+    monkeypatch.setattr(reading, "place_window", slow)
     task = asyncio.create_task(read_all((await forger()).storage))
     await entered.wait()
     task.cancel()
@@ -277,7 +280,7 @@ def test_what_lies_close_together_is_read_at_once_and_little_else(wanted: list[t
     size = 44 * BLOCK
     file = FileMap(FILE, size, BLOCK, None, [], [])
     ranges = [ReadRange(FILE, begin, min(begin + length, size), None, None) for begin, length in wanted]
-    windows = reading._windows(ranges, {FILE: file}, gap)
+    windows = cutting.cut_windows(ranges, {FILE: file}, gap)
     blocks = {block for part in ranges for block in range(part.begin // BLOCK, -(-part.end // BLOCK))}
     covered = [block for window in windows for block in range(window.begin // BLOCK, -(-window.end // BLOCK))]
     assert len(covered) == len(set(covered)) and blocks <= set(covered)
@@ -293,7 +296,7 @@ def test_what_is_worth_a_request_of_its_own() -> None:
 
     def windows(gap: int, *blocks: int) -> list[tuple[int, int]]:
         ranges = [ReadRange(FILE, block * BLOCK + 7, block * BLOCK + 9, None, None) for block in blocks]
-        found = reading._windows(ranges, {FILE: file}, gap)
+        found = cutting.cut_windows(ranges, {FILE: file}, gap)
         return [(window.begin // BLOCK, window.end // BLOCK) for window in found]
 
     assert windows(0, 0, 2, 3) == [(0, 1), (2, 4)]

@@ -16,8 +16,9 @@ from asyncdcp.extensions import AESGCM, BlockContext, BlockExtension, BytePlanes
 from asyncdcp.metadata import decode_index, decode_record
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import transform
-from asyncdcp.pipeline.reader import CheckpointReader, ReadRange
+from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.pipeline.verify import verify
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from asyncdcp.trace import Trace
 from tests.extensions.samples import Xor, Zlib

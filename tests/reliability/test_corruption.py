@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncdcp import metadata
-from asyncdcp.pipeline import reader
+from asyncdcp.pipeline import windows
 from tests.reliability.corruption import examine
 from tests.reliability.power import Figures
 from tests.reliability.worlds import Lost
@@ -19,7 +19,7 @@ def test_every_damage_is_found(ranks: int) -> None:
 
 
 def test_without_the_blocks_checksums_damage_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader._Check, "advance", lambda check, there: None)
+    monkeypatch.setattr(windows.WindowCheck, "advance", lambda check, there: None)
     with pytest.raises((Lost, AssertionError)):
         examine(1, samples=10, seed=1, figures=Figures())
 

@@ -27,8 +27,9 @@ from asyncdcp.interop.dcp.entries import (
 )
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
 from asyncdcp.metadata import INDEX_LIMIT, Metadata
-from asyncdcp.pipeline.reader import READS_IN_FLIGHT, RangeReader, ReadRange
+from asyncdcp.pipeline.reader import READS_IN_FLIGHT, RangeReader
 from asyncdcp.pipeline.union import FileMap
+from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage.foreign import ForeignPlace
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.trace import Trace
