@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.programs import Programs
+
 WORLD = 3
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("world")
-    command = [sys.executable, "-m", "tests.transport.ranks"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(WORLD)
-    ]
-    found: list[Any] = []
-    try:
-        for rank, process in enumerate(ranks):
-            out, err = process.communicate(timeout=110)
-            assert process.returncode == (-signal.SIGKILL if rank else 0), err
-            if rank < WORLD - 1:
-                found.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    return found
+def results(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder, program = tmp_path_factory.mktemp("world"), str(Path(__file__).with_name("ranks.py"))
+    ranks = [programs.start(program, str(rank), str(WORLD), str(folder)) for rank in range(WORLD)]
+    ended = [rank.wait(110) for rank in ranks]
+    assert [each.returncode for each in ended] == [0, *[-signal.SIGKILL] * (WORLD - 1)], [each.stderr for each in ended]
+    return [json.loads(each.stdout.splitlines()[-1]) for each in ended[:-1]]
 
 
 def test_a_state_goes_to_all_at_once(results: list[Any]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,31 +13,18 @@ from asyncdcp import SyncCheckpointer
 from asyncdcp.interop.dcp import FileSystemWriter
 from asyncdcp.names import file_save_id
 from tests.interop.dcp.states import State, files
+from tests.programs import Programs
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.timeout(120)
-def test_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks(programs: Programs, tmp_path: Path) -> None:
     """They save sharded and replicated tensors, overwrite, fail on one side, load resharded; see ``ranks.py``."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.interop.dcp.ranks", str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=100)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    program = str(Path(__file__).with_name("ranks.py"))
+    ranks = [programs.start(program, str(rank), str(tmp_path)) for rank in range(2)]
+    ended = [rank.wait(100) for rank in ranks]
+    assert [each.returncode for each in ended] == [0, 0], "\n".join(each.stdout + each.stderr for each in ended)
     assert {"__0.metadata", "__1.metadata"} < files(tmp_path / "alone")
     with SyncCheckpointer(process=False) as checkpointer:
         loaded = checkpointer.load(tmp_path / "checkpoint")
