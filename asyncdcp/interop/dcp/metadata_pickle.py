@@ -65,10 +65,12 @@ class _Properties(TensorProperties):
     """Until its state is set, which it checks itself, since a ``torch.memory_format`` is stored as a number."""
 
     def __setstate__(self, state: Any) -> None:
-        dtype, layout, requires_grad, number, pin_memory = state
+        dtype, layout, requires_grad, number, pin_memory = state[:5]
         self.__class__ = TensorProperties  # type: ignore[assignment]  # a class of the same layout
         self.dtype, self.layout, self.requires_grad, self.pin_memory = dtype, layout, requires_grad, pin_memory
         self.memory_format = _MEMORY_FORMATS[number]
+        if "strides" in TensorProperties.__dataclass_fields__:  # torch 2.15 stores how the tensor lay in memory
+            self.__dict__["strides"] = state[5] if len(state) > 5 else None
 
 
 def _maker(kind: type) -> type:
@@ -179,6 +181,8 @@ def _check_tensor(name: str, entry: Any) -> None:
     fields = vars(entry)
     properties, size, chunks = (fields.get(field) for field in ("properties", "size", "chunks"))
     _expect(type(properties) is TensorProperties and type(properties.dtype) is torch.dtype, f"{name!r} has no dtype")
+    strides = getattr(properties, "strides", None)
+    _expect(strides is None or (type(strides) is tuple and _all(int, strides)), f"{name!r} has odd strides")
     _check_size(name, size)
     _expect(type(chunks) is list, f"{name!r} has no chunks")
     for chunk in chunks:

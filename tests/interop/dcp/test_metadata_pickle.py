@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
 from asyncdcp import SyncCheckpointer
 from asyncdcp.errors import CorruptCheckpoint
@@ -33,6 +33,21 @@ def test_what_stock_torch_writes_is_read(tmp_path: Path, state: State, protocol:
     expected.storage_meta.checkpoint_id = found.storage_meta.checkpoint_id
     assert found == expected and found.storage_meta.checkpoint_id == str(tmp_path)
     assert all(type(index) is MetadataIndex for index in found.storage_data)
+
+
+@pytest.mark.parametrize("strides", [(), ((8, 1),), (None,)], ids=["none", "torch 2.15's", "unknown"])
+def test_with_strides_and_without(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch, strides: tuple[Any, ...]
+) -> None:
+    expected = pickle.loads(stored(tmp_path, state))  # noqa: S301  # the test's own
+    plain = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: plain(self)[:5] + strides)
+    found = load_metadata(pickle.dumps(expected), "m")
+    assert found.state_dict_metadata.keys() == expected.state_dict_metadata.keys()
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*plain(self)[:5], ("odd",)))
+    if "strides" in TensorProperties.__dataclass_fields__:
+        with pytest.raises(CorruptCheckpoint, match="odd strides"):
+            load_metadata(pickle.dumps(expected), "m")
 
 
 class Calls:
