@@ -6,44 +6,40 @@ import math
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, Self, SupportsFloat, TypeVar
+from typing import Any, Self, SupportsFloat
 
 import torch
 from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
-from asyncdcp.checkpointer.read_verbs import OnProgress, Replicas
-from asyncdcp.closing import Closing, weakly
+from asyncdcp.checkpointer.read_verbs import OnProgress
+from asyncdcp.closing import weakly
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import CheckpointExists, Closed, InvalidOption, PeerFailed
+from asyncdcp.errors import CheckpointExists, InvalidOption, PeerFailed
 from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
 from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.policies import EverySeconds, OnPreemption, SaveWhen, check_policies
 from asyncdcp.manager.preemption import Preemption
+from asyncdcp.manager.read_verbs import ReadVerbs
 from asyncdcp.manager.saves import Called, Saves, surface
 from asyncdcp.manager.session import RunSession
 from asyncdcp.manager.telemetry import Reporter, Telemetry
 from asyncdcp.metadata import RunStamp
-from asyncdcp.pipeline.descriptions import OtherWorld
 from asyncdcp.ranks import Ranks, find_ranks
-from asyncdcp.runs import Checkpoint, Retention
+from asyncdcp.runs import Retention
 from asyncdcp.runs.layout import check_step, step_name
-from asyncdcp.runs.listing import Mode
 from asyncdcp.runs.retention import check_retention
 from asyncdcp.staging import Guard
 from asyncdcp.storage import Place, open_place
 
-T = TypeVar("T")
 
-
-class CheckpointManager(Closing):
+class CheckpointManager(ReadVerbs):
     """Saves, restores and keeps the checkpoints of the run in a directory (a path, a ``file://`` URL or a ``Place``).
 
     Opening for writing claims the run's next *term*, waits for what earlier writers have in flight, and gives up what
@@ -140,11 +136,6 @@ class CheckpointManager(Closing):
     async def _idle(self) -> None:
         """Opening for reading claims nothing."""
 
-    def _check_open(self) -> None:
-        self._engine.check_process()
-        if self._closed:
-            raise Closed("the manager is closed")
-
     def _enter(self) -> None:
         """What every verb that writes does first."""
         self.open().result()
@@ -230,109 +221,6 @@ class CheckpointManager(Closing):
             heard = self._preemption.heard or begun
             self._saves.limit(handle, heard + self._ending.deadline)
         return handle
-
-    # ── restoring and looking ──
-
-    def restore_latest(  # noqa: PLR0913  # the vocabulary of loading
-        self,
-        state: Any,
-        *,
-        strict: bool = True,
-        cast: Literal["error", "allow"] = "error",
-        keys: Sequence[str] | None = None,
-        rename: Mapping[str, str] | Callable[[str], str] | None = None,
-        assign: bool = False,
-        allow_pickle: bool = False,
-        per_rank: OtherWorld = "error",
-        replicas: Replicas = "read",
-    ) -> CheckpointFuture[Checkpoint | None]:
-        """Loads the newest checkpoint on the line into ``state``, and resolves to it; to None where there is none yet.
-
-        One that is damaged is passed over, with an error in the log and a "fallback" event, and an older one loaded;
-        the training then goes on from that. The options are those of ``AsyncCheckpointer.load``. On all ranks alike.
-        """
-        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
-        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
-        load = partial(load, per_rank=per_rank, replicas=replicas)
-        restored: CheckpointFuture[Checkpoint | None] = self._restore(None, load)
-        return restored
-
-    def restore(  # noqa: PLR0913  # the vocabulary of loading
-        self,
-        step: int,
-        state: Any,
-        *,
-        strict: bool = True,
-        cast: Literal["error", "allow"] = "error",
-        keys: Sequence[str] | None = None,
-        rename: Mapping[str, str] | Callable[[str], str] | None = None,
-        assign: bool = False,
-        allow_pickle: bool = False,
-        per_rank: OtherWorld = "error",
-        replicas: Replicas = "read",
-    ) -> CheckpointFuture[Checkpoint]:
-        """Loads the checkpoint of ``step`` into ``state``, and resolves to it; ``CheckpointNotFound`` otherwise.
-
-        For a writer this is a rollback: from now on the line goes on from that step, and those beyond it, which stay
-        where they are, do not count any more and may be saved again.
-        """
-        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
-        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
-        load = partial(load, per_rank=per_rank, replicas=replicas)
-        restored: CheckpointFuture[Checkpoint] = self._restore(check_step(step), load)
-        return restored
-
-    def _restore(self, step: int | None, load: partial[CheckpointFuture[Any]]) -> Any:
-        if load.keywords.get("state") is None:
-            raise InvalidOption("restore takes the state to restore into, such as {'model': model}")
-        opened = self.open()
-        return self._engine.submit(self._restored, step, load, opened, name=f"restore from {self.location}")
-
-    async def _restored(
-        self, step: int | None, load: partial[CheckpointFuture[Any]], opened: CheckpointFuture[None]
-    ) -> Checkpoint | None:
-        await opened
-        await self._saves.settle()
-        return await self._session.restore(step, load, writes=not self.read_only)
-
-    def load(  # each is one word of the user's
-        self,
-        checkpoint: int | Checkpoint,
-        state: Any = None,
-        *,
-        strict: bool = True,
-        cast: Literal["error", "allow"] = "error",
-        keys: Sequence[str] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> CheckpointFuture[Any]:
-        """Loads a step, or a checkpoint of ``checkpoints``, into ``state`` or as a new state, and resolves to that.
-
-        Unlike ``restore`` this changes nothing about the run, and is this rank's own business. ``CheckpointNotFound``;
-        ``CheckpointGone`` if it is deleted meanwhile.
-        """
-        self._check_open()
-        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, device=device)
-        return self._engine.submit(self._session.load, checkpoint, load, name=f"load from {self.location}")
-
-    def checkpoints(self) -> CheckpointFuture[list[Checkpoint]]:
-        """The checkpoints on the line, oldest first, as this rank sees the storage now."""
-        return self._look(self._session.good)
-
-    def steps(self) -> CheckpointFuture[list[int]]:
-        """The steps of ``checkpoints``."""
-        return self._look(self._session.steps)
-
-    def latest(self) -> CheckpointFuture[Checkpoint | None]:
-        """The newest of them; None where there is none."""
-        return self._look(self._session.latest)
-
-    def best(self, metric: str, mode: Mode = "min") -> CheckpointFuture[Checkpoint | None]:
-        """The one whose ``metric`` is the least, or with ``mode="max"`` the greatest; None where none has it."""
-        return self._look(partial(self._session.best, metric, mode))
-
-    def _look(self, work: Callable[[], Awaitable[T]]) -> CheckpointFuture[T]:
-        self._check_open()
-        return self._engine.submit(work, name=f"look at {self.location}")
 
     # ── waiting ──
 
