@@ -19,7 +19,7 @@ from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions import Chain
 from asyncdcp.metadata import RunStamp, encode_record
 from asyncdcp.names import make_save_id, record_name
-from asyncdcp.pipeline.settle import abort_record
+from asyncdcp.pipeline.causes import abort_record
 from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.planning.division import Pick
 from asyncdcp.planning.holdings import Holdings

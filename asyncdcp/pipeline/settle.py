@@ -12,21 +12,18 @@ from anyio import to_thread
 
 from asyncdcp.errors import (
     AsyncDCPError,
-    Cancelled,
     CheckpointExists,
     CommitUnknown,
     CorruptCheckpoint,
     DeadlineExceeded,
     Fenced,
-    PeerFailed,
-    ReplicaMismatch,
-    SaveSkipped,
     StorageError,
     StructureChanged,
 )
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Index, IndexRef, Record, Summary, Unseal, encode_record, trusting
 from asyncdcp.names import index_name, record_name, record_save_id
+from asyncdcp.pipeline.causes import kind_of, known_error
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
 from asyncdcp.pipeline.messages import SaveJob
 from asyncdcp.pipeline.records import destroyed_records, live_commits, read_index, read_record, read_records
@@ -49,15 +46,6 @@ _FAILED = {
     Action.PUBLISH: Event.STORAGE_FAILED,
 }
 """What it means that an action raised, whatever it raised."""
-
-
-_KINDS: dict[type[AsyncDCPError], str] = {
-    StructureChanged: "structure",
-    ReplicaMismatch: "mismatch",
-    SaveSkipped: "skipped",
-    Cancelled: "cancelled",
-}
-"""Errors that are no one rank's, or that others are told by their kind; in an abort's cause before the message."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +83,6 @@ class GiveUpSignal:
         with anyio.move_on_after(timeout):
             await self._event.wait()
         return self.reason is not None
-
-
-def known_error(error: Exception, location: str) -> AsyncDCPError:
-    """The error itself, or one of ours that carries it as its cause."""
-    if isinstance(error, AsyncDCPError):
-        return error
-    kind = StorageError if isinstance(error, OSError) else AsyncDCPError
-    known = kind(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
-    known.__cause__ = error
-    return known
 
 
 class Settlement:
@@ -150,7 +128,7 @@ class Settlement:
                 event = await perform[action]()
             except Exception as error:  # noqa: BLE001  # every rank must come to a final state
                 known = known_error(error, self._storage.info.location)
-                self._give_up.set(Reason(_KINDS.get(type(known), "failed"), known))
+                self._give_up.set(Reason(kind_of(known), known))
                 event = _FAILED[action]
         return self.machine.state
 
@@ -308,23 +286,6 @@ def _united(indexes: Sequence[Index]) -> Union:
             list(differing), [f"{name} has another value on rank {rank}" for name, rank in differing.items()]
         )
     return union
-
-
-def peer_error(record: Record, location: str) -> AsyncDCPError:
-    """What a rank raises for another's abort: by its kind where that concerns all ranks alike, else ``PeerFailed``."""
-    kind, _, text = (record.cause or "").partition(": ")
-    found = next((error for error, known in _KINDS.items() if known == kind), PeerFailed)
-    if found in (PeerFailed, Cancelled):
-        how = "was waited for in vain" if kind == "deadline" else "gave the save up"
-        return PeerFailed(f"rank {record.rank} {how}: {record.cause}", path=location, rank=record.rank)
-    return found(text, path=location, rank=record.rank)
-
-
-def abort_record(save_id: str, ranks: tuple[int, int], error: AsyncDCPError, versions: dict[str, str]) -> Record:
-    """The abort of a save that did not come to a pipeline. ``ranks`` are this one and how many there are."""
-    rank, world_size = ranks
-    cause = f"{_KINDS.get(type(error), 'failed')}: {error}"
-    return Record(save_id, "abort", time.time(), world_size, versions, rank=rank, cause=cause)
 
 
 async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trusting) -> list[str]:

@@ -29,10 +29,11 @@ from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
 from asyncdcp.names import belongs_to, index_name, record_name
+from asyncdcp.pipeline.causes import known_error, peer_error
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import Saved, SaveJob
-from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits, known_error, peer_error
+from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits
 from asyncdcp.pipeline.transform import Piece, SlabSource, Stage, StoredFile, checksum_slabs, encode_slabs
 from asyncdcp.storage.port import ObjectWriter, Storage
 from asyncdcp.trace import Trace

@@ -12,10 +12,11 @@ from asyncdcp.errors import AsyncDCPError, CommitUnknown, StorageError
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Record
 from asyncdcp.names import index_name, record_name
+from asyncdcp.pipeline.causes import peer_error
 from asyncdcp.pipeline.commit import CommitMachine, State
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.records import read_record
-from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, peer_error
+from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement
 from asyncdcp.storage import Storage
 
 _logger = logging.getLogger("asyncdcp")

@@ -34,10 +34,11 @@ from asyncdcp.metadata import (
     encode_record,
 )
 from asyncdcp.names import belongs_to, data_name, index_name, make_save_id, record_name
+from asyncdcp.pipeline.causes import abort_record
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import SaveJob
 from asyncdcp.pipeline.records import live_commits, read_record, read_records
-from asyncdcp.pipeline.settle import GiveUpSignal, Settlement, abort_record
+from asyncdcp.pipeline.settle import GiveUpSignal, Settlement
 from asyncdcp.pipeline.union import Union, check_sizes, unite
 from asyncdcp.pipeline.writer import delete_saves
 from asyncdcp.planning import Structure

@@ -1,0 +1,56 @@
+"""Why a save was given up, in the words of its Record: from an error to them, and back to an error on other ranks."""
+
+from __future__ import annotations
+
+import time
+
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    PeerFailed,
+    ReplicaMismatch,
+    SaveSkipped,
+    StorageError,
+    StructureChanged,
+)
+from asyncdcp.metadata import Record
+
+_KINDS: dict[type[AsyncDCPError], str] = {
+    StructureChanged: "structure",
+    ReplicaMismatch: "mismatch",
+    SaveSkipped: "skipped",
+    Cancelled: "cancelled",
+}
+"""Errors that are no one rank's, or that others are told by their kind; in an abort's cause before the message."""
+
+
+def kind_of(error: AsyncDCPError) -> str:
+    """What an abort calls it."""
+    return _KINDS.get(type(error), "failed")
+
+
+def known_error(error: Exception, location: str) -> AsyncDCPError:
+    """The error itself, or one of ours that carries it as its cause."""
+    if isinstance(error, AsyncDCPError):
+        return error
+    kind = StorageError if isinstance(error, OSError) else AsyncDCPError
+    known = kind(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
+    known.__cause__ = error
+    return known
+
+
+def peer_error(record: Record, location: str) -> AsyncDCPError:
+    """What a rank raises for another's abort: by its kind where that concerns all ranks alike, else ``PeerFailed``."""
+    kind, _, text = (record.cause or "").partition(": ")
+    found = next((error for error, known in _KINDS.items() if known == kind), PeerFailed)
+    if found in (PeerFailed, Cancelled):
+        how = "was waited for in vain" if kind == "deadline" else "gave the save up"
+        return PeerFailed(f"rank {record.rank} {how}: {record.cause}", path=location, rank=record.rank)
+    return found(text, path=location, rank=record.rank)
+
+
+def abort_record(save_id: str, ranks: tuple[int, int], error: AsyncDCPError, versions: dict[str, str]) -> Record:
+    """The abort of a save that did not come to a pipeline. ``ranks`` are this one and how many there are."""
+    rank, world_size = ranks
+    cause = f"{kind_of(error)}: {error}"
+    return Record(save_id, "abort", time.time(), world_size, versions, rank=rank, cause=cause)
