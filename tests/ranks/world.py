@@ -257,7 +257,7 @@ def dying(world: World) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     options = Options(agreement_deadline=30, save_deadline=30, load_deadline=30, staging_bytes=SLAB_BYTES)
-    four = AsyncCheckpointer(options, process_group=dist.group.WORLD)
+    four = AsyncCheckpointer(options, process=True, process_group=dist.group.WORLD)
     scenes = {"a background process": a_worker_dies, "a trainer": a_trainer_dies}
     for name, scene in scenes.items():
         try:
@@ -311,8 +311,8 @@ def a_trainer_dies(world: World, four: AsyncCheckpointer) -> None:
     error = doomed_save(world, four, 4, WORLD - 1, Fault("pwrite", 1, "kill-trainer"))
     assert isinstance(error, PeerFailed) and error.rank == WORLD - 1, error
     check_version(world, 3)
-    with AsyncCheckpointer(process_group=world.groups[WORLD - 1]) as restarted:
-        assert not [name for name in os.listdir(world.folder / "dying") if name.startswith(".")]
+    options = Options(agreement_deadline=20, save_deadline=20)
+    with AsyncCheckpointer(options, process=True, process_group=world.groups[WORLD - 1]) as restarted:
         restarted.save(world.folder / "dying", doomed_state(world, 5), overwrite=True).result()
     check_version(world, 5)
 
@@ -322,7 +322,7 @@ def die_after_staging(world: World) -> None:
     see to.
     """
     group = world.groups[WORLD - 1]
-    checkpointer = AsyncCheckpointer(process=True, process_group=group)
+    checkpointer = AsyncCheckpointer(Options(agreement_deadline=20), process=True, process_group=group)
     state = {"x": torch.full((3,), 4.0), "own": PerRank(world.rank)}
     staged, _ = checkpointer.save(world.folder / "orphaned", state)
     staged.result(60)
