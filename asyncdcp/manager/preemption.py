@@ -81,7 +81,7 @@ class Preemption:
             os.kill(self._pid, self._first)  # to the handler, on the main thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.heard is None:
+        if self.heard is None and os.getpid() == self._pid:
             self.heard, self._first = time.monotonic(), signal.Signals(number)
             with suppress(RuntimeError):  # its loop has ended
                 self._wake()

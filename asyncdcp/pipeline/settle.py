@@ -296,7 +296,8 @@ async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trus
     whose bytes are damaged is taken for a commit: a training that fell back from it comes to its step again.
     """
     names = await storage.list()
-    destroyed = [] if job.run is None else await destroyed_records(storage, names)
+    others = [name for name in names if name != record_name(job.save_id)]
+    destroyed = [] if job.run is None else await destroyed_records(storage, others)
     records = await read_records(storage, [name for name in names if record_save_id(name) not in destroyed], unseal)
     location, term = storage.info.location, job.run.term if job.run else 0
     live = live_commits(records)
