@@ -15,7 +15,14 @@ OnError: TypeAlias = Literal["raise", "warn"] | Callable[[BaseException], object
 
 @dataclass(frozen=True)
 class Options:
-    """How a checkpointer works. All waits of asyncdcp end by one of the deadlines here; all are in seconds."""
+    """How a checkpointer works. All waits of asyncdcp end by one of the deadlines here; all are in seconds.
+
+        >>> asyncdcp.Options(staging_bytes=1 << 30, when_busy="skip").worker_nice
+        10
+        >>> asyncdcp.Options(save_deadline=0)
+        Traceback (most recent call last):
+        asyncdcp.errors.InvalidOption: save_deadline takes a positive number of seconds, not 0
+    """
 
     staging_bytes: int | None = None
     """Bound of the staging arena in bytes; None stages a whole state at once, so that tensors are free the soonest."""

@@ -76,6 +76,20 @@ class AsyncCheckpointer(ReadVerbs):
     or your own. They serve loads too, which find by name what else a checkpoint was made with: the built-in ones,
     installed ones, and those in ``registry``. An extension that the background process cannot make an equal of
     (``Extension.travel``) keeps saves on a thread, and ``ThreadPipelineWarning`` says so once.
+
+        >>> import asyncio
+        >>> weight = torch.ones(3)
+        >>> async def main() -> None:
+        ...     async with asyncdcp.AsyncCheckpointer() as checkpointer:
+        ...         save = checkpointer.save("step_1", {"weight": weight, "epoch": 1})  # returns at once
+        ...         await save.staged
+        ...         weight.zero_()  # now it may change
+        ...         result = await save  # durable and committed
+        ...         print(f"{result.tensors} tensor of {result.tensor_bytes} bytes")
+        ...         print(await checkpointer.load("step_1", {"weight": weight, "epoch": 0}))
+        >>> asyncio.run(main())
+        1 tensor of 12 bytes
+        {'weight': tensor([1., 1., 1.]), 'epoch': 1}
     """
 
     _noun = "checkpointer"
@@ -231,6 +245,16 @@ class AsyncCheckpointer(ReadVerbs):
 
         ``InvalidOption`` for what has no step hook. The guard ends with its ``remove()``, its context, or the
         checkpointer.
+
+            >>> parameter = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = torch.optim.SGD([parameter], lr=1.0)
+            >>> parameter.grad = torch.ones(3)
+            >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer, checkpointer.guard(optimizer):
+            ...     save = checkpointer.save("guarded", {"weight": parameter})
+            ...     optimizer.step()  # waits until the parameter has been copied
+            ...     _ = save.result()
+            ...     print(checkpointer.load("guarded").result()["weight"].tolist(), parameter.tolist())
+            [1.0, 1.0, 1.0] [0.0, 0.0, 0.0]
         """
         self._enter()
         guard = Guard(optimizers, self._hold)

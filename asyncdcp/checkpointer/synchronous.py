@@ -40,6 +40,12 @@ class SyncCheckpointer:
     """``AsyncCheckpointer`` with ``.result()`` after every verb: arguments, guarantees and errors are the same.
 
     ``save`` returns the ``SaveResult`` when the checkpoint is durable, ``load`` the state, ``prepare`` nothing.
+
+        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+        ...     result = checkpointer.save("by_hand", {"weight": torch.ones(3), "epoch": 1})
+        ...     state = checkpointer.load("by_hand")
+        >>> state
+        {'weight': tensor([1., 1., 1.]), 'epoch': 1}
     """
 
     def __init__(

@@ -22,6 +22,14 @@ class BytePlanes(BlockExtension):
     """Splits a block into the byte planes of its numbers. Stored with a byte more than the block: the number of planes.
 
     Saves nothing by itself; to be followed by ``ZStandard``.
+
+        >>> bf16 = {"weight": torch.randn(500, 1000).bfloat16()}
+        >>> alone, planes = [asyncdcp.ZStandard()], [asyncdcp.BytePlanes(), asyncdcp.ZStandard()]
+        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=alone) as checkpointer:
+        ...     before = checkpointer.save("alone", bf16).stored_bytes
+        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=planes) as checkpointer:
+        ...     checkpointer.save("planes", bf16).stored_bytes < before
+        True
     """
 
     @staticmethod

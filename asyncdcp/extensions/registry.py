@@ -20,6 +20,9 @@ class ExtensionRegistry:
     built-in ones to begin with), then entry points of installed packages.
 
     What a checkpoint says is a name to look up here, never something to import.
+
+        >>> asyncdcp.ExtensionRegistry().from_descriptor("stream.zstd/1").registry_name()
+        'stream.zstd'
     """
 
     def __init__(self, instances: Iterable[Extension] = ()) -> None:

@@ -35,7 +35,12 @@ class SavePolicy(Protocol):
 
 @dataclass(frozen=True)
 class EverySteps:
-    """At every step that is a multiple of ``steps``."""
+    """At every step that is a multiple of ``steps``.
+
+        >>> from asyncdcp.manager import Moment
+        >>> [step for step in range(1, 31) if asyncdcp.EverySteps(10).due(Moment(step, seconds=0.0, preempted=False))]
+        [10, 20, 30]
+    """
 
     steps: int
     by_step = True

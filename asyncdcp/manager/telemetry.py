@@ -66,6 +66,13 @@ class Telemetry:
     ``on_event`` is called with each ``Event``, one after another, on a thread of its own. ``traces=True`` writes a
     Chrome trace of every save into the run's ``traces``. ``tracer`` is an OpenTelemetry tracer, which gets a span for
     every save and in it one for each of its stages.
+
+        >>> events = []
+        >>> telemetry = asyncdcp.Telemetry(on_event=lambda event: events.append(event.kind))
+        >>> with asyncdcp.CheckpointManager("runs/told", process=False, telemetry=telemetry) as manager:
+        ...     _ = manager.save(1, {"weight": torch.ones(2)})
+        >>> [kind for kind in events if kind in ("save", "committed")]
+        ['save', 'committed']
     """
 
     on_event: Callable[[Event], object] | None = None

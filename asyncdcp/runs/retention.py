@@ -34,7 +34,14 @@ class _Composable:
 
 @dataclass(frozen=True)
 class KeepLast(_Composable):
-    """Keeps the newest ``n``."""
+    """Keeps the newest ``n``.
+
+        >>> from asyncdcp.runs import Checkpoint
+        >>> run = [Checkpoint(name=f"step_{n}", step=n, state="committed", metrics={"loss": abs(n - 30)}) for n in range(10, 60, 10)]
+        >>> keep = asyncdcp.KeepLast(1) | asyncdcp.KeepBest("loss", 2) | asyncdcp.KeepEvery(50)
+        >>> sorted(keep.keeps(run))
+        [20, 30, 50]
+    """
 
     n: int
 

@@ -15,7 +15,14 @@ from asyncdcp.threads import on_thread
 
 
 class MemoryStorage:
-    """A ``Storage`` that lives as long as the instance. Unfinished objects are invisible, but their names are taken."""
+    """A ``Storage`` that lives as long as the instance. Unfinished objects are invisible, but their names are taken.
+
+        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+        ...     storage = asyncdcp.MemoryStorage()
+        ...     _ = checkpointer.save(storage, {"weight": torch.ones(3)})
+        ...     print(checkpointer.load(storage))
+        {'weight': tensor([1., 1., 1.])}
+    """
 
     def __init__(self, name: str = "memory") -> None:
         self._info = StorageInfo(name, "memory", volatile=True)
