@@ -23,10 +23,10 @@ if TYPE_CHECKING:
         ZStandard,
     )
     from asyncdcp.futures import CheckpointFuture
-    from asyncdcp.manager import CheckpointManager, EverySeconds, EverySteps, OnPreemption, Telemetry, follow
+    from asyncdcp.manager import CheckpointManager, EverySeconds, EverySteps, OnPreemption, Published, Telemetry, follow
     from asyncdcp.ranks import Ranks, SoleRank
     from asyncdcp.results import LoadReport, Progress, SaveResult, VerifyReport
-    from asyncdcp.runs import KeepBest, KeepEvery, KeepLast, list_checkpoints
+    from asyncdcp.runs import Checkpoint, KeepBest, KeepEvery, KeepLast
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
     from asyncdcp.storage.object_store import ObjectStorage
@@ -40,6 +40,7 @@ _HOMES = {
     "BlockContext": "extensions",
     "BlockExtension": "extensions",
     "BytePlanes": "extensions",
+    "Checkpoint": "runs",
     "CheckpointFuture": "futures",
     "CheckpointManager": "manager",
     "EverySeconds": "manager",
@@ -58,6 +59,7 @@ _HOMES = {
     "PGTransport": "transport",
     "PerRank": "stateful",
     "Progress": "results",
+    "Published": "manager",
     "RNGState": "stateful",
     "Ranks": "ranks",
     "SaveHandle": "checkpointer",
@@ -72,7 +74,6 @@ _HOMES = {
     "VerifyReport": "results",
     "ZStandard": "extensions",
     "follow": "manager",
-    "list_checkpoints": "runs",
     "recover": "transport",
 }
 
@@ -83,6 +84,7 @@ __all__ = [
     "BlockContext",
     "BlockExtension",
     "BytePlanes",
+    "Checkpoint",
     "CheckpointFuture",
     "CheckpointManager",
     "EverySeconds",
@@ -101,6 +103,7 @@ __all__ = [
     "PGTransport",
     "PerRank",
     "Progress",
+    "Published",
     "RNGState",
     "Ranks",
     "SaveHandle",
@@ -115,7 +118,6 @@ __all__ = [
     "VerifyReport",
     "ZStandard",
     "follow",
-    "list_checkpoints",
     "recover",
 ]
 

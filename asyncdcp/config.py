@@ -17,11 +17,11 @@ OnError: TypeAlias = Literal["raise", "warn"] | Callable[[BaseException], object
 class Options:
     """How a checkpointer works. All waits of asyncdcp end by one of the deadlines here; all are in seconds.
 
-        >>> asyncdcp.Options(staging_bytes=1 << 30, when_busy="skip").worker_nice
-        10
-        >>> asyncdcp.Options(save_deadline=0)
-        Traceback (most recent call last):
-        asyncdcp.errors.InvalidOption: save_deadline takes a positive number of seconds, not 0
+    >>> asyncdcp.Options(staging_bytes=1 << 30, when_busy="skip").worker_nice
+    10
+    >>> asyncdcp.Options(save_deadline=0)
+    Traceback (most recent call last):
+    asyncdcp.errors.InvalidOption: save_deadline takes a positive number of seconds, not 0
     """
 
     staging_bytes: int | None = None

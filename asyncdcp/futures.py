@@ -66,11 +66,11 @@ class CheckpointFuture(Generic[T]):
 
     Made by ``Engine.submit`` and ``Engine.future``, never by a user. ``name`` says in messages what it is.
 
-        >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer:
-        ...     _ = checkpointer.save("there", {"weight": torch.ones(3)}).result()
-        ...     future = checkpointer.load("there")  # or: await it, on any loop
-        ...     print(future.result(timeout=60), future.report.read_bytes)
-        {'weight': tensor([1., 1., 1.])} 12
+    >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer:
+    ...     _ = checkpointer.save("there", {"weight": torch.ones(3)}).result()
+    ...     future = checkpointer.load("there")  # or: await it, on any loop
+    ...     print(future.result(timeout=60), future.report.read_bytes)
+    {'weight': tensor([1., 1., 1.])} 12
     """
 
     report: object | None

@@ -19,8 +19,8 @@ _T = TypeVar("_T")
 class Stateful(Protocol):
     """Anything that gives its state as a dict and takes it back: modules, optimizers, schedulers, data loaders.
 
-        >>> isinstance(torch.nn.Linear(2, 1), asyncdcp.Stateful)
-        True
+    >>> isinstance(torch.nn.Linear(2, 1), asyncdcp.Stateful)
+    True
     """
 
     def state_dict(self) -> Any:
@@ -48,12 +48,12 @@ class PerRank(Generic[_T]):
     Every rank saves and loads its own under the same name; nothing of it is compared with or spread over other ranks.
     An in-place load replaces ``value``, or calls its ``load_state_dict``.
 
-        >>> state = {"data": asyncdcp.PerRank({"position": 7})}
-        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-        ...     _ = checkpointer.save("per_rank", state)
-        ...     state["data"].value = {"position": 0}
-        ...     print(checkpointer.load("per_rank", state))
-        {'data': PerRank(value={'position': 7})}
+    >>> state = {"data": asyncdcp.PerRank({"position": 7})}
+    >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+    ...     _ = checkpointer.save("per_rank", state)
+    ...     state["data"].value = {"position": 0}
+    ...     print(checkpointer.load("per_rank", state))
+    {'data': PerRank(value={'position': 7})}
     """
 
     value: _T
@@ -67,11 +67,11 @@ class RNGState:
     moves none of them. After ``load_state_dict`` each of them continues exactly as it would have. Generators that the
     state does not have, and devices that are not there, are left alone; generators that users made are not included.
 
-        >>> before = asyncdcp.RNGState().state_dict()
-        >>> drawn = torch.rand(3)
-        >>> asyncdcp.RNGState().load_state_dict(before)
-        >>> torch.equal(torch.rand(3), drawn)
-        True
+    >>> before = asyncdcp.RNGState().state_dict()
+    >>> drawn = torch.rand(3)
+    >>> asyncdcp.RNGState().load_state_dict(before)
+    >>> torch.equal(torch.rand(3), drawn)
+    True
     """
 
     def state_dict(self) -> dict[str, Any]:

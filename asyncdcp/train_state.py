@@ -27,11 +27,11 @@ class TrainState:
     state of a fresh optimizer is made anew, sharded as its parameters are. What the checkpoint has for parameters that
     are not here is left to the ranks that have them.
 
-        >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> state = asyncdcp.TrainState(model, optimizers=optimizer).state_dict()
-        >>> list(state["model"]), list(state["optimizer"]["groups"])
-        (['weight', 'bias'], ['weight', 'bias'])
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> state = asyncdcp.TrainState(model, optimizers=optimizer).state_dict()
+    >>> list(state["model"]), list(state["optimizer"]["groups"])
+    (['weight', 'bias'], ['weight', 'bias'])
     """
 
     def __init__(self, *models: nn.Module, optimizers: Optimizer | Sequence[Optimizer] = ()) -> None:

@@ -16,6 +16,7 @@ _OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 _WITHOUT = {
     "AsyncDCPError",  # the table of errors has them all
     "BlockContext",
+    "Checkpoint",
     "EverySeconds",
     "Extension",
     "KeepBest",  # with KeepLast
@@ -23,6 +24,7 @@ _WITHOUT = {
     "LoadReport",  # what verbs return
     "OnPreemption",  # the README's, which sends a signal
     "Progress",
+    "Published",
     "Ranks",
     "SaveResult",
     "SoleRank",

@@ -77,19 +77,19 @@ class AsyncCheckpointer(ReadVerbs):
     installed ones, and those in ``registry``. An extension that the background process cannot make an equal of
     (``Extension.travel``) keeps saves on a thread, and ``ThreadPipelineWarning`` says so once.
 
-        >>> import asyncio
-        >>> weight = torch.ones(3)
-        >>> async def main() -> None:
-        ...     async with asyncdcp.AsyncCheckpointer() as checkpointer:
-        ...         save = checkpointer.save("step_1", {"weight": weight, "epoch": 1})  # returns at once
-        ...         await save.staged
-        ...         weight.zero_()  # now it may change
-        ...         result = await save  # durable and committed
-        ...         print(f"{result.tensors} tensor of {result.tensor_bytes} bytes")
-        ...         print(await checkpointer.load("step_1", {"weight": weight, "epoch": 0}))
-        >>> asyncio.run(main())
-        1 tensor of 12 bytes
-        {'weight': tensor([1., 1., 1.]), 'epoch': 1}
+    >>> import asyncio
+    >>> weight = torch.ones(3)
+    >>> async def main() -> None:
+    ...     async with asyncdcp.AsyncCheckpointer() as checkpointer:
+    ...         save = checkpointer.save("step_1", {"weight": weight, "epoch": 1})  # returns at once
+    ...         await save.staged
+    ...         weight.zero_()  # now it may change
+    ...         result = await save  # durable and committed
+    ...         print(f"{result.tensors} tensor of {result.tensor_bytes} bytes")
+    ...         print(await checkpointer.load("step_1", {"weight": weight, "epoch": 0}))
+    >>> asyncio.run(main())
+    1 tensor of 12 bytes
+    {'weight': tensor([1., 1., 1.]), 'epoch': 1}
     """
 
     _noun = "checkpointer"
@@ -142,7 +142,7 @@ class AsyncCheckpointer(ReadVerbs):
     def save(  # noqa: PLR0913  # each is one word of the user's
         self,
         path: Place,
-        state_dict: Mapping[Any, Any],
+        state: Mapping[Any, Any],
         *,
         overwrite: bool = False,
         metadata: Mapping[str, Any] | None = None,
@@ -151,7 +151,7 @@ class AsyncCheckpointer(ReadVerbs):
         on_progress: OnProgress | None = None,
         run: RunStamp | None = None,
     ) -> SaveHandle:
-        """Begins to save ``state_dict`` as the checkpoint at ``path``, and returns its handle.
+        """Begins to save ``state`` as the checkpoint at ``path``, and returns its handle.
 
         ``path`` is a directory, made where it is missing, or a ``Storage``. A checkpoint that is there already fails
         the save (``CheckpointExists``); with ``overwrite`` it stays whole until the new one is committed, and is
@@ -177,7 +177,7 @@ class AsyncCheckpointer(ReadVerbs):
                     return self._refuse(name, storage)
                 self._warn_volatile(storage)
                 self._lanes.pipeline.warn_unless_travels(storage, self._chain)
-                flat = flatten(state_dict, allow_pickle=allow_pickle)
+                flat = flatten(state, allow_pickle=allow_pickle)
                 return self._begin(order, flat if keys is None else select(flat, keys), on_progress, begun)
         except AsyncDCPError as error:
             self._tell_peers(name, storage, error)
@@ -212,7 +212,7 @@ class AsyncCheckpointer(ReadVerbs):
             with suppress(Closed):
                 self._engine.submit(self._planner.tell_peers, name, storage, error)
 
-    def prepare(self, state_dict: Mapping[Any, Any]) -> CheckpointFuture[None]:
+    def prepare(self, state: Mapping[Any, Any]) -> CheckpointFuture[None]:
         """Plans saves of this structure, takes the arena's memory and starts the background process ahead, so that the
         first save is as fast as the next.
 
@@ -220,7 +220,7 @@ class AsyncCheckpointer(ReadVerbs):
         does for what cannot be stored; the future raises ``MemoryLimit``, ``ReplicaMismatch``, ``PeerFailed``.
         """
         self._enter()
-        flat = flatten(state_dict)
+        flat = flatten(state)
         described = self._planner.describe(flat)
         if self.ranks.world_size == 1:
             plan = self._planner.plan(described.structure)
@@ -246,15 +246,15 @@ class AsyncCheckpointer(ReadVerbs):
         ``InvalidOption`` for what has no step hook. The guard ends with its ``remove()``, its context, or the
         checkpointer.
 
-            >>> parameter = torch.nn.Parameter(torch.ones(3))
-            >>> optimizer = torch.optim.SGD([parameter], lr=1.0)
-            >>> parameter.grad = torch.ones(3)
-            >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer, checkpointer.guard(optimizer):
-            ...     save = checkpointer.save("guarded", {"weight": parameter})
-            ...     optimizer.step()  # waits until the parameter has been copied
-            ...     _ = save.result()
-            ...     print(checkpointer.load("guarded").result()["weight"].tolist(), parameter.tolist())
-            [1.0, 1.0, 1.0] [0.0, 0.0, 0.0]
+        >>> parameter = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = torch.optim.SGD([parameter], lr=1.0)
+        >>> parameter.grad = torch.ones(3)
+        >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer, checkpointer.guard(optimizer):
+        ...     save = checkpointer.save("guarded", {"weight": parameter})
+        ...     optimizer.step()  # waits until the parameter has been copied
+        ...     _ = save.result()
+        ...     print(checkpointer.load("guarded").result()["weight"].tolist(), parameter.tolist())
+        [1.0, 1.0, 1.0] [0.0, 0.0, 0.0]
         """
         self._enter()
         guard = Guard(optimizers, self._hold)

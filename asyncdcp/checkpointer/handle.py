@@ -19,11 +19,11 @@ class SaveHandle:
     that of ``committed``. If the save fails before it is staged both raise the same error. A handle unpacks into its
     two futures.
 
-        >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer:
-        ...     staged, committed = checkpointer.save("two", {"weight": torch.ones(3)})
-        ...     staged.result()  # blocks; in a coroutine: await staged
-        ...     print(committed.result().tensors)
-        1
+    >>> with asyncdcp.AsyncCheckpointer(process=False) as checkpointer:
+    ...     staged, committed = checkpointer.save("two", {"weight": torch.ones(3)})
+    ...     staged.result()  # blocks; in a coroutine: await staged
+    ...     print(committed.result().tensors)
+    1
     """
 
     def __init__(

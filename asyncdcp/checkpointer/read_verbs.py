@@ -111,11 +111,11 @@ class ReadVerbs(Closing):
         - ``strict=False`` loads what both sides have and leaves the rest alone.
         - ``cast="allow"`` converts to the target's dtype where it differs.
         - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest of the state is left alone.
-        - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them ("" is all), to the state's, or is a function
-          that does; names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation checkpointing)
-          match by themselves.
-        - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on the meta device
-          need; new ones are where the old ones were, or on ``device`` for meta.
+        - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them ("" is all), to the state's, or is a
+          function that does; names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation
+          checkpointing) match by themselves.
+        - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on the meta
+          device need; new ones are where the old ones were, or on ``device`` for meta.
         - ``allow_pickle=True`` also unpickles what was saved so: it runs code of the checkpoint's choosing.
         - ``per_rank`` says what a rank gets of ``PerRank`` values that were saved by another number of ranks: an error,
           rank 0's, or with "drop" nothing, so that what it has stays.
@@ -130,12 +130,12 @@ class ReadVerbs(Closing):
         ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``CorruptCheckpoint``, ``UnsupportedFormat``, ``StorageError``,
         ``DeadlineExceeded``, ``Cancelled``.
 
-            >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-            ...     _ = checkpointer.save("trained", {"net": torch.nn.Linear(2, 1), "step": 7})
-            ...     model = torch.nn.Linear(2, 1)
-            ...     _ = checkpointer.load("trained", {"model": model}, keys=["net.*"], rename={"net": "model"})
-            ...     print(checkpointer.load("trained", keys=["step"]))
-            {'step': 7}
+        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+        ...     _ = checkpointer.save("trained", {"net": torch.nn.Linear(2, 1), "step": 7})
+        ...     model = torch.nn.Linear(2, 1)
+        ...     _ = checkpointer.load("trained", {"model": model}, keys=["net.*"], rename={"net": "model"})
+        ...     print(checkpointer.load("trained", keys=["step"]))
+        {'step': 7}
         """
         self._enter()
         options = LoadOptions(
@@ -182,11 +182,11 @@ class ReadVerbs(Closing):
         ``CheckpointNotFound``, ``AmbiguousCheckpoint``, ``UnsupportedFormat``, ``StorageError``, ``DeadlineExceeded``
         (by ``options.load_deadline``), ``Cancelled``.
 
-            >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-            ...     _ = checkpointer.save("whole", {"weight": torch.ones(3)})
-            ...     report = checkpointer.verify("whole")
-            >>> report.ok, report.files, report.damages
-            (True, 1, ())
+        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+        ...     _ = checkpointer.save("whole", {"weight": torch.ones(3)})
+        ...     report = checkpointer.verify("whole")
+        >>> report.ok, report.files, report.damages
+        (True, 1, ())
         """
         self._enter()
         storage = open_storage(path)

@@ -41,11 +41,11 @@ class SyncCheckpointer:
 
     ``save`` returns the ``SaveResult`` when the checkpoint is durable, ``load`` the state, ``prepare`` nothing.
 
-        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-        ...     result = checkpointer.save("by_hand", {"weight": torch.ones(3), "epoch": 1})
-        ...     state = checkpointer.load("by_hand")
-        >>> state
-        {'weight': tensor([1., 1., 1.]), 'epoch': 1}
+    >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+    ...     result = checkpointer.save("by_hand", {"weight": torch.ones(3), "epoch": 1})
+    ...     state = checkpointer.load("by_hand")
+    >>> state
+    {'weight': tensor([1., 1., 1.]), 'epoch': 1}
     """
 
     def __init__(

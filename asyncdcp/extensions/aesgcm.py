@@ -40,16 +40,16 @@ class AESGCM(SealingExtension):
     needs a ``key_id`` to save under. ``hide_metadata`` encrypts the bodies of Record and indexes too: names, shapes,
     plain values, the user's metadata. Without the key nobody can list or overwrite such a checkpoint.
 
-        >>> import os
-        >>> encryption = asyncdcp.AESGCM(os.urandom(32))
-        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[encryption]) as checkpointer:
-        ...     _ = checkpointer.save("secret", {"weight": torch.ones(3)})
-        ...     print(checkpointer.load("secret"))
-        {'weight': tensor([1., 1., 1.])}
-        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-        ...     checkpointer.load("secret")
-        Traceback (most recent call last):
-        asyncdcp.errors.KeyUnavailable: ...
+    >>> import os
+    >>> encryption = asyncdcp.AESGCM(os.urandom(32))
+    >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[encryption]) as checkpointer:
+    ...     _ = checkpointer.save("secret", {"weight": torch.ones(3)})
+    ...     print(checkpointer.load("secret"))
+    {'weight': tensor([1., 1., 1.])}
+    >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+    ...     checkpointer.load("secret")
+    Traceback (most recent call last):
+    asyncdcp.errors.KeyUnavailable: ...
     """
 
     role = "encryption"

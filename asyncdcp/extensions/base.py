@@ -76,22 +76,22 @@ class Extension(abc.ABC):
 class BlockExtension(Extension):
     """An extension that takes a block at a time, whole. Let long work release the GIL.
 
-        >>> class Flipped(asyncdcp.BlockExtension):
-        ...     @staticmethod
-        ...     def registry_name() -> str:
-        ...         return "block.flipped@example.org"
-        ...     @staticmethod
-        ...     def from_descriptor(version: str) -> "Flipped":
-        ...         return Flipped()
-        ...     def get_descriptor(self) -> str:
-        ...         return f"{self.registry_name()}/1"
-        ...     def encode(self, data: memoryview, context: asyncdcp.BlockContext) -> bytes:
-        ...         return bytes(data).translate(bytes(range(255, -1, -1)))
-        ...     decode = encode
-        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[Flipped()]) as checkpointer:
-        ...     _ = checkpointer.save("flipped", {"weight": torch.ones(3)})
-        ...     print(checkpointer.load("flipped"))
-        {'weight': tensor([1., 1., 1.])}
+    >>> class Flipped(asyncdcp.BlockExtension):
+    ...     @staticmethod
+    ...     def registry_name() -> str:
+    ...         return "block.flipped@example.org"
+    ...     @staticmethod
+    ...     def from_descriptor(version: str) -> "Flipped":
+    ...         return Flipped()
+    ...     def get_descriptor(self) -> str:
+    ...         return f"{self.registry_name()}/1"
+    ...     def encode(self, data: memoryview, context: asyncdcp.BlockContext) -> bytes:
+    ...         return bytes(data).translate(bytes(range(255, -1, -1)))
+    ...     decode = encode
+    >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[Flipped()]) as checkpointer:
+    ...     _ = checkpointer.save("flipped", {"weight": torch.ones(3)})
+    ...     print(checkpointer.load("flipped"))
+    {'weight': tensor([1., 1., 1.])}
     """
 
     @abc.abstractmethod

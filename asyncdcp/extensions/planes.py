@@ -23,13 +23,13 @@ class BytePlanes(BlockExtension):
 
     Saves nothing by itself; to be followed by ``ZStandard``.
 
-        >>> bf16 = {"weight": torch.randn(500, 1000).bfloat16()}
-        >>> alone, planes = [asyncdcp.ZStandard()], [asyncdcp.BytePlanes(), asyncdcp.ZStandard()]
-        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=alone) as checkpointer:
-        ...     before = checkpointer.save("alone", bf16).stored_bytes
-        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=planes) as checkpointer:
-        ...     checkpointer.save("planes", bf16).stored_bytes < before
-        True
+    >>> bf16 = {"weight": torch.randn(500, 1000).bfloat16()}
+    >>> alone, planes = [asyncdcp.ZStandard()], [asyncdcp.BytePlanes(), asyncdcp.ZStandard()]
+    >>> with asyncdcp.SyncCheckpointer(process=False, extensions=alone) as checkpointer:
+    ...     before = checkpointer.save("alone", bf16).stored_bytes
+    >>> with asyncdcp.SyncCheckpointer(process=False, extensions=planes) as checkpointer:
+    ...     checkpointer.save("planes", bf16).stored_bytes < before
+    True
     """
 
     @staticmethod

@@ -21,8 +21,8 @@ class ExtensionRegistry:
 
     What a checkpoint says is a name to look up here, never something to import.
 
-        >>> asyncdcp.ExtensionRegistry().from_descriptor("stream.zstd/1").registry_name()
-        'stream.zstd'
+    >>> asyncdcp.ExtensionRegistry().from_descriptor("stream.zstd/1").registry_name()
+    'stream.zstd'
     """
 
     def __init__(self, instances: Iterable[Extension] = ()) -> None:

@@ -40,10 +40,10 @@ class ZStandard(BlockExtension):
 
     The descriptor is that of DCP's, which has no parameters: any level reads what any other wrote.
 
-        >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[asyncdcp.ZStandard()]) as checkpointer:
-        ...     result = checkpointer.save("small", {"zeros": torch.zeros(1 << 20)})
-        ...     print(result.stored_bytes < 0.01 * result.tensor_bytes, checkpointer.load("small")["zeros"].sum().item())
-        True 0.0
+    >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[asyncdcp.ZStandard()]) as checkpointer:
+    ...     result = checkpointer.save("small", {"zeros": torch.zeros(1 << 20)})
+    ...     print(result.stored_bytes < 0.01 * result.tensor_bytes, checkpointer.load("small")["zeros"].any())
+    True tensor(False)
     """
 
     role = "compression"

@@ -66,16 +66,16 @@ async def follow(
     ``contextlib.aclosing``. ``extensions`` and ``registry`` are as for ``AsyncCheckpointer``; ``KeyUnavailable`` where
     the newest checkpoint hides its metadata and its key is not at hand.
 
-        >>> import asyncio
-        >>> from contextlib import aclosing
-        >>> with asyncdcp.CheckpointManager("runs/followed", process=False) as manager:
-        ...     _ = manager.save(1, {"weight": torch.ones(2)})
-        >>> async def newest() -> object:
-        ...     async with aclosing(asyncdcp.follow("runs/followed")) as run:
-        ...         async for published in run:
-        ...             return await published.load()
-        >>> asyncio.run(newest())
-        {'weight': tensor([1., 1.])}
+    >>> import asyncio
+    >>> from contextlib import aclosing
+    >>> with asyncdcp.CheckpointManager("runs/followed", process=False) as manager:
+    ...     _ = manager.save(1, {"weight": torch.ones(2)})
+    >>> async def newest() -> object:
+    ...     async with aclosing(asyncdcp.follow("runs/followed")) as run:
+    ...         async for published in run:
+    ...             return await published.load()
+    >>> asyncio.run(newest())
+    {'weight': tensor([1., 1.])}
     """
     if every not in ("newest", "all"):
         raise InvalidOption(f"every takes 'newest' or 'all', not {every!r}")

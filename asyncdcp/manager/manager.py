@@ -47,35 +47,36 @@ class CheckpointManager(ReadVerbs):
     nothing is claimed and nothing written. A context manager, plain or async, that opens the run on entering; without
     it, the first verb opens it, and waits for that. Leaving it waits until the last save is durable.
 
-    - Only checkpoints on the run's *line* count: what a rollback left behind, and what a fenced writer committed late, is
-      whole but never ``latest``, and retention neither counts nor deletes it.
-    - ``keep`` says what to keep (``KeepLast(3) | KeepEvery(1000)``), None keeps all. A checkpoint is deleted only after a
-      newer one was committed; the newest good one never is.
-    - ``save_when`` says when ``should_save`` is true: policies or functions of a ``Moment``; every ten minutes if nothing
-      is given.
-    - Keys of encrypted checkpoints are those of ``extensions`` and ``registry``, or of the environment. Where the newest
-      checkpoint hides its metadata and its key is not at hand, opening raises ``KeyUnavailable`` before it claims
-      anything, and so does whatever is asked about the line.
-    - ``mirror`` is a second place, such as ``"s3://bucket/run"``: what is committed is copied there in the background, and
-      ``mirror_keep`` says what to keep there. Opening fetches its newest checkpoint where the run has none so new.
-    - Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of several
-      ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
+    - Only checkpoints on the run's *line* count: what a rollback left behind, and what a fenced writer committed
+      late, is whole but never ``latest``, and retention neither counts nor deletes it.
+    - ``keep`` says what to keep (``KeepLast(3) | KeepEvery(1000)``), None keeps all. A checkpoint is deleted only
+      after a newer one was committed; the newest good one never is.
+    - ``save_when`` says when ``should_save`` is true: policies or functions of a ``Moment``; every ten minutes if
+      nothing is given.
+    - Keys of encrypted checkpoints are those of ``extensions`` and ``registry``, or of the environment. Where the
+      newest checkpoint hides its metadata and its key is not at hand, opening raises ``KeyUnavailable`` before it
+      claims anything, and so does whatever is asked about the line.
+    - ``mirror`` is a second place, such as ``"s3://bucket/run"``: what is committed is copied there in the
+      background, and ``mirror_keep`` says what to keep there. Opening fetches its newest checkpoint where the run has
+      none so new.
+    - Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of
+      several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
 
     On all ranks the same verbs are called in the same order. Verbs start the work and return a future, as those of
     ``AsyncCheckpointer``, whose ``options``, ``process``, ``process_group``, ``extensions`` and ``registry`` these are.
 
-        >>> state = {"model": torch.nn.Linear(4, 2), "progress": {"step": 0}}
-        >>> keep, when = asyncdcp.KeepLast(2), asyncdcp.EverySteps(10)
-        >>> with asyncdcp.CheckpointManager("runs/gpt", keep=keep, save_when=when) as manager:
-        ...     print(manager.restore_latest(state).result())  # None: there is nothing yet
-        ...     for step in range(1, 31):
-        ...         state["progress"]["step"] = step
-        ...         if manager.should_save(step):
-        ...             _ = manager.save(step, state, metrics={"loss": 1 / step})
-        ...     manager.wait().result()
-        ...     print(manager.steps().result())
-        None
-        [20, 30]
+    >>> state = {"model": torch.nn.Linear(4, 2), "progress": {"step": 0}}
+    >>> keep, when = asyncdcp.KeepLast(2), asyncdcp.EverySteps(10)
+    >>> with asyncdcp.CheckpointManager("runs/gpt", keep=keep, save_when=when) as manager:
+    ...     print(manager.restore_latest(state).result())  # None: there is nothing yet
+    ...     for step in range(1, 31):
+    ...         state["progress"]["step"] = step
+    ...         if manager.should_save(step):
+    ...             _ = manager.save(step, state, metrics={"loss": 1 / step})
+    ...     manager.wait().result()
+    ...     print(manager.steps().result())
+    None
+    [20, 30]
     """
 
     _noun = "manager"

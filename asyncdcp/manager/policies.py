@@ -30,16 +30,18 @@ class SavePolicy(Protocol):
     @property
     def by_step(self) -> bool: ...
 
-    def due(self, moment: Moment) -> bool: ...
+    def due(self, moment: Moment) -> bool:
+        """Whether to save now."""
+        ...
 
 
 @dataclass(frozen=True)
 class EverySteps:
     """At every step that is a multiple of ``steps``.
 
-        >>> from asyncdcp.manager import Moment
-        >>> [step for step in range(1, 31) if asyncdcp.EverySteps(10).due(Moment(step, seconds=0.0, preempted=False))]
-        [10, 20, 30]
+    >>> from asyncdcp.manager import Moment
+    >>> [step for step in range(1, 31) if asyncdcp.EverySteps(10).due(Moment(step, seconds=0.0, preempted=False))]
+    [10, 20, 30]
     """
 
     steps: int
@@ -50,6 +52,7 @@ class EverySteps:
             raise InvalidOption(f"EverySteps takes a whole number from 1 up, not {self.steps!r}")
 
     def due(self, moment: Moment) -> bool:
+        """Whether the step is such a multiple."""
         return moment.step % self.steps == 0
 
 
@@ -65,6 +68,7 @@ class EverySeconds:
             raise InvalidOption(f"EverySeconds takes a positive number of seconds, not {self.seconds!r}")
 
     def due(self, moment: Moment) -> bool:
+        """Whether they have passed."""
         return moment.seconds >= self.seconds
 
 
@@ -90,6 +94,7 @@ class OnPreemption:
             raise InvalidOption(f"OnPreemption takes a positive deadline in seconds, not {self.deadline!r}")
 
     def due(self, moment: Moment) -> bool:
+        """Whether such a signal came."""
         return moment.preempted
 
 
@@ -101,6 +106,7 @@ class When:
     by_step = False
 
     def due(self, moment: Moment) -> bool:
+        """What the function says."""
         return bool(self.function(moment))
 
 

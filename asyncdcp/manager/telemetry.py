@@ -67,12 +67,12 @@ class Telemetry:
     Chrome trace of every save into the run's ``traces``. ``tracer`` is an OpenTelemetry tracer, which gets a span for
     every save and in it one for each of its stages.
 
-        >>> events = []
-        >>> telemetry = asyncdcp.Telemetry(on_event=lambda event: events.append(event.kind))
-        >>> with asyncdcp.CheckpointManager("runs/told", process=False, telemetry=telemetry) as manager:
-        ...     _ = manager.save(1, {"weight": torch.ones(2)})
-        >>> [kind for kind in events if kind in ("save", "committed")]
-        ['save', 'committed']
+    >>> events = []
+    >>> telemetry = asyncdcp.Telemetry(on_event=lambda event: events.append(event.kind))
+    >>> with asyncdcp.CheckpointManager("runs/told", process=False, telemetry=telemetry) as manager:
+    ...     _ = manager.save(1, {"weight": torch.ones(2)})
+    >>> [kind for kind in events if kind in ("save", "committed")]
+    ['save', 'committed']
     """
 
     on_event: Callable[[Event], object] | None = None

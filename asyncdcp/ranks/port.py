@@ -28,7 +28,9 @@ class Ranks(Protocol):
         ...
 
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        ...
 
     @property
     def deadline(self) -> float:

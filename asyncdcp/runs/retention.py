@@ -23,6 +23,7 @@ class _Composable:
     """``a | b`` keeps what either does, ``a & b`` what both do."""
 
     def keeps(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
+        """The steps to keep, of good checkpoints in the order of their steps."""
         raise NotImplementedError
 
     def __or__(self, other: Retention) -> AnyOf:
@@ -36,11 +37,15 @@ class _Composable:
 class KeepLast(_Composable):
     """Keeps the newest ``n``.
 
-        >>> from asyncdcp.runs import Checkpoint
-        >>> run = [Checkpoint(name=f"step_{n}", step=n, state="committed", metrics={"loss": abs(n - 30)}) for n in range(10, 60, 10)]
-        >>> keep = asyncdcp.KeepLast(1) | asyncdcp.KeepBest("loss", 2) | asyncdcp.KeepEvery(50)
-        >>> sorted(keep.keeps(run))
-        [20, 30, 50]
+    >>> from asyncdcp.runs import Checkpoint
+    >>> losses = {10: 5.0, 20: 3.0, 30: 1.0, 40: 2.0, 50: 4.0}
+    >>> run = [
+    ...     Checkpoint(name=f"step_{step}", step=step, state="committed", metrics={"loss": loss})
+    ...     for step, loss in losses.items()
+    ... ]
+    >>> keep = asyncdcp.KeepLast(1) | asyncdcp.KeepBest("loss") | asyncdcp.KeepEvery(20)
+    >>> sorted(keep.keeps(run))
+    [20, 30, 40, 50]
     """
 
     n: int

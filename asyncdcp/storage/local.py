@@ -46,10 +46,10 @@ class LocalStorage:
 
     ``direct_io=False`` leaves the page cache in use for everything. ``posix`` stands in for the operating system.
 
-        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-        ...     _ = checkpointer.save(asyncdcp.LocalStorage("buffered", direct_io=False), {"weight": torch.ones(3)})
-        ...     print(checkpointer.load("buffered"))
-        {'weight': tensor([1., 1., 1.])}
+    >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+    ...     _ = checkpointer.save(asyncdcp.LocalStorage("buffered", direct_io=False), {"weight": torch.ones(3)})
+    ...     print(checkpointer.load("buffered"))
+    {'weight': tensor([1., 1., 1.])}
     """
 
     def __init__(self, path: str | os.PathLike[str], *, direct_io: bool = True, posix: Posix = SYSTEM) -> None:

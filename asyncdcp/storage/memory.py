@@ -17,11 +17,11 @@ from asyncdcp.threads import on_thread
 class MemoryStorage:
     """A ``Storage`` that lives as long as the instance. Unfinished objects are invisible, but their names are taken.
 
-        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-        ...     storage = asyncdcp.MemoryStorage()
-        ...     _ = checkpointer.save(storage, {"weight": torch.ones(3)})
-        ...     print(checkpointer.load(storage))
-        {'weight': tensor([1., 1., 1.])}
+    >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+    ...     storage = asyncdcp.MemoryStorage()
+    ...     _ = checkpointer.save(storage, {"weight": torch.ones(3)})
+    ...     print(checkpointer.load(storage))
+    {'weight': tensor([1., 1., 1.])}
     """
 
     def __init__(self, name: str = "memory") -> None:

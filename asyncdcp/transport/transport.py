@@ -61,14 +61,14 @@ class PGTransport(Closing):
     Transfers between the same two ranks in one direction take turns, in the order of the calls. A context manager,
     plain or async; leaving it waits for pending transfers, and raises what failed unseen.
 
-        >>> from asyncdcp.transport import MemoryHub
-        >>> hub = MemoryHub(2)  # two threads in the place of two ranks; in a job: PGTransport(dist.new_group(), timeout=30)
-        >>> healthy, fresh = (asyncdcp.PGTransport(hub.link(rank), timeout=30) for rank in (0, 1))
-        >>> with healthy, fresh:
-        ...     sending = healthy.send_checkpoint([1], {"weight": torch.ones(3)})
-        ...     print(fresh.recv_checkpoint(0).result())
-        ...     _ = sending.result()
-        {'weight': tensor([1., 1., 1.])}
+    >>> from asyncdcp.transport import MemoryHub
+    >>> hub = MemoryHub(2)  # for two ranks in one process; in a job: PGTransport(dist.new_group(), timeout=30)
+    >>> healthy, fresh = (asyncdcp.PGTransport(hub.link(rank), timeout=30) for rank in (0, 1))
+    >>> with healthy, fresh:
+    ...     sending = healthy.send_checkpoint([1], {"weight": torch.ones(3)})
+    ...     print(fresh.recv_checkpoint(0).result())
+    ...     _ = sending.result()
+    {'weight': tensor([1., 1., 1.])}
     """
 
     _noun = "transport"

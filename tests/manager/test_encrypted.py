@@ -14,7 +14,7 @@ import asyncdcp
 from asyncdcp import AESGCM, AsyncCheckpointer, CheckpointManager, EverySteps, ExtensionRegistry, KeepLast
 from asyncdcp.errors import CheckpointNotFound, KeyUnavailable
 from asyncdcp.extensions.aesgcm import key_name
-from asyncdcp.runs import collect, look, plan_collection, read_history
+from asyncdcp.runs import collect, list_checkpoints, look, plan_collection, read_history
 from asyncdcp.runs.deletion import delete_checkpoint
 from asyncdcp.runs.history import open_history
 from asyncdcp.runs.settling import abort_save
@@ -124,22 +124,22 @@ async def test_another_key_of_the_same_name_is_no_damage(opened: Opened, trainin
     save_all(opened(), training, 1)
     save_all(opened(extensions=[AESGCM(KEY, key_id="mine", hide_metadata=True)]), training, 2)
     wrong = AESGCM(OTHER, key_id="mine", hide_metadata=True)
-    listed = await asyncdcp.list_checkpoints(run, ExtensionRegistry([wrong]))
+    listed = await list_checkpoints(run, ExtensionRegistry([wrong]))
     assert [each.state for each in listed] == ["committed", "encrypted"]
     with pytest.raises(KeyUnavailable, match=r"step_2 may be it.*another key has the id 'mine'"):
         opened(extensions=[wrong])
     damage_record(run / "step_2")  # which it is with any key
-    assert (await asyncdcp.list_checkpoints(run, ExtensionRegistry([wrong])))[1].state == "damaged"
+    assert (await list_checkpoints(run, ExtensionRegistry([wrong])))[1].state == "damaged"
 
 
 async def test_a_listing_shows_what_it_cannot_read(opened: Opened, training: Training, run: Path) -> None:
     save_all(opened(), training, 1)
     save_all(opened(**sealed()), training, 2)
-    first, second = await asyncdcp.list_checkpoints(run)
+    first, second = await list_checkpoints(run)
     assert (first.state, first.good) == ("committed", True)
     assert (second.state, second.good, second.metrics) == ("encrypted", False, {})
     assert second.size > 0 and second.cause is not None and key_name(KEY) in second.cause
-    assert [each.state for each in await asyncdcp.list_checkpoints(run, REGISTRY)] == ["committed"] * 2
+    assert [each.state for each in await list_checkpoints(run, REGISTRY)] == ["committed"] * 2
 
 
 async def test_the_key_may_come_from_the_environment(
@@ -147,7 +147,7 @@ async def test_the_key_may_come_from_the_environment(
 ) -> None:
     save_all(opened(**sealed()), training, 1)
     monkeypatch.setenv("ASYNCDCP_KEY", f"{OTHER.hex()},{KEY.hex()}")
-    assert [each.state for each in await asyncdcp.list_checkpoints(run)] == ["committed"]
+    assert [each.state for each in await list_checkpoints(run)] == ["committed"]
     save_all(opened(**sealed(OTHER)), training, 2)  # a new key; the old one is there to read
     assert await opened(read_only=True).steps() == [1, 2]
 
@@ -172,7 +172,7 @@ async def test_what_a_key_has_left_is_kept_by_a_run_that_goes_on_in_clear(
     save_all(opened(registry=REGISTRY), training, 2)
     manager = opened(keep=KeepLast(1))  # without any key: the latest is in clear, and known
     save_all(manager, training, 3)
-    listed = [(each.step, each.state) for each in await asyncdcp.list_checkpoints(run)]
+    listed = [(each.step, each.state) for each in await list_checkpoints(run)]
     assert listed == [(1, "encrypted"), (3, "committed")]
     with_key = await look(LocalPlace(run), registry=REGISTRY)
     assert with_key.steps() == [1, 3]

@@ -53,11 +53,11 @@ class ObjectStorage:
     obstore takes as ``credential_provider`` (such a storage cannot travel). Nothing is sent yet. Raises
     ``InvalidOption`` for what is no such URL, and for options that the store does not know.
 
-        >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
-        ...     storage = asyncdcp.ObjectStorage("memory://bucket/step_1")
-        ...     _ = checkpointer.save(storage, {"weight": torch.ones(3)})
-        ...     print(checkpointer.load("memory://bucket/step_1"))
-        {'weight': tensor([1., 1., 1.])}
+    >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
+    ...     storage = asyncdcp.ObjectStorage("memory://bucket/step_1")
+    ...     _ = checkpointer.save(storage, {"weight": torch.ones(3)})
+    ...     print(checkpointer.load("memory://bucket/step_1"))
+    {'weight': tensor([1., 1., 1.])}
     """
 
     def __init__(
