@@ -143,6 +143,7 @@ def test_a_rank_that_never_writes_is_named_when_the_deadline_passes(job: Jobs, s
     assert time.monotonic() - begun < 15
     for error in errors:
         assert isinstance(error, PeerFailed) and error.rank == stuck, error
+        assert f"rank {stuck} was waited for in vain: deadline: " in str(error)
     held.set()  # it wakes up, and would go on
     assert isinstance(handles[stuck].exception(30), AsyncDCPError)
     assert not loads(where[0])
