@@ -72,7 +72,7 @@ class LocalStorage:
         if self._info is None:
             try:
                 kind = self._posix.filesystem(self._path)
-            except OSError:  # no descriptor is left, say; errors must still be able to name the place
+            except (OSError, MemoryError):  # no descriptor is left, say; errors must still be able to name the place
                 return StorageInfo(self._path, "unknown", volatile=False)
             self._info = StorageInfo(self._path, kind, kind in _VOLATILE)
         return self._info

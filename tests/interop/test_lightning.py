@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +12,40 @@ import torch
 
 from asyncdcp.errors import CheckpointNotFound, InvalidOption
 
-lightning = pytest.importorskip("lightning")
-
-from asyncdcp.interop.lightning import AsyncDCPCheckpointIO  # noqa: E402  # only where Lightning is installed
+if find_spec("lightning") is None:
+    pytest.skip("needs Lightning", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about everything a tiny trainer lacks
 
 
-class Net(lightning.LightningModule):  # type: ignore[misc,name-defined]  # not typed where it is not installed
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.layer = torch.nn.Linear(width, 1)
-        self.losses: list[float] = []
+@cache
+def net_class() -> Any:
+    """Lightning is imported by the test that needs it: it takes three seconds."""
+    from lightning import LightningModule
 
-    def training_step(self, batch: Any, index: int) -> Any:
-        loss = self.layer(batch).square().mean()
-        self.losses.append(loss.item())
-        return loss
+    class Net(LightningModule):
+        def __init__(self, width: int = 4) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(width, 1)
+            self.losses: list[float] = []
 
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = self.layer(batch).square().mean()
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+
+    return Net
+
+
+def plugin_of() -> Any:
+    from asyncdcp.interop.lightning import AsyncDCPCheckpointIO
+
+    return AsyncDCPCheckpointIO(process=False)
 
 
 def data() -> Any:
@@ -40,9 +54,10 @@ def data() -> Any:
 
 
 def trainer(root: Path, epochs: int, keep: int = 1) -> Any:
+    from lightning import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    return lightning.Trainer(
+    return Trainer(
         max_epochs=epochs,
         default_root_dir=root,
         accelerator="cpu",
@@ -50,16 +65,19 @@ def trainer(root: Path, epochs: int, keep: int = 1) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[ModelCheckpoint(root / "kept", filename="{epoch}", save_top_k=keep, monitor="epoch", mode="max")],
-        plugins=[AsyncDCPCheckpointIO(process=False)],
+        plugins=[plugin_of()],
     )
 
 
 def test_a_fit_resumes_bit_by_bit(tmp_path: Path) -> None:
+    import lightning
+
     lightning.seed_everything(0, verbose=False)
-    whole = Net()
+    net = net_class()
+    whole = net()
     start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     trainer(tmp_path / "whole", 3).fit(whole, data())
-    first, second = Net(), Net()
+    first, second = net(), net()
     first.load_state_dict(start)
     trainer(tmp_path / "parts", 2).fit(first, data())
     (kept,) = (tmp_path / "parts" / "kept").iterdir()
@@ -70,7 +88,7 @@ def test_a_fit_resumes_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_removed_only_once_the_newer_one_is_committed(tmp_path: Path) -> None:
-    plugin = AsyncDCPCheckpointIO(process=False)
+    plugin = plugin_of()
     for number in range(2):
         plugin.save_checkpoint({"w": torch.full((3,), number)}, tmp_path / str(number))
     plugin.remove_checkpoint(tmp_path / "0")
@@ -80,7 +98,7 @@ def test_removed_only_once_the_newer_one_is_committed(tmp_path: Path) -> None:
 
 
 def test_wrong_words(tmp_path: Path) -> None:
-    plugin = AsyncDCPCheckpointIO(process=False)
+    plugin = plugin_of()
     with pytest.raises(InvalidOption, match="storage_options"):
         plugin.save_checkpoint({}, tmp_path / "a", storage_options={})
     with pytest.raises(CheckpointNotFound, match="there is no"):

@@ -65,11 +65,7 @@ class Saver:
     def try_to_save(self, storage: Storage) -> BaseException | None:
         """Of the next version, through a storage that fails; what the save raised. What is there fits to that."""
         before, self.version = self.version, self.version + 1
-        try:
-            handle = self.checkpointer.save(storage, state(self.version), overwrite=True)
-        except MemoryError as refused:  # in the caller's own thread; nothing was begun
-            self.check({before})
-            return refused
+        handle = self.checkpointer.save(storage, state(self.version), overwrite=True)
         error = handle.exception(SECONDS)
         if not handle.staged.done():
             raise Lost("the save is over, and its staging is not")
