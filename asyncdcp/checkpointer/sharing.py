@@ -63,7 +63,7 @@ class Exchange:
         """Whether any rank shares anything: then all connect."""
         self.read_bytes = sum(unit.nbytes for _, unit in self._sends)
         self.received_bytes = sum(unit.nbytes for _, unit in self._receives)
-        self.rest = self._find_places(plan, [unit for _, unit in mine])
+        self.rest = self._find_places(plan, [unit for _, unit in mine]) if mine else plan
 
     def _find_places(self, plan: LoadPlan, units: Sequence[Unit]) -> LoadPlan:
         pieces = {(self._shared.files[file], begin, end) for unit in units for file, begin, end in unit.pieces}

@@ -20,6 +20,7 @@ from asyncdcp import LocalStorage, PerRank
 from asyncdcp.checkpointer import sharing
 from asyncdcp.errors import Cancelled, ChecksumMismatch, InvalidOption, PeerFailed, StorageError
 from asyncdcp.ranks import Links
+from asyncdcp.storage.port import Fetch
 from tests.ranks.conftest import Everywhere, Job, make_ranks, rows
 
 Jobs = Callable[..., Job]
@@ -43,9 +44,9 @@ class Counted(LocalStorage):
         found: Any = await super().open(name)
         fetch = found.fetch
 
-        async def counted(offset: int, cached: Any, *rest: Any) -> Any:
-            self.read_bytes += sum(map(len, cached))
-            return await fetch(offset, cached, *rest)
+        async def counted(*reads: Fetch) -> None:
+            self.read_bytes += sum(len(buffer) for read in reads for buffer in read.cached)
+            await fetch(*reads)
 
         found.fetch = counted
         return found
