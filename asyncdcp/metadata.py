@@ -9,6 +9,8 @@ an envelope that names format, version and kind and carries a digest of the body
 An encrypting extension adds a ``seal`` before the digest, which covers it: a token over the body, or the mark of an
 encrypted body, which is base64.
 
+``format/README.md`` says all of it for those who write a reader, and changes with what is here.
+
 ``Metadata`` is the read-side union of all ranks' indexes. It uses the names of
 ``torch.distributed.checkpoint.metadata`` where the concept is the same; dtypes are strings, torch's own names without
 the ``torch.`` ("bfloat16").

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from tests.cli.conftest import Call
 from tests.cli.documented import make_run
 
-_PAGE = (Path(__file__).parents[2] / "asyncdcp" / "cli" / "README.md").read_text(encoding="utf-8")
+_ROOT = Path(__file__).parents[2]
+_PAGE = (_ROOT / "asyncdcp" / "cli" / "README.md").read_text(encoding="utf-8")
+_OTHERS = [_ROOT / "README.md", _ROOT / "asyncdcp" / "interop" / "README.md"]
 _BLOCKS = re.findall(r"^```console\n(.*?)^```$", _PAGE, re.MULTILINE | re.DOTALL)
 _VARYING = (
     (re.compile(r"\b[0-9a-f]{20}\b"), "<id>"),
@@ -68,3 +71,18 @@ def test_the_examples_print_what_the_page_says(
         ran = call(*arguments)
         printed = (ran.out + ran.err).replace(str(tmp_path), "/home/you")
         assert steady(printed) == steady(example.printed), example.command
+
+
+@pytest.mark.parametrize("page", _OTHERS, ids=["README", "interop"])
+def test_the_commands_on_other_pages_work(
+    page: Path, _made: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(_made, tmp_path / "runs" / "gpt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "old.pt")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("asyncdcp ")]
+    assert len(commands) > 2
+    for command in commands:
+        ran = call(*shlex.split(command, comments=True)[1:])
+        assert ran.status == (1 if " diff " in command else 0), (command, ran)
