@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import anyio
@@ -33,19 +34,24 @@ class Published:
     def __repr__(self) -> str:
         return f"<Published step {self.step}>"
 
-    def load(
+    def load(  # noqa: PLR0913  # the vocabulary of loading
         self,
         state: Any = None,
         *,
         strict: bool = True,
         cast: Literal["error", "allow"] = "error",
         keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        assign: bool = False,
+        allow_pickle: bool = False,
     ) -> CheckpointFuture[Any]:
-        """Begins to load it, into ``state`` or as a new state of CPU tensors, as ``AsyncCheckpointer.load`` does.
+        """Begins to load it, into ``state`` or as a new state of CPU tensors, as ``AsyncCheckpointer.load`` does, for
+        this process alone.
 
         ``CheckpointGone`` if retention has deleted it, even if that happens while it is read: go on to the next one.
         """
-        return self._load(self.checkpoint, state, strict=strict, cast=cast, keys=keys)
+        load = partial(self._load, self.checkpoint, state, strict=strict, cast=cast, keys=keys)
+        return load(rename=rename, assign=assign, allow_pickle=allow_pickle)
 
 
 async def follow(

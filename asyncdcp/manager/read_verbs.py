@@ -102,7 +102,7 @@ class ReadVerbs(Closing):
         await self._saves.settle()
         return await self._session.restore(step, load, writes=not self.read_only)
 
-    def load(  # each is one word of the user's
+    def load(  # noqa: PLR0913  # the vocabulary of loading
         self,
         checkpoint: int | Checkpoint,
         state: Any = None,
@@ -110,15 +110,20 @@ class ReadVerbs(Closing):
         strict: bool = True,
         cast: Literal["error", "allow"] = "error",
         keys: Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         device: torch.device | str = "cpu",
+        assign: bool = False,
+        allow_pickle: bool = False,
     ) -> CheckpointFuture[Any]:
         """Loads a step, or a checkpoint of ``checkpoints``, into ``state`` or as a new state, and resolves to that.
 
-        Unlike ``restore`` this changes nothing about the run, and is this rank's own business. ``CheckpointNotFound``;
-        ``CheckpointGone`` if it is deleted meanwhile.
+        Unlike ``restore`` this changes nothing about the run. Several ranks load together, as by
+        ``AsyncCheckpointer.load``; one that reads by itself does so by a manager of its own, with ``read_only=True``
+        and ``process_group=SoleRank()``. ``CheckpointNotFound``; ``CheckpointGone`` if it is deleted meanwhile.
         """
         self._check_open()
         load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, device=device)
+        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
         return self._engine.submit(self._session.load, checkpoint, load, name=f"load from {self.location}")
 
     def checkpoints(self) -> CheckpointFuture[list[Checkpoint]]:

@@ -141,7 +141,7 @@ class RunSession:
         return run
 
     async def load(self, checkpoint: int | Checkpoint, load: LoadFrom) -> Any:
-        """What ``load`` makes of it, on this rank alone."""
+        """What ``load`` makes of it. Changes nothing about the run."""
         if not isinstance(checkpoint, Checkpoint):
             (checkpoint,) = (await self._one(checkpoint)).candidates
         return await load_checkpoint(self._place, checkpoint, load)

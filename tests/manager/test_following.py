@@ -36,6 +36,8 @@ async def test_what_is_there_already(opened: Opened, training: Training, run: Pa
             async for published in followed:
                 found.append(published.step)  # it never ends
                 if published.step == 3:
+                    renamed = await published.load({"at": {"step": 0}}, keys=["progress.*"], rename={"progress": "at"})
+                    assert renamed == {"at": {"step": 3}}
                     break
         assert found == expected
 

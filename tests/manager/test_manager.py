@@ -35,6 +35,9 @@ def test_what_was_saved_is_restored(opened: Opened, training: Training) -> None:
     assert (restored.step, other.step, restored.metrics, restored.metadata) == (30, 30, {"loss": 0.5}, {"note": "last"})
     assert manager.steps().result() == [10, 20, 30]
     assert manager.load(20).result()["progress"] == {"step": 20}
+    renamed = {"at": {"step": 0}}
+    manager.load(20, renamed, keys=["progress.*"], rename={"progress": "at"}).result()
+    assert renamed == {"at": {"step": 20}}
 
 
 async def test_as_an_async_context(run: Path, training: Training) -> None:
