@@ -96,9 +96,7 @@ async def one(fault: Fault, ranks: int) -> None:
     world.intercept = None
     assert all(error is None or isinstance(error, AsyncDCPError) for error in errors), f"not of ours: {errors}"
     if fault.of_directory and any(isinstance(error, CommitUnknown) for error in errors):
-        world.expected |= {
-            1
-        }  # one rank says that it does not know; another's sync has succeeded since
+        world.expected |= {1}  # one rank says that it does not know; another's sync has succeeded since
     assert not world.disk.open_files, f"left open: {world.disk.open_files}"
     world.limit = 12
     world.lose_power("the end", "/")
