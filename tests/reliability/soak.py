@@ -6,7 +6,6 @@ finds the last save that did not.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import os
@@ -29,9 +28,8 @@ from tests.reliability.worlds import Lost
 
 FOLDER: Path | None = None
 ELEMENTS: Final = 3_000_000
-_M_ARENA_MAX: Final = -8
-_HEADROOM: Final = 1 << 30
-"""Bytes of address space that are left to use."""
+_HEADROOM: Final = 2 << 30
+"""Bytes of address space that are left to use. The C library reserves 64 MiB for a thread, up to eight a core."""
 _RSS_GROWTH: Final = 64 << 20
 
 
@@ -77,10 +75,7 @@ class Usage(NamedTuple):
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Address space is limited to what is used now and a little more. The C library would reserve most of that by
-    itself: 64 MiB for each thread, up to eight times the cores.
-    """
-    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+    """Address space is limited to what is used now and a little more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _HEADROOM, before[1]))
