@@ -78,7 +78,6 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints each case's table as soon as it is there, and writes what was asked for."""
     args = arguments(argv)
-    logging.disable(logging.WARNING)  # of the peers
     head = about(args)
     print(", ".join(f"{key} {value}" for key, value in head.items()))
     found: list[Results] = []
@@ -97,4 +96,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # of the peers; for good, so not where a test calls main
     main()

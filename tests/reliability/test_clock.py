@@ -70,7 +70,8 @@ def held() -> Iterator[Held]:
 WRITTEN_DOWN: Final = {
     "manager/session.py": 1,  # in the history of a run
     "manager/telemetry.py": 1,  # the times of spans
-    "pipeline/settle.py": 2,  # in Records
+    "pipeline/causes.py": 1,  # in a Record
+    "pipeline/settle.py": 1,  # in a Record
     "runs/settling.py": 1,  # in a Record
     "runs/writer.py": 1,  # in a term's claim
     "storage/memory_place.py": 1,  # when an object was changed
