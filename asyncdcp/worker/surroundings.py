@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import signal
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from asyncdcp.worker.protocol import IGNORED, Configure, Inspection
@@ -18,6 +20,7 @@ _IOPRIO_BEST_EFFORT: Final = 2 << 13
 _IOPRIO_IDLE: Final = 3 << 13
 _PR_SET_NAME: Final = 15
 _MOST_NICE: Final = 19
+_SESSION_SECONDS: Final = 0.5
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -49,16 +52,25 @@ def name_process(name: bytes) -> None:
 
 
 def set_priorities(configure: Configure) -> None:
-    """Niceness, I/O priority and CPUs. What the system refuses is logged: a save matters more."""
-    try:
+    """Niceness, I/O priority and CPUs. What the system refuses is logged, each by itself: a save matters more."""
+    with _tolerated("niceness"):
         os.setpriority(os.PRIO_PROCESS, 0, min(os.getpriority(os.PRIO_PROCESS, 0) + configure.nice, _MOST_NICE))
-        _set_session_niceness(configure.nice)
-        if configure.affinity is not None:
+    if configure.affinity is not None:
+        with _tolerated("CPUs"):
             os.sched_setaffinity(0, configure.affinity)
-        if configure.io_priority is not None:
+    if configure.io_priority is not None:
+        with _tolerated("I/O priority"):
             _set_io_priority(configure.io_priority)
+    with _tolerated("session's niceness"):
+        _set_session_niceness(configure.nice)
+
+
+@contextmanager
+def _tolerated(what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        _logger.warning("the background process could not set its priorities: %s", error)
+        _logger.warning("the background process could not set its %s: %s", what, error)
 
 
 def _set_session_niceness(nice: int) -> None:
@@ -66,10 +78,24 @@ def _set_session_niceness(nice: int) -> None:
     has a session of its own, which would get as much as the trainer's: measured, twice its stall.
     """
     with suppress(FileNotFoundError):  # a kernel without
-        with open(f"/proc/{os.getppid()}/autogroup", encoding="ascii") as trainers:
-            before = int(trainers.read().split()[-1])
-        with open("/proc/self/autogroup", "w", encoding="ascii") as own:
-            own.write(str(min(before + nice, _MOST_NICE)))
+        wanted = str(min(_session_niceness(os.getppid()) + nice, _MOST_NICE))
+        until = time.monotonic() + _SESSION_SECONDS
+        while True:
+            try:
+                with open("/proc/self/autogroup", "w", encoding="ascii") as own:
+                    own.write(wanted)
+                return
+            except BlockingIOError:  # the system takes one such write each 100 ms from all users together
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05 + os.getpid() % 50 / 1000)
+
+
+def _session_niceness(pid: int) -> int:
+    """0 for a process that is in no session's group, as init and what it started: its file is empty."""
+    with open(f"/proc/{pid}/autogroup", encoding="ascii") as group:
+        words = group.read().split()
+    return int(words[-1]) if words else 0
 
 
 def _set_io_priority(priority: str | int) -> None:

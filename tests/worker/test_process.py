@@ -22,9 +22,9 @@ import pytest
 import asyncdcp
 from asyncdcp import AsyncCheckpointer, Options
 from asyncdcp.errors import Closed, InvalidOption, WorkerCrashed
-from asyncdcp.worker import launch
+from asyncdcp.worker import launch, surroundings
 from asyncdcp.worker.process import CheckpointProcess
-from asyncdcp.worker.protocol import IGNORED, Inspection
+from asyncdcp.worker.protocol import IGNORED, VERSION, Configure, Inspection
 from tests.worker.conftest import LONG, Opened, has_ended, state, worker_of
 
 MEGABYTE = 1_000_000
@@ -69,7 +69,7 @@ def test_priorities(opened: Opened) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     cpu = min(os.sched_getaffinity(0))
     checkpointer = opened(worker_nice=7, worker_io_priority="idle", worker_affinity=frozenset({cpu}))
-    assert inspected(checkpointer).nice == before + 7
+    assert inspected(checkpointer).nice == min(before + 7, 19)
     pid = worker_of(checkpointer).pid
     assert os.sched_getaffinity(pid) == {cpu}
     shown = subprocess.run(["ionice", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
@@ -82,8 +82,18 @@ def test_its_session_is_nicer_too(opened: Opened) -> None:
     assert niceness_of_session(worker_of(opened(worker_nice=7)).pid) == min(before + 7, 19)
 
 
+@pytest.mark.skipif(not Path("/proc/1/autogroup").exists(), reason="this kernel does not share CPUs out by session")
+def test_a_trainer_without_a_session_group_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of init, and of what it started without a new session, the system says nothing."""
+    group = Path("/proc/1/autogroup").read_text().split()
+    assert surroundings._session_niceness(1) == (int(group[-1]) if group else 0)
+    monkeypatch.setattr(surroundings, "_session_niceness", lambda _: -100)  # more than anyone is allowed
+    surroundings.set_priorities(Configure(VERSION, 0, None, sorted(os.sched_getaffinity(0)), logging.WARNING))
+
+
 def niceness_of_session(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+    words = Path(f"/proc/{pid}/autogroup").read_text().split()
+    return int(words[-1]) if words else 0
 
 
 @pytest.mark.parametrize(
