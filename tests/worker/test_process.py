@@ -111,7 +111,7 @@ def test_its_log_reaches_the_trainers(opened: Opened, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING, logger="asyncdcp"):
         worker_of(opened(worker_affinity=frozenset({100_000})))  # refused, which is no reason not to save
         assert arrived.wait(LONG)
-    assert "could not set its priorities" in caplog.text
+    assert "could not set its CPUs" in caplog.text
     assert caplog.records[0].processName == "asyncdcp-worker"
 
 
