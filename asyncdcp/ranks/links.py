@@ -6,15 +6,17 @@ serve a job of whatever backend, and can neither disturb its collectives nor be 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from anyio import CancelScope, CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, move_on_after, to_thread
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it without saying so
 
@@ -46,13 +48,14 @@ class Links:
         """Collective: returns when all ranks are connected. Waits end at ``until`` on the monotonic clock."""
         if not dist.is_gloo_available():
             raise UsageError("this torch was built without gloo, by which ranks pass on what they have read")
+        attempt = _Attempt(store, rank)
         try:
-            group = await to_thread.run_sync(
-                lambda: dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=deadline)),
-                abandon_on_cancel=True,
-            )
-        except RuntimeError as error:
-            raise PeerError(f"the ranks could not connect to each other: {_first_line(error)}") from error
+            group = await to_thread.run_sync(attempt.make, world_size, deadline, abandon_on_cancel=True)
+        except BaseException as error:
+            await _in_time(attempt.give_up)
+            if isinstance(error, RuntimeError):
+                raise PeerError(f"the ranks could not connect to each other: {_first_line(error)}") from error
+            raise
         return cls(group, store, rank, world_size, until)
 
     async def send(self, messages: Sequence[tuple[Sequence[int], int, memoryview]]) -> None:
@@ -79,8 +82,7 @@ class Links:
 
     async def aclose(self) -> None:
         """Once all ranks are done: takes out of the store what connecting has left there. Never raises."""
-        with CancelScope(shield=True), suppress(RuntimeError):
-            await to_thread.run_sync(self._store.delete_key, f"0/{self._rank}")  # as gloo names this rank's address
+        await _in_time(partial(_forget, self._store, self._rank))
 
     async def abort(self) -> None:
         """Closes all connections: what waits for them, here and on the peers, fails at once. Never raises."""
@@ -120,6 +122,47 @@ class Links:
     def _lost(self, peer: int, error: RuntimeError) -> AsyncDCPError:
         what = "was not done in time" if _is_late(error) else "broke off"
         return PeerFailed(f"what rank {peer} passes on, or takes, {what}: {_first_line(error)}", rank=peer)
+
+
+class _Attempt:
+    """Connecting, on a thread that cannot be stopped. What fails, or is wanted no more, leaves nothing in the store."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._ended = self._given_up = False
+
+    def make(self, world_size: int, deadline: float) -> Any:
+        """The group. Blocks; on a thread."""
+        try:
+            return dist.ProcessGroupGloo(self._store, self._rank, world_size, timedelta(seconds=deadline))
+        finally:
+            self._change(ended=True)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more. Blocks; on a thread."""
+        self._change(given_up=True)
+
+    def _change(self, *, ended: bool = False, given_up: bool = False) -> None:
+        """Whichever comes last tidies up."""
+        with self._lock:
+            self._ended, self._given_up = self._ended or ended, self._given_up or given_up
+            both = self._ended and self._given_up
+        if both:
+            _forget(self._store, self._rank)
+
+
+def _forget(store: Store, rank: int) -> None:
+    """Deletes a rank's address, under the name that gloo gives it. Blocks, and never raises."""
+    with suppress(RuntimeError):
+        store.delete_key(f"0/{rank}")
+
+
+async def _in_time(tidy: Callable[[], None]) -> None:
+    """Tidies up on a thread, also where the caller is cancelled. A store that does not answer is not waited for."""
+    with move_on_after(_PARTING_SECONDS, shield=True):
+        await to_thread.run_sync(tidy, abandon_on_cancel=True)
 
 
 def _tensor(data: memoryview) -> Tensor:

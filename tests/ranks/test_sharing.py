@@ -14,12 +14,14 @@ from typing import Any
 import anyio
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch exports it silently
 
 from asyncdcp import LocalStorage, PerRank
 from asyncdcp.checkpointer import sharing
-from asyncdcp.errors import Cancelled, ChecksumMismatch, InvalidOption, PeerFailed, StorageError
+from asyncdcp.errors import Cancelled, ChecksumMismatch, InvalidOption, PeerError, PeerFailed, StorageError
 from asyncdcp.ranks import Links
+from asyncdcp.ranks import links as links_module
 from asyncdcp.storage.port import Fetch
 from tests.ranks.conftest import Everywhere, Job, make_ranks, rows
 
@@ -288,6 +290,59 @@ def test_a_cancelled_wait_returns_at_once(linked: Callable[..., list[Links]]) ->
 
 
 def test_ranks_that_do_not_come_to_connect_are_an_error_in_time() -> None:
-    (first, _) = make_ranks(2, deadline=0.3, store=HashStore())
-    with pytest.raises(Exception, match="the ranks could not connect to each other"):
+    store = HashStore()
+    (first, _) = make_ranks(2, deadline=0.3, store=store)
+    with pytest.raises(PeerError, match="the ranks could not connect to each other"):
         anyio.run(lambda: first.connect(until=time.monotonic() + 5))
+    assert store.num_keys() == 0
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_connecting_that_is_cancelled_leaves_nothing_in_the_store(
+    monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    """Not even when the thread comes to its end later, one way or the other."""
+    begun, go_on, deleted = threading.Event(), threading.Event(), threading.Event()
+
+    class Seen(HashStore):
+        def delete_key(self, key: str) -> bool:
+            found = super().delete_key(key)
+            deleted.set()
+            return found
+
+    def connecting(store: Any, rank: int, *_: Any) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        store.set(f"0/{rank}", "an address")
+        if fails:
+            raise RuntimeError("nobody came")
+
+    monkeypatch.setattr(dist, "ProcessGroupGloo", connecting)
+    store = Seen()
+    waiting = asyncio.create_task(Links.connect(store, 1, 2, deadline=30, until=0))
+    assert await anyio.to_thread.run_sync(begun.wait, 30)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not deleted.is_set()
+    go_on.set()
+    assert await anyio.to_thread.run_sync(deleted.wait, 30)
+    assert store.num_keys() == 0
+
+
+async def test_a_store_that_does_not_answer_holds_no_one_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "_PARTING_SECONDS", 0.05)
+    asked, answer = threading.Event(), threading.Event()
+
+    class Stuck:
+        def delete_key(self, key: str) -> None:
+            asked.set()
+            assert answer.wait(30)
+
+    links: Any = Links(None, Stuck(), 0, 2, 0.0)  # type: ignore[arg-type]  # a Store that is stuck
+    try:
+        with anyio.fail_after(10):
+            await links.aclose()
+    finally:
+        answer.set()
+    assert asked.is_set()
