@@ -75,7 +75,7 @@ def _decoded(metadata: Metadata) -> tuple[Any, dict[str, Any]]:
     try:
         tree = msgspec.json.decode(metadata.tree)
         return tree, {name: msgspec.json.decode(value) for name, value in metadata.values.items()}
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         path = metadata.storage_meta.checkpoint_id
         raise CorruptCheckpoint(f"{path}: its tree or values are not JSON ({error})", path=path) from error
 

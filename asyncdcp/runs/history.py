@@ -19,6 +19,7 @@ from asyncdcp.storage import Place
 from asyncdcp.trace import Span
 
 _LIMIT = 1 << 30
+_DAMAGED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class StageTime(msgspec.Struct, frozen=True, array_like=True):
@@ -53,8 +54,8 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(NamedTuple):
-    """The saves that can be read, in the order they were written, and how many are encrypted with a key that is not at
-    hand.
+    """The saves that can be read, in the order they were written, and how many are encrypted and cannot be opened: with
+    a key that is not at hand, or damaged.
     """
 
     saves: list[Saved]
@@ -91,8 +92,8 @@ async def append_history(place: Place, saved: Saved, chain: Chain = PLAIN) -> No
 
 
 async def read_history(place: Place, registry: ExtensionRegistry | None = None) -> list[Saved]:
-    """All lines in the order they were written; those that cannot be read (a crash cuts one off, or the key is not
-    there) are passed over. ``registry`` has the keys, by default those of the environment.
+    """All lines in the order they were written; those that cannot be read (cut off by a crash, damaged, or the key is
+    not there) are passed over. ``registry`` has the keys, by default those of the environment.
     """
     return (await open_history(place, registry)).saves
 
@@ -113,7 +114,7 @@ def _parsed(data: bytes, unseal: Unseal) -> History:
     for line in data.splitlines():
         try:
             found.append(decoder.decode(_opened(line, unseal)))
-        except msgspec.MsgspecError:
+        except _DAMAGED:
             continue
         except (CorruptCheckpoint, KeyUnavailable, MissingDependency):
             sealed += 1
@@ -123,7 +124,7 @@ def _parsed(data: bytes, unseal: Unseal) -> History:
 def _opened(line: bytes, unseal: Unseal) -> bytes:
     try:
         hidden = msgspec.json.decode(line, type=_Sealed)
-    except msgspec.MsgspecError:
+    except _DAMAGED:  # in clear, or not a line at all
         return line
     return unseal(hidden.seal, hidden.body, _bound_to(hidden.save_id))
 

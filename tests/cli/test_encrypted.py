@@ -89,7 +89,7 @@ def test_without_it(
             assert (ran.status, ran.err) == (1 if name.startswith("diff") else 0, ""), name
         else:
             assert (_UNSET if key is None else _LACKS) in ran.error, name
-    note = "2 saves encrypted, with a key that is not in ASYNCDCP_KEY\n"
+    note = "2 encrypted saves cannot be opened (another key than in ASYNCDCP_KEY, or damaged)\n"
     assert (call("history", run).out == note) == (kind == "hidden")
     assert (tmp_path / "out").exists() == ("convert" in works)
 
