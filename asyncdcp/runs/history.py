@@ -82,13 +82,18 @@ def stage_times(spans: Sequence[Span]) -> dict[str, StageTime]:
 
 
 async def append_history(place: Place, saved: Saved, chain: Chain = PLAIN) -> None:
-    """Adds a line; encrypted where ``chain``, which the save was made with, hides its metadata."""
+    """Adds a line; encrypted where ``chain``, which the save was made with, hides its metadata. One call is to be
+    awaited before the next, so that lines come in order.
+    """
+    await place.append(HISTORY, await to_thread.run_sync(_line, saved, chain))  # it may ask for a key
+
+
+def _line(saved: Saved, chain: Chain) -> bytes:
     line, sealer = msgspec.json.encode(saved), chain.sealer(saved.save_id)
-    if sealer is not None:
-        seal, body = sealer(line, _bound_to(saved.save_id))
-        if seal.hidden:
-            line = msgspec.json.encode(_Sealed(saved.save_id, seal, body))
-    await place.append(HISTORY, line)
+    if sealer is None:
+        return line
+    seal, body = sealer(line, _bound_to(saved.save_id))
+    return msgspec.json.encode(_Sealed(saved.save_id, seal, body)) if seal.hidden else line
 
 
 async def read_history(place: Place, registry: ExtensionRegistry | None = None) -> list[Saved]:

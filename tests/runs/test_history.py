@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
 
 from asyncdcp.extensions import AESGCM, ExtensionRegistry
 from asyncdcp.extensions.chain import Chain
+from asyncdcp.metadata import Seal
 from asyncdcp.runs.history import HISTORY, Saved, append_history, open_history
-from asyncdcp.storage import MemoryPlace
+from asyncdcp.storage import MemoryPlace, Place
 
 KEY = b"k" * 32
 
@@ -46,3 +49,26 @@ async def test_a_sealed_line_that_is_damaged_is_counted() -> None:
     await place.append(HISTORY, msgspec.json.encode({**line, "save_id": f"{2:020}"}))  # as if of another save
     found = await open_history(place, ExtensionRegistry([AESGCM(KEY)]))
     assert ([line.step for line in found.saves], found.sealed) == ([1], 1)
+
+
+class Sealing:
+    """A chain whose sealing notes the thread that it is done on."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def sealer(self, save_id: str) -> Callable[[bytes, str], tuple[Seal, bytes]]:
+        def seal(body: bytes, name: str) -> tuple[Seal, bytes]:
+            self.threads.append(threading.get_ident())
+            return Seal("test", "", True), body
+
+        return seal
+
+
+async def test_sealing_holds_up_no_loop_and_lines_keep_their_order(place: Place) -> None:
+    chain: Any = Sealing()
+    for step in range(5):
+        await append_history(place, saved(step), chain)
+    lines = (await place.storage.get(HISTORY, 1 << 20)).splitlines()
+    assert [msgspec.json.decode(line)["save_id"] for line in lines] == [f"{step:020}" for step in range(5)]
+    assert len(chain.threads) == 5 and threading.get_ident() not in chain.threads
