@@ -63,11 +63,8 @@ async def _history(target: str, metrics: tuple[str, ...], last: int | None, *, a
     elif not sealed:
         say(f"no history: {shown(target)} has no history.jsonl, or nothing was committed yet")
     if sealed and not as_json:
-        say(
-            dim(
-                f"{count_text(sealed, 'encrypted save')} cannot be opened (another key than in ASYNCDCP_KEY, or damaged)"
-            )
-        )
+        unread = count_text(sealed, "encrypted save")
+        say(dim(f"{unread} cannot be opened (another key than in ASYNCDCP_KEY, or damaged)"))
 
 
 def _lines(saves: Sequence[Saved], metrics: Sequence[str]) -> Iterator[str]:
