@@ -16,7 +16,7 @@ from torch import nn
 from asyncdcp.errors import StateMismatch
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.unflatten import unflatten
-from asyncdcp.stateful import PerRank, RNGState, Stateful
+from asyncdcp.stateful import PerRank, RNGState, Stateful, is_stateful
 
 
 def draw() -> list[Any]:
@@ -118,3 +118,19 @@ def test_what_is_a_stateful():
     assert isinstance(RNGState(), Stateful)
     assert not isinstance({}, Stateful)
     assert PerRank(3) == PerRank(3)
+
+
+class _Wrapper:
+    """Passes on all that it is asked for, as wrappers of modules and loaders do."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def test_what_counts_as_stateful_does_not_depend_on_the_python():
+    assert is_stateful(_Wrapper(nn.Linear(2, 1))) and is_stateful(nn.Linear(2, 1)) and is_stateful(RNGState())
+    for value in (_Wrapper(3), _Wrapper({"state_dict": 1}), nn.Linear, RNGState, {"load_state_dict": 1}, None):
+        assert not is_stateful(value)
