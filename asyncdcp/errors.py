@@ -284,6 +284,10 @@ class ungrouped:  # in lower case, since it is used as a statement: with ungroup
 def drop_frames(error: BaseException) -> None:
     """Empties the frames that an error's traceback keeps, and those of its causes and of what a group holds: they may
     hold tensors, or views of the arena, for as long as somebody holds the error. Frames that still run are left alone.
+
+    Only for who made the work that failed, once all of it has ended: a generator or coroutine that has caught one of
+    these errors and only waits just now would be closed by it, as a frame's ``clear`` does before Python 3.13. Others
+    may hold error and traceback, and print them; who looks into the frames, as a debugger does, finds no locals there.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
