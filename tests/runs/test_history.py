@@ -12,7 +12,8 @@ import pytest
 from asyncdcp.extensions import AESGCM, ExtensionRegistry
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.metadata import Seal
-from asyncdcp.runs.history import HISTORY, Saved, append_history, open_history
+from asyncdcp.runs.history import Saved, append_history, open_history
+from asyncdcp.runs.layout import HISTORY
 from asyncdcp.storage import MemoryPlace, Place
 
 KEY = b"k" * 32
