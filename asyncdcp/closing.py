@@ -27,11 +27,13 @@ class Closing(ABC):
 
     async def aclose(self) -> None:
         """``close`` for coroutines: the loop goes on meanwhile. Not cut short by cancellation."""
-        self._leave_thread()
-        await uncut(self.close)
+        try:
+            await uncut(self.close)
+        finally:
+            self._back_on_thread()
 
-    def _leave_thread(self) -> None:  # noqa: B027  # most have nothing to do there
-        """What can be done on the caller's thread only, before ``close`` is called on another one."""
+    def _back_on_thread(self) -> None:  # noqa: B027  # most have nothing to do there
+        """What can be done on the caller's thread only, after ``close`` was called on another one."""
 
     def __enter__(self) -> Self:
         return self
@@ -53,8 +55,10 @@ class Closing(ABC):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._leave_thread()
-        await uncut(partial(self.__exit__, kind, error, traceback))
+        try:
+            await uncut(partial(self.__exit__, kind, error, traceback))
+        finally:
+            self._back_on_thread()
 
 
 def weakly(method: Callable[[], object]) -> Callable[[], None]:

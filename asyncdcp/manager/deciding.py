@@ -98,13 +98,14 @@ class Decider:
             found = Decision(any(policy.due(moment) for policy in self._by_rank_0), moment.preempted)
         else:
             found = self._agree(step // WINDOW, moment, by_step=by_step)
-        self.preempted = self.preempted or found.preempted
+        if found.preempted and not self.preempted:
+            self.preempted = True
+            if self._preemption is not None:
+                self._preemption.know()
         return msgspec.structs.replace(found, save=found.save or by_step)
 
     def _moment(self, step: int) -> Moment:
-        if self._preemption is not None:
-            self._preemption.answer()
-        signalled = self._preemption is not None and self._preemption.heard is not None
+        signalled = self._preemption is not None and self._preemption.answer()
         asked = (signalled or self._heard_preempted) and not self.preempted
         return Moment(step, time.monotonic() - self._since, asked)
 

@@ -275,25 +275,31 @@ class CheckpointManager(ReadVerbs):
 
     def close(self) -> None:
         """Waits until pending saves are durable and what follows from them is done, and ends all threads; safe to call
-        twice. Signals that were taken over are given back.
+        twice. Signals that were taken over are given back at its end. One that came when ``should_save`` was called no
+        more, and that no handler was there for, then ends the process, as it would have at once without this; earlier
+        only where closing takes longer than ``OnPreemption.deadline``.
 
         Raises as ``AsyncCheckpointer.close`` does, and what failed unseen. After it, verbs raise ``Closed``.
         """
         if self._engine.inherited:
             return
-        if self._preemption is not None:
-            self._preemption.remove()
         with self._lock:
             closed, self._closed = self._closed, True
         if closed:
             return
+        try:
+            self._close()
+        finally:
+            self._back_on_thread()
+
+    def _close(self) -> None:
         self._decider.close()
-        if self._watching is not None:
-            self._watching.cancel()
-            self._watching.mark_seen()
         try:
             self._checkpointer.close()  # its callbacks, which begin what follows from a save, have run then
         finally:
+            if self._watching is not None:
+                self._watching.cancel()
+                self._watching.mark_seen()
             self._engine.close(self._options.close_deadline)
         self._reporter.emit("closed", "closed")
         opening = self._opening
@@ -301,8 +307,8 @@ class CheckpointManager(ReadVerbs):
             self._saves.collect(opening.unseen_failure)
         self._surface(self._saves.failures())
 
-    def _leave_thread(self) -> None:
-        if self._preemption is not None:
+    def _back_on_thread(self) -> None:
+        if self._preemption is not None and not self._engine.inherited:
             self._preemption.remove()
 
     def __enter__(self) -> Self:

@@ -77,10 +77,12 @@ class OnPreemption:
     """Once, when one of the signals came that Slurm and Kubernetes send before they end a job.
 
     With it the manager takes these signals over while it is open, which only the main thread can do; handlers that
-    were there are called too, and come back after. ``manager.preempted`` turns true at the step of that save. A save
-    that is not durable ``deadline`` seconds after the signal is given up, so that the process ends in time. A program
-    that has not even asked ``should_save`` by then is ended by the signal, as it would have been without this, and so
-    is one to which another of these signals comes after that. Give more seconds where steps take long.
+    were there are called too, and come back once it is closed. ``manager.preempted`` turns true at the step of that
+    save. A save that is not durable ``deadline`` seconds after the signal is given up, so that the process ends in
+    time. A program that has not even asked ``should_save`` by then is ended by the signal, as it would have been
+    without this, and so is one to which another of these signals comes after that. One that comes after the last
+    ``should_save``, or while the manager closes, ends the program once it is closed, and at the latest ``deadline``
+    seconds after. Give more seconds where steps take long.
     """
 
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)

@@ -202,6 +202,76 @@ def test_forked_children_are_ended_at_once() -> None:
     assert ended_by(train) == 0
 
 
+def test_a_signal_that_nobody_has_answered_ends_the_program_in_the_end() -> None:
+    def train(*, looks: bool = False, knows: bool = False, other: signal.Signals | None = None) -> None:
+        as_at_start()
+        if other is not None:
+            signal.signal(other, lambda number, _: None)
+        preemption = Preemption((signal.SIGTERM, signal.SIGUSR1), 60)
+        preemption.install()
+        if knows:
+            preemption.know()
+        signal.raise_signal(signal.SIGUSR1)
+        if looks:
+            assert preemption.answer()
+        signal.raise_signal(signal.SIGTERM)
+        preemption.remove()
+
+    assert ended_by(train) == signal.SIGUSR1  # the first
+    assert ended_by(partial(train, other=signal.SIGUSR1)) == signal.SIGTERM
+    assert ended_by(partial(train, other=signal.SIGTERM)) == signal.SIGUSR1
+    assert ended_by(partial(train, looks=True)) == 0
+    assert ended_by(partial(train, knows=True)) == 0
+
+
+@pytest.mark.parametrize("way", ["with", "async with", "close on a thread"])
+def test_a_signal_in_the_middle_of_closing_waits_for_its_end(run: Path, training: Training, way: str) -> None:
+    def close(manager: CheckpointManager) -> None:
+        finish = manager._checkpointer.close
+
+        def interrupted() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            finish()
+
+        manager._checkpointer.close = interrupted  # type: ignore[method-assign]  # a fault, for this test
+        manager.save(1, training.at(1))
+        if way == "close on a thread":
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(manager.close).result()
+
+    def train() -> None:
+        as_at_start()
+        options: Any = {"process": False, "save_when": OnPreemption(deadline=60)}
+
+        async def trains() -> None:
+            async with CheckpointManager(run, **options) as manager:
+                close(manager)
+
+        if way == "async with":
+            asyncio.run(trains())
+        else:
+            with CheckpointManager(run, **options) as manager:
+                close(manager)
+        threading.Event().wait(30)
+
+    assert ended_by(train) == signal.SIGTERM
+    assert len((run / "history.jsonl").read_bytes().splitlines()) == 1  # which is the last that closing waits for
+
+
+def test_a_program_that_has_heard_of_its_end_from_another_rank_ends_by_itself(engine: Engine) -> None:
+    def train() -> None:
+        as_at_start()
+        preemption = Preemption((signal.SIGTERM,), 60)
+        preemption.install()
+        decider = Decider([OnPreemption()], preemption, SoleRank(), engine, lambda: None)
+        decider._heard_preempted = True
+        assert decider.decide(1).save
+        signal.raise_signal(signal.SIGTERM)
+        preemption.remove()
+
+    assert ended_by(train) == 0
+
+
 def test_handlers_that_were_there_decide_for_themselves() -> None:
     def train() -> None:
         before: list[int] = []
