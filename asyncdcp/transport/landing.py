@@ -39,7 +39,8 @@ class Landing:
     """``device`` is where blocks arrive.
 
     There are two cases. A tensor that is sent whole, and is in memory as the stream has it, is all that is known of its
-    chunk. For the others there are parts.
+    chunk. For the others there are parts; also for further tensors that want the same, as where what the sender has
+    tied is not tied here.
     """
 
     def __init__(self, offered: Offered, targets: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
@@ -53,7 +54,8 @@ class Landing:
         rest = []
         for name, tensor in targets:
             chunk = layout.sole.get(name, -1)
-            if chunk >= 0 and _is_packed(tensor, dtypes[layout.plan.chunks.tensor[chunk]], device):
+            free = chunk >= 0 and self._whole[chunk] is None
+            if free and _is_packed(tensor, dtypes[layout.plan.chunks.tensor[chunk]], device):
                 self._whole[chunk] = tensor
             elif tensor.numel():
                 rest.append((name, tensor))
@@ -72,7 +74,7 @@ class Landing:
         chunks, parts = self._layout.chunks_in(block), self._parts.get(block, ())
         if len(chunks) == 1 and (tensor := self._whole[chunks[0]]) is not None:
             first = begin - self._layout.begins[chunks[0]]
-            return bytes_at(tensor, first, end - begin)
+            return None if parts else bytes_at(tensor, first, end - begin)
         if len(parts) != 1 or parts[0].begin > begin or parts[0].end < end or parts[0].offset < 0:
             return None
         part = parts[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -422,6 +423,32 @@ def test_small_targets_of_every_kind_are_filled_together(world: World, same: Sam
         assert torch.equal(parameter.detach(), state["parameter"])  # type: ignore[arg-type]  # of the dict's values
         assert parameter.requires_grad
         state["a"] += 1  # type: ignore[operator]  # likewise
+
+
+_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "packed": torch.zeros_like,
+    "strided": lambda tensor: torch.zeros(*tensor.shape, 2)[..., 1],
+    "parameter": lambda tensor: nn.Parameter(torch.zeros_like(tensor)),
+}
+
+
+@pytest.mark.parametrize("rows", [3, 900, 9000])
+def test_what_is_tied_at_the_sender_fills_targets_that_are_not(world: World, rows: int) -> None:
+    """Two and three targets of every kind and order for one tensor that is sent: packed with others, in one block of
+    its own, in many.
+    """
+    _, transports = world()
+    tied = torch.randn(rows, 8)
+    state = {"before": torch.randn(5), "a": tied, "b": tied, "c": tied, "same": torch.randn(7)}
+    for kinds in itertools.product(_TARGETS, repeat=3):
+        into = {name: _TARGETS[kind](tied) for name, kind in zip("abc", kinds, strict=True)}
+        everything = {"before": torch.zeros(5), **into, "same": torch.zeros(7)}
+        if rows == 3:
+            del everything["c"]
+            everything["c"] = everything["b"]  # partly tied
+        brought(transports, state, everything)
+        for name, tensor in everything.items():
+            assert torch.equal(tensor.detach(), state[name]), (name, kinds)
 
 
 def test_an_equal_structure_is_planned_once(world: World) -> None:
