@@ -89,10 +89,7 @@ class Lane:
         """From the offer to the receiver's last word."""
         peer, flow = self._end.peer, self._flow
         try:
-            if flow.error is None:
-                await self._end.call(self._end.say_all, offer, "sending the offer of the state")
-                await self._end.hear(Accept, f"waiting for rank {peer} to accept the state")
-            if flow.error is None and await self._end.call_long(self._stream):
+            if flow.error is None and await self._carried_out(offer):
                 await self._end.hear(Done, f"waiting for rank {peer} to have verified the state")
                 self.done = True
             elif flow.error is not None:
@@ -101,6 +98,12 @@ class Lane:
             self.error = error
         finally:
             flow.change(self._close)
+
+    async def _carried_out(self, offer: tuple[bytes, bytes]) -> bool:
+        """Whether all was sent. Who has accepted waits for ticks: a send that failed meanwhile says so by them."""
+        await self._end.call(self._end.say_all, offer, "sending the offer of the state")
+        await self._end.hear(Accept, f"waiting for rank {self._end.peer} to accept the state")
+        return await self._end.call_long(self._stream)
 
     def _end_given(self) -> None:
         self._ended = True

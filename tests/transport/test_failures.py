@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from asyncdcp import CheckpointFuture
-from asyncdcp.errors import Cancelled, ChecksumMismatch, PeerFailed, UnseenFailure
+from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerFailed, UnseenFailure
 from asyncdcp.transport import MemoryHub, PGTransport
+from asyncdcp.transport.blocks import Stager
 from asyncdcp.transport.link import Link, Pending
+from asyncdcp.transport.sender import SendTask
 from tests.transport.conftest import LONG, TINY, World
 
 STATE = {"w": torch.arange(25_000.0), "many": [torch.full((50,), float(n)) for n in range(100)], "n": 1}
@@ -212,6 +215,47 @@ def test_a_cancelled_send_ends_in_order(world: World) -> None:
     send = sender.send_checkpoint([1], STATE)
     assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
     send.result(LONG)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "failing"])
+@pytest.mark.parametrize("state", [STATE, {"n": 1}], ids=["blocks", "none"])
+def test_a_send_that_ends_before_it_is_accepted_leaves_the_link_in_order(
+    world: World, monkeypatch: pytest.MonkeyPatch, state: Any, ending: str
+) -> None:
+    """The offer is out, and the receiver has accepted, when the send is given up."""
+    hub, [sender, receiver] = world()
+    failed = threading.Event()
+    if ending == "failing":
+        monkeypatch.setattr(Stager, "begin", lambda *_: (failed.wait(LONG), 1 / 0))
+    tasks: list[SendTask] = []
+    run = SendTask.run
+
+    def begun(task: SendTask, turns: Any) -> Any:
+        tasks.append(task)
+        return run(task, turns)
+
+    monkeypatch.setattr(SendTask, "run", begun)
+
+    def give_up(source: int, target: int, buffer: Tensor) -> None:
+        if source == 1:
+            hub.tamper = None
+            if ending == "cancelled":
+                tasks[0].cancel()
+            failed.set()
+            while tasks[0]._flow.error is None:
+                time.sleep(0.001)
+
+    hub.tamper = give_up
+    send = sender.send_checkpoint([1], state)
+    error = receiver.recv_checkpoint(0).exception(LONG)
+    assert isinstance(error, PeerFailed)
+    assert ("was cancelled" if ending == "cancelled" else "ZeroDivisionError") in str(error)
+    assert isinstance(send.exception(LONG), Cancelled if ending == "cancelled" else AsyncDCPError)
+    monkeypatch.undo()
+    for _ in range(2):
+        send = sender.send_checkpoint([1], STATE)
+        assert torch.equal(receiver.recv_checkpoint(0).result(LONG)["w"], STATE["w"])  # type: ignore[arg-type]  # of the dict's values
+        send.result(LONG)
 
 
 def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> None:
