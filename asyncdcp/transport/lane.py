@@ -75,9 +75,8 @@ class Lane:
     # ── for who feeds it ──
 
     def give(self, staged: Staged) -> None:
-        """The next batch."""
-        if self.live:
-            self._flow.change(partial(self._given.append, staged))
+        """The next batch; one that comes too late is let go."""
+        self._flow.change(partial(self._give, staged))
 
     def end(self) -> None:
         """There are no more."""
@@ -104,6 +103,10 @@ class Lane:
         await self._end.call(self._end.say_all, offer, "sending the offer of the state")
         await self._end.hear(Accept, f"waiting for rank {self._end.peer} to accept the state")
         return await self._end.call_long(self._stream)
+
+    def _give(self, staged: Staged) -> None:
+        if self.live:
+            self._given.append(staged)
 
     def _end_given(self) -> None:
         self._ended = True
