@@ -40,6 +40,13 @@ class Stager:
         self._sources: list[Tensor] = []
         self._changed: Callable[[], list[int]] = list
         self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._spare: Tensor | None = None
+
+    def reserve(self) -> None:
+        """Before anything is promised: memory for ``blank``, which is to do where there is none left. On the host no
+        page of it is touched until then.
+        """
+        self._spare = torch.empty(self._stream.largest, dtype=torch.uint8, device=self._device)
 
     def begin(self, sources: Sources) -> None:
         """Looks at the tensors as copying begins. ``sources`` are kept until ``end``."""
@@ -57,8 +64,9 @@ class Stager:
 
     def blank(self, number: int) -> Batch:
         """In the place of one that could not be staged: as many bytes, of no meaning."""
+        assert self._spare is not None
         blocks = [self._stream.blocks[block] for block in self._stream.batches[number - 1]]
-        return Batch(number, [torch.zeros(b.length, dtype=torch.uint8, device=self._device) for b in blocks], ())
+        return Batch(number, [self._spare[: block.length] for block in blocks], ())
 
     def torn(self) -> list[str]:
         """The tensors that are seen to have changed since ``begin``."""
@@ -69,6 +77,7 @@ class Stager:
         """Lets go of all memory."""
         self._copier, self._sources, self._changed = None, [], list
         self._buffers.clear()
+        self._spare = None
 
     def _block(self, number: int, place: int, block: Slab) -> Tensor:
         direct = None if self._whole else self._direct(block)

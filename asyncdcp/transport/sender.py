@@ -93,12 +93,14 @@ class SendTask:
     async def _send(self) -> SendReport:
         request = self.request
         message = await on_thread(self._limiter, self._offer)
+        offered = self._flow.error is None  # else every lane says so, and nothing more
         with ungrouped():
             async with anyio.create_task_group() as tasks:
                 for lane in self._lanes:
                     tasks.start_soon(lane.run, message)
                 try:
-                    await on_thread(self._limiter, self._feed)
+                    if offered:
+                        await on_thread(self._limiter, self._feed)
                 finally:
                     self._end_lanes()
         if all(lane.done for lane in self._lanes):
@@ -116,6 +118,7 @@ class SendTask:
         return SendReport(request.ranks, len(plan.structure.tensors), plan.tensor_bytes, self._staged_seconds, seconds)
 
     def _offer(self) -> tuple[bytes, bytes]:
+        self._try(self._stager.reserve)
         plan, values = msgspec.Raw(self.request.stream.encoded), msgspec.Raw(self.request.values)
         return wire.encode(Offer(self._rank, self._options.checksums, plan, values))
 

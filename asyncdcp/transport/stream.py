@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
@@ -35,6 +36,11 @@ class Stream:
     @property
     def blocks(self) -> Sequence[Slab]:
         return self.plan.slabs
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest block; 0 if there is none."""
+        return max((block.length for block in self.blocks), default=0)
 
     def names(self, block: Slab) -> list[str]:
         """The tensors that have bytes in a block."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asyncdcp import CheckpointFuture
 from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerFailed, UnseenFailure
-from asyncdcp.transport import MemoryHub, PGTransport
+from asyncdcp.transport import MemoryHub, PGTransport, TransportOptions, blocks
 from asyncdcp.transport.blocks import Stager
 from asyncdcp.transport.link import Link, Pending
 from asyncdcp.transport.sender import SendTask
@@ -256,6 +256,35 @@ def test_a_send_that_ends_before_it_is_accepted_leaves_the_link_in_order(
         send = sender.send_checkpoint([1], STATE)
         assert torch.equal(receiver.recv_checkpoint(0).result(LONG)["w"], STATE["w"])  # type: ignore[arg-type]  # of the dict's values
         send.result(LONG)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 4])
+@pytest.mark.parametrize("staging", ["bounded", "whole"])
+def test_a_sender_without_memory_ends_in_order(
+    world: World, monkeypatch: pytest.MonkeyPatch, left: int, staging: Any
+) -> None:
+    """Nothing can be allocated any more, also not for what is sent in the place of what could not be staged."""
+    _, [sender, receiver] = world(options=TransportOptions(buffer_bytes=1 << 16, staging=staging))
+    allocations = [left]
+
+    class Exhausted:
+        def __getattr__(self, name: str) -> Any:
+            if name in ("empty", "zeros"):
+                allocations[0] -= 1
+                if allocations[0] < 0:
+                    raise MemoryError("no memory is left")
+            return getattr(torch, name)
+
+    monkeypatch.setattr(blocks, "torch", Exhausted())
+    send = sender.send_checkpoint([1], STATE)
+    error = receiver.recv_checkpoint(0).exception(LONG)
+    assert isinstance(error, PeerFailed)
+    for each in (error, send.exception(LONG)):
+        assert "the state could not be staged: MemoryError: no memory is left" in str(each)
+    monkeypatch.undo()
+    send = sender.send_checkpoint([1], STATE)
+    assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
+    send.result(LONG)
 
 
 def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> None:
