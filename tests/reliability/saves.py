@@ -21,6 +21,7 @@ from asyncdcp.storage.faults import FaultyStorage
 from asyncdcp.storage.spec import Fault as WorkerFault
 from asyncdcp.testing.disk import SimulatedDisk
 from asyncdcp.worker.pipeline import ProcessPipeline
+from asyncdcp.worker.process import CheckpointProcess
 from tests.reliability.errors import Fault
 from tests.reliability.power import Figures
 from tests.reliability.worlds import PLACE, Lost, Process
@@ -180,9 +181,16 @@ def sweep_worker(folder: Path, cases: int, seed: int, figures: Figures | None = 
         raise Lost(f"the worker is another or holds more: {before} at first, {after} at the end")
 
 
-def _inspect(checkpointer: AsyncCheckpointer) -> tuple[int, int, int, int]:
+def worker_of(checkpointer: AsyncCheckpointer) -> CheckpointProcess:
+    """Its background process now."""
     pipeline = checkpointer._lanes.pipeline
     assert isinstance(pipeline, ProcessPipeline)
     worker = checkpointer._engine.submit(pipeline.acquire).result(SECONDS)
+    assert isinstance(worker, CheckpointProcess)
+    return worker
+
+
+def _inspect(checkpointer: AsyncCheckpointer) -> tuple[int, int, int, int]:
+    worker = worker_of(checkpointer)
     seen = checkpointer._engine.submit(worker.inspect).result(SECONDS)
     return worker.pid, seen.descriptors, seen.arenas, seen.saves

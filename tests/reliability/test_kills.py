@@ -1,4 +1,4 @@
-"""A few of the real kills, and of the soak; the long runs are commands of their own."""
+"""A few of the real kills; the long runs are commands of their own."""
 
 from __future__ import annotations
 
