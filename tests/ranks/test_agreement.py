@@ -18,7 +18,7 @@ from asyncdcp.errors import (
     PeerFailed,
     UsageError,
 )
-from asyncdcp.ranks import Ranks, SoleRank, StoreRanks, barrier, find_ranks, first_rank, gather
+from asyncdcp.ranks import Ranks, SoleRank, StoreRanks, barrier, find_ranks, first_rank, gather, together
 from tests.ranks.conftest import Everywhere, make_ranks
 
 
@@ -175,3 +175,21 @@ def test_without_a_process_group_there_is_one_rank_unless_a_launcher_says_otherw
         find_ranks(None, 1.0)
     alone = SoleRank()
     assert find_ranks(alone, 1.0) is alone
+
+
+@pytest.mark.parametrize("kind", [PeerError, PeerFailed])
+def test_what_is_known_at_second_hand_neither_hides_the_cause_nor_waits_for_long(
+    everywhere: Everywhere, kind: type[AsyncDCPError]
+) -> None:
+    async def fail(each: StoreRanks, error: AsyncDCPError) -> None:
+        async def work() -> bytes:
+            raise error
+
+        await together(each, "the work", work, deadline=60)
+
+    found = [kind("not all were there"), CheckpointNotFound("the cause"), kind("not all were there")]
+    errors = everywhere(lambda each, error: run(fail, each, error), make_ranks(3), found)
+    assert [(type(error), "the cause" in str(error)) for error in errors] == [(CheckpointNotFound, True)] * 3
+    alone = make_ranks(2, deadline=0.2)[0]
+    with pytest.raises(PeerFailed, match="rank 1 did not come"):
+        run(fail, alone, kind("not all were there"))
