@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from secrets import token_hex
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import zstandard
@@ -40,6 +41,8 @@ from asyncdcp.trace import Trace
 
 T = TypeVar("T")
 
+Opening: TypeAlias = Callable[[], Awaitable[ReadableCheckpoint]]
+
 
 @dataclass(frozen=True)
 class LoadRequest:
@@ -64,30 +67,25 @@ class LoadRequest:
 
 async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     """Everything is matched before a byte of data is read, and every byte is verified before ``load_state_dict`` is
-    called.
+    called. Until then all that may fail on a rank is done within an agreement, so it fails the others, too.
     """
-    if request.after is not None:
-        await request.after
-    begun = time.monotonic()
-    async with aclosing(await open_shared(request)) as reader:
-        into: _InPlace | _Anew = (
-            _Anew(request, reader.metadata) if request.flat is None else _InPlace(request, reader.metadata)
-        )
-        bound = await bind_together(request, into, reader.metadata)
+    async with AsyncExitStack() as opened:
+        begun, open_here = await find_together(request, opened)
+        bound = await bind_together(request, open_here)
         request.trace.total = bound.plan.read_bytes
-        exchange = await to_thread.run_sync(Exchange, bound.shared, request.ranks.rank, bound.plan, bound.targets)
-        await _read_together(request, reader, exchange, bound.targets, until=begun + request.deadline)
+        exchange = await _read_together(request, bound, until=begun + request.deadline)
         with request.trace.span("restore"):
-            state = await to_thread.run_sync(into.finish)
+            state = await to_thread.run_sync(bound.into.finish)
+    metadata = bound.reader.metadata
     report = LoadReport(
         path=request.location,
-        save_id=reader.metadata.storage_meta.save_id,
+        save_id=metadata.storage_meta.save_id,
         tensors=len(bound.plan.wants),
         read_bytes=exchange.read_bytes + exchange.rest.read_bytes,
         seconds=time.monotonic() - begun,
         stage_seconds=frozen(request.trace.seconds()),
         received_bytes=exchange.received_bytes,
-        per_rank=_per_rank(request, reader.metadata, into),
+        per_rank=_per_rank(request, metadata, bound.into),
     )
     return state, report
 
@@ -102,43 +100,51 @@ def _per_rank(request: LoadRequest, metadata: Metadata, into: _InPlace | _Anew) 
     return dict.fromkeys(sorted(metadata.own & into.loaded), outcome)
 
 
-async def _read_together(
-    request: LoadRequest,
-    reader: ReadableCheckpoint,
-    exchange: Exchange,
-    targets: Sequence[TensorTarget],
-    *,
-    until: float,
-) -> None:
+async def _read_together(request: LoadRequest, bound: Bound, *, until: float) -> Exchange:
     """What ranks read for each other first, then what each reads for itself; done when all have all."""
+    ranks, location = request.ranks, request.location
+    exchanges: list[Exchange] = []
     links: list[Links] = []  # kept until nobody needs them: a connection that ends takes along what was not read yet
+    meeting = ""
+
+    async def prepare() -> bytes:
+        shared = await to_thread.run_sync(_expanded, bound.shared, SharedReads) if bound.shared else SharedReads()
+        exchanges.append(await to_thread.run_sync(Exchange, shared, ranks.rank, bound.plan, bound.targets))
+        return token_hex(8).encode()
 
     async def read() -> bytes:
-        if exchange.connects:
-            links.append(await request.ranks.connect(until=until))
-            await exchange.run(reader, links[0], request.trace)
-        await load(reader, exchange.rest, targets, request.trace)
+        if meeting:
+            links.append(await ranks.connect(meeting, until=until))
+            await exchanges[0].run(bound.reader, links[0], request.trace)
+        else:
+            await prepare()
+        await load(bound.reader, exchanges[0].rest, bound.targets, request.trace)
         return b""
 
     try:
-        await together(request.ranks, f"the reading of {request.location}", read, deadline=request.deadline)
+        if bound.shared:  # rank 0's name is where all meet, whatever has become of earlier loads on each
+            meeting = (await together(ranks, f"who reads what of {location}", prepare)).decode()
+        await together(ranks, f"the reading of {location}", read, deadline=request.deadline)
     finally:
         for each in links:
             await each.aclose()
+    return exchanges[0]
 
 
-async def open_shared(request: LoadRequest) -> ReadableCheckpoint:
-    """The checkpoint, which is the same on all ranks: rank 0 finds it and reads what describes it, the others hear that
-    from it. A checkpoint of another format is opened by each rank.
+async def find_together(request: LoadRequest, opened: AsyncExitStack) -> tuple[float, Opening]:
+    """When the load has begun, and how to open the checkpoint, which is the same on all ranks: rank 0 finds it and
+    reads what describes it, the others hear that from it. A checkpoint of another format is opened by each rank.
     """
     ranks, storage = request.ranks, request.storage
     viewer = Viewer(ranks.rank, ranks.world_size, request.options.per_rank)
-    if ranks.world_size == 1:
-        return await open_checkpoint(storage, viewer, request.registry)
     found: list[CheckpointReader] = []
+    begun: list[float] = []
 
     async def find() -> bytes:
-        if ranks.rank:
+        if request.after is not None:
+            await request.after
+        begun.append(time.monotonic())
+        if ranks.rank or ranks.world_size == 1:
             return b""
         try:
             description = await describe(storage, request.registry)
@@ -148,25 +154,36 @@ async def open_shared(request: LoadRequest) -> ReadableCheckpoint:
             ).aclose()  # of another format, or there is none
             return b""
         found.append(await CheckpointReader.of(storage, description, viewer, request.registry))
+        opened.push_async_callback(found[0].aclose)
         check_sizes(found[0].files, await storage.list())
         return await to_thread.run_sync(_compressed, description)
 
     packed = await together(ranks, f"the opening of {request.location}", find, deadline=request.deadline)
-    if not packed:
-        return await open_checkpoint(storage, viewer, request.registry)
-    if found:
-        return found[0]
-    return await CheckpointReader.of(
-        storage, await to_thread.run_sync(_expanded, packed, Description), viewer, request.registry
-    )
+
+    async def open_here() -> ReadableCheckpoint:
+        if found:
+            return found[0]
+        if packed:
+            description = await to_thread.run_sync(_expanded, packed, Description)
+            reader: ReadableCheckpoint = await CheckpointReader.of(storage, description, viewer, request.registry)
+        else:
+            reader = await open_checkpoint(storage, viewer, request.registry)
+        opened.push_async_callback(reader.aclose)
+        return reader
+
+    return begun[0], open_here
 
 
 class Bound(NamedTuple):
-    """What this rank wants of the checkpoint, and what of it the ranks read for each other."""
+    """What this rank wants of the checkpoint; and, still packed, what of it the ranks read for each other, if
+    anything.
+    """
 
+    reader: ReadableCheckpoint
+    into: _InPlace | _Anew
     plan: LoadPlan
     targets: list[TensorTarget]
-    shared: SharedReads
+    shared: bytes
 
 
 class _Told(msgspec.Struct):
@@ -176,29 +193,30 @@ class _Told(msgspec.Struct):
     wanted: Wanted | None
 
 
-async def bind_together(request: LoadRequest, into: _InPlace | _Anew, metadata: Metadata) -> Bound:
-    """Matches state and checkpoint on every rank. What is in the checkpoint and not in its state may be another rank's:
-    it is unexpected if it is so on all of them. Whatever is wrong on one rank, no rank reads anything.
+async def bind_together(request: LoadRequest, open_here: Opening) -> Bound:
+    """Opens the checkpoint and matches it with the state, on every rank. What is in the checkpoint and not in its state
+    may be another rank's: it is unexpected if it is so on all of them. Whatever is wrong on one rank, no rank reads
+    anything.
     """
-    plans: list[LoadPlan] = []
-    filled: list[TensorTarget] = []
+    made: list[Bound] = []
 
-    def bind() -> bytes:
+    def bind(reader: ReadableCheckpoint) -> bytes:
+        metadata = reader.metadata
+        into = _Anew(request, metadata) if request.flat is None else _InPlace(request, metadata)
         wants, targets = into.bind()
-        filled.extend(targets)
-        plans.append(plan_load(metadata, wants))
+        made.append(Bound(reader, into, plan_load(metadata, wants), targets, b""))
         shares = request.options.replicas == "broadcast" and request.ranks.world_size > 1
-        return _compressed(_Told(into.unexpected, what_to_share(plans[0], metadata) if shares else None))
+        return _compressed(_Told(into.unexpected, what_to_share(made[0].plan, metadata) if shares else None))
 
     async def work() -> bytes:
-        return await to_thread.run_sync(bind)
+        return await to_thread.run_sync(bind, await open_here())
 
-    heard = await together(request.ranks, f"what is loaded from {request.location}", work, partial(_judged, request))
-    return Bound(plans[0], filled, await to_thread.run_sync(_expanded, heard, SharedReads))
+    shared = await together(request.ranks, f"what is loaded from {request.location}", work, partial(_judged, request))
+    return made[0]._replace(shared=shared)
 
 
 def _judged(request: LoadRequest, told: Sequence[bytes]) -> bytes:
-    """Whether all that is in the checkpoint has its place, and who reads what; on rank 0."""
+    """Whether all that is in the checkpoint has its place, and who reads what for others, if anybody; on rank 0."""
     each = [_expanded(one, _Told) for one in told]
     nobodys = set(each[0].unexpected).intersection(*(one.unexpected for one in each[1:]))
     if nobodys and request.options.strict:
@@ -208,7 +226,8 @@ def _judged(request: LoadRequest, told: Sequence[bytes]) -> bytes:
     if asked and len(asked) < len(each):
         other = next(rank for rank, one in enumerate(each) if (one.wanted is None) != (each[0].wanted is None))
         raise InvalidOption(f"rank 0 and rank {other} load with different replicas=: all ranks must give the same")
-    return _compressed(share_reads(asked) if asked else SharedReads())
+    shared = share_reads(asked) if asked else SharedReads()
+    return _compressed(shared) if shared.units else b""
 
 
 def _compressed(value: msgspec.Struct) -> bytes:

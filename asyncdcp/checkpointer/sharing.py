@@ -59,8 +59,6 @@ class Exchange:
         mine = [(number, unit) for number, unit in enumerate(shared.units) if rank in shared.groups[unit.group]]
         self._sends = [(number, unit) for number, unit in mine if unit.reader == rank]
         self._receives = [(number, unit) for number, unit in mine if unit.reader != rank]
-        self.connects = bool(shared.units)
-        """Whether any rank shares anything: then all connect."""
         self.read_bytes = sum(unit.nbytes for _, unit in self._sends)
         self.received_bytes = sum(unit.nbytes for _, unit in self._receives)
         self.rest = self._find_places(plan, [unit for _, unit in mine]) if mine else plan

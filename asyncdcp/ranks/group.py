@@ -10,7 +10,7 @@ from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[a
 
 from asyncdcp.errors import UsageError
 from asyncdcp.ranks.port import Ranks, SoleRank
-from asyncdcp.ranks.store import StoreRanks
+from asyncdcp.ranks.store import StoreRanks, own_connection
 
 
 def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> Ranks:
@@ -38,7 +38,7 @@ def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> R
     if len(members) == 1:
         return SoleRank()
     name = hashlib.blake2b(repr((_name(process_group), members)).encode(), digest_size=8).hexdigest()
-    store = PrefixStore(f"asyncdcp/{name}", _own_connection(_default_store()))
+    store = PrefixStore(f"asyncdcp/{name}", own_connection(_default_store()))
     number = store.add(f"made/{rank}", 1)  # all ranks make their checkpointers in the same order
     return StoreRanks(PrefixStore(str(number), store), rank, len(members), deadline=deadline)
 
@@ -51,12 +51,3 @@ def _default_store() -> Store:
     """The store by which the processes have met. torch has no public name for it, and has had this one since 1.8."""
     store: Store = dist.distributed_c10d._get_default_store()
     return store
-
-
-def _own_connection(store: Store) -> Store:
-    """A connection of our own, so that nothing of torch's waits behind us, nor we behind it; where that can be had."""
-    try:
-        own: Store = store.clone()  # type: ignore[attr-defined]  # since torch 2.9
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return store
-    return own

@@ -61,11 +61,12 @@ class Ranks(Protocol):
         """Not collective: what was announced last under a name; None if nothing was yet. Waits for nobody."""
         ...
 
-    async def connect(self, *, until: float) -> Links:
-        """Connections among all ranks for one piece of work, which ends at ``until`` on the monotonic clock.
+    async def connect(self, name: str, *, until: float) -> Links:
+        """Connections among all ranks for one piece of work, which ends at ``until`` on the monotonic clock. All give
+        one name, which no other piece of work has.
 
-        ``PeerError`` where they do not all come. The connections end with the last reference to them: keep them until
-        all ranks are known to be done.
+        ``PeerError`` where they do not all come; at once where one fails or is cancelled meanwhile. The connections
+        end with the last reference to them: keep them until all ranks are known to be done.
         """
         ...
 
@@ -98,7 +99,7 @@ class SoleRank:
         """Nobody announces anything."""
         return None
 
-    async def connect(self, *, until: float) -> Links:
+    async def connect(self, name: str, *, until: float) -> Links:
         """``UsageError``: there is nobody to connect to."""
         raise UsageError("a job of one rank has nobody to connect to")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar, TypeVarTuple
 
@@ -23,7 +24,7 @@ import msgspec
 from anyio import to_thread
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch exports them without saying so
 
-from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed
+from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed, ungrouped
 from asyncdcp.ranks.links import Links
 from asyncdcp.ranks.port import Decide
 from asyncdcp.worker.failures import from_frame, to_frame
@@ -60,6 +61,7 @@ class StoreRanks:
         """How many calls of the store there were, for tests and statistics."""
         self._store = store
         self._turns: Counter[str] = Counter()
+        self._parted: list[str] = []
 
     async def decide(self, topic: str, told: bytes, decide: Decide, *, deadline: float | None = None) -> bytes:
         """As ``Ranks``."""
@@ -100,12 +102,31 @@ class StoreRanks:
         key = f"announced/{name}"
         return await self._get_one(key) if await self._there(key) else None
 
-    async def connect(self, *, until: float) -> Links:
-        """As ``Ranks``."""
-        key = self._next("links")
-        store = PrefixStore(key, self._store)
-        links = await Links.connect(store, self.rank, self.world_size, deadline=self.deadline, until=until)
+    async def connect(self, name: str, *, until: float) -> Links:
+        """As ``Ranks``. Where it fails, a key says so to the others; it goes when the ranks connect the next time."""
+        key = f"links/{name}"
+        parted, self._parted = self._parted, []
+        await self._delete(parted)
+        store = PrefixStore(key, own_connection(self._store))
+        try:
+            with ungrouped():
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._watch, f"{key}/parted")
+                    links = await Links.connect(store, self.rank, self.world_size, deadline=self.deadline, until=until)
+                    tasks.cancel_scope.cancel()
+        except BaseException:
+            with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
+                self._parted.append(f"{key}/parted")
+                await self._set(f"{key}/parted", str(self.rank).encode())
+            raise
         return links
+
+    async def _watch(self, name: str) -> None:
+        """Until somebody says there that it does not connect."""
+        async for _ in self._poll():
+            if await self._there(name):
+                rank = int(await self._get_one(name))
+                raise PeerFailed(f"rank {rank} failed, or was cancelled, when the ranks were to connect", rank=rank)
 
     async def _take_part(self, key: str, told: bytes, decide: Decide) -> bytes:
         await self._put(f"{key}/told/{self.rank}", told)
@@ -254,6 +275,15 @@ class StoreRanks:
             return await to_thread.run_sync(partial(function, *args), abandon_on_cancel=True)
         except RuntimeError as error:  # torch's DistError and its kin
             raise PeerError(f"the store of the process group does not answer: {error!s:.300}") from error
+
+
+def own_connection(store: Store) -> Store:
+    """A connection of our own, so that no wait of torch's is behind us, nor we behind it; where that can be had."""
+    try:
+        own: Store = store.clone()  # type: ignore[attr-defined]  # since torch 2.9
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+    return own
 
 
 def _parts(name: str, count: int) -> list[str]:

@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch exports it silently
 
 from asyncdcp import LocalStorage, PerRank
-from asyncdcp.checkpointer import sharing
+from asyncdcp.checkpointer import loading, read_verbs, sharing
 from asyncdcp.errors import Cancelled, ChecksumMismatch, InvalidOption, PeerError, PeerFailed, StorageError
-from asyncdcp.ranks import Links
+from asyncdcp.ranks import Links, together
 from asyncdcp.ranks import links as links_module
 from asyncdcp.storage.port import Fetch
 from tests.ranks.conftest import Everywhere, Job, make_ranks, rows
@@ -240,7 +241,7 @@ def test_ranks_that_do_not_agree_on_it_are_told_so(saved: tuple[Job, list[Counte
 def linked(everywhere: Everywhere) -> Callable[..., list[Links]]:
     def connect(world_size: int, seconds: float = 30.0) -> list[Links]:
         until = time.monotonic() + seconds
-        found = everywhere(lambda each: anyio.run(lambda: each.connect(until=until)), make_ranks(world_size))
+        found = everywhere(lambda each: anyio.run(lambda: each.connect("it", until=until)), make_ranks(world_size))
         assert all(isinstance(each, Links) for each in found), found
         return found
 
@@ -293,8 +294,8 @@ def test_ranks_that_do_not_come_to_connect_are_an_error_in_time() -> None:
     store = HashStore()
     (first, _) = make_ranks(2, deadline=0.3, store=store)
     with pytest.raises(PeerError, match="the ranks could not connect to each other"):
-        anyio.run(lambda: first.connect(until=time.monotonic() + 5))
-    assert store.num_keys() == 0
+        anyio.run(lambda: first.connect("it", until=time.monotonic() + 5))
+    assert store.num_keys() == 1  # which tells the others
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -346,3 +347,74 @@ async def test_a_store_that_does_not_answer_holds_no_one_up_at_the_end(monkeypat
     finally:
         answer.set()
     assert asked.is_set()
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+def test_who_does_not_connect_after_all_keeps_nobody_waiting(
+    everywhere: Everywhere, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    store = HashStore()
+    three = make_ranks(3, deadline=8.0, store=store)
+    connect = Links.connect
+
+    async def fails(own: Any, rank: int, world_size: int, **options: Any) -> Links:
+        if rank == 1 and how == "fails":
+            raise StorageError("no network", errno=5)
+        if rank == 1:
+            await anyio.sleep(30)
+        return await connect(own, rank, world_size, **options)
+
+    monkeypatch.setattr(Links, "connect", fails)
+
+    async def meet(each: Any, name: str) -> None:
+        async def work() -> bytes:
+            with anyio.move_on_after(0.05 if name == "cut" and each.rank == 1 else 30) as scope:
+                await (await each.connect(name, until=time.monotonic() + 30)).aclose()
+            if scope.cancelled_caught:
+                raise StorageError("no network", errno=5)
+            return b""
+
+        await together(each, "the work", work, deadline=60)
+
+    begun = time.monotonic()
+    errors = everywhere(lambda each: anyio.run(meet, each, "cut"), three)
+    assert [(type(error), "no network" in str(error)) for error in errors] == [(StorageError, True)] * 3, errors
+    assert time.monotonic() - begun < 7  # and not until gloo gives up
+    assert store.check(["job/links/cut/parted"])
+    monkeypatch.setattr(Links, "connect", connect)
+    assert everywhere(lambda each: anyio.run(meet, each, "again"), three) == [None] * 3
+    assert not store.check(["job/links/cut/parted"])
+
+
+@pytest.mark.parametrize("fault", ["_expanded", "Exchange", "CheckpointReader"])
+def test_what_fails_on_one_rank_before_anything_is_read_fails_all_and_not_the_next_load(
+    saved: tuple[Job, list[Counted]], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    four, where = saved
+    real, begin = getattr(loading, fault), loading.load_state
+
+    async def load_state(request: Any) -> Any:
+        rank.set(request.ranks.rank)
+        return await begin(request)
+
+    class Broken:
+        @staticmethod
+        def of(*args: Any) -> Any:
+            return failing(*args)
+
+    def failing(*args: Any) -> Any:
+        if rank.get() == 2:
+            raise StorageError("out of room", errno=5)
+        return (real.of if fault == "CheckpointReader" else real)(*args)
+
+    rank: ContextVar[int] = ContextVar("rank")
+    with monkeypatch.context() as patched:
+        patched.setattr(read_verbs, "load_state", load_state)
+        patched.setattr(loading, fault, Broken if fault == "CheckpointReader" else failing)
+        begun = time.monotonic()
+        for future in load(four, where):
+            assert isinstance(future.exception(), StorageError), future.exception()
+            assert "out of room" in str(future.exception())
+        assert time.monotonic() - begun < 20  # agreements have 30 s here, loads half an hour
+    for number, future in enumerate(load(four, where)):
+        check(future.result(), number)
