@@ -231,6 +231,34 @@ def test_a_key_more_on_one_rank_is_complete_and_a_key_less_aborts_once(job: Jobs
     assert torch.equal(loaded["model"]["0.weight"], state(0)["model"]["0"].weight)
 
 
+def test_a_changed_shape_on_one_rank_or_on_all_is_complete(job: Jobs, tmp_path: Path) -> None:
+    def state(rank: int, own: int, shared: int) -> dict[str, Any]:
+        return {
+            f"of {rank}": torch.arange(float(own)),
+            "shared": torch.arange(float(shared)),
+            "x": rows(WHOLE, rank, 2),
+        }
+
+    two = job(2)
+    fine(two.save(tmp_path / "1", lambda rank: state(rank, 5, 7)))
+    for path, own, shared in (("2", (5, 9), 7), ("3", (5, 9), 11), ("4", (3, 3), 2)):
+        fine(two.save(tmp_path / path, lambda rank, own=own, shared=shared: state(rank, own[rank], shared)))
+        (loaded,) = fine(job(1).load(tmp_path / path, lambda rank: None))
+        assert [len(loaded["of 0"]), len(loaded["of 1"]), len(loaded["shared"])] == [*own, shared]
+        assert torch.equal(loaded["of 1"], torch.arange(float(own[1]))) and torch.equal(loaded["x"], WHOLE)
+
+
+def test_replicas_whose_shape_changes_on_one_rank_are_refused_and_the_next_save_is_sound(
+    job: Jobs, tmp_path: Path
+) -> None:
+    two = job(2)
+    fine(two.save(tmp_path / "1", lambda rank: {"x": torch.ones(4)}))
+    for error in two.save(tmp_path / "2", lambda rank: {"x": torch.ones(4 + rank)}):
+        assert isinstance(error, (StructureChanged, ReplicaMismatch, PeerFailed)), repr(error)
+    fine(two.save(tmp_path / "3", lambda rank: {"x": torch.ones(6)}))
+    assert len(fine(job(1).load(tmp_path / "3", lambda rank: None))[0]["x"]) == 6
+
+
 def test_a_refusal_on_one_rank_is_heard_by_all_and_the_next_save_is_sound(job: Jobs, tmp_path: Path) -> None:
     two = job(2)
     for number, path in enumerate(("1", "2")):

@@ -49,8 +49,8 @@ def test_case(outcomes: list[dict[str, str]], case: str) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("scene", ["a background process", "a trainer"])
-def test_one_that_is_killed_is_named_and_costs_nothing(outcomes: list[dict[str, str]], scene: str) -> None:
+@pytest.mark.parametrize("scene", ["a background process", "one that sleeps", "a trainer"])
+def test_one_that_is_killed_or_sleeps_is_named_and_costs_nothing(outcomes: list[dict[str, str]], scene: str) -> None:
     """In the middle of a save; what was saved before loads, and the next save works beside what is left there."""
     failures = [f"rank {rank}:\n{found[scene]}" for rank, found in enumerate(outcomes) if scene in found]
     assert not failures, "\n".join(failures)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -28,11 +29,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from asyncdcp import AsyncCheckpointer, Options, PerRank, RNGState, SoleRank, TrainState
-from asyncdcp.errors import PeerFailed, UnsupportedValue, WorkerCrashed
+from asyncdcp.errors import DeadlineExceeded, PeerFailed, UnsupportedValue, WorkerCrashed
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.state_dict.chunks import local_chunks
 from asyncdcp.storage.faults import FaultyStorage
 from asyncdcp.storage.spec import Fault
+from asyncdcp.worker.protocol import Leave
 
 WORLD = 4
 _PR_SET_PDEATHSIG = 1
@@ -228,6 +230,24 @@ def partial_is_refused(world: World) -> None:
         raise AssertionError("it was saved")
 
 
+def repeated_saves(world: World) -> None:
+    """No collective on any group that this rank is of."""
+    groups: list[Any] = [dist.group.WORLD, *(group for size, group in world.groups.items() if world.rank < size)]
+
+    def collectives() -> list[int]:
+        return [group._get_sequence_number_for_group() for group in groups]
+
+    state, four = training(world, "fsdp", 1), world.checkpointers[4]
+    four.save(world.folder / "first", state).result()
+    for number in range(2):
+        step(state)
+        before = collectives()
+        four.save(world.folder / f"repeated-{number}", state).result()
+        assert collectives() == before
+    dist.all_reduce(torch.ones(1))
+    assert collectives()[0] == before[0] + 1  # that is how they are counted
+
+
 def cases() -> dict[str, Callable[[World], None]]:
     """By name, in the order in which all ranks run them."""
     made: dict[str, Callable[[World], None]] = {}
@@ -245,6 +265,7 @@ def cases() -> dict[str, Callable[[World], None]]:
         made[f"named {a} {b}"] = partial(named_training, saved=a, loaded=b)
     made["own generators"] = own_generators
     made["partial"] = partial_is_refused
+    made["repeated saves"] = repeated_saves
     return made
 
 
@@ -258,7 +279,7 @@ def dying(world: World) -> dict[str, str]:
     found: dict[str, str] = {}
     options = Options(agreement_deadline=30, save_deadline=30, load_deadline=30, staging_bytes=SLAB_BYTES)
     four = AsyncCheckpointer(options, process=True, process_group=dist.group.WORLD)
-    scenes = {"a background process": a_worker_dies, "a trainer": a_trainer_dies}
+    scenes = {"a background process": a_worker_dies, "one that sleeps": a_worker_sleeps, "a trainer": a_trainer_dies}
     for name, scene in scenes.items():
         try:
             scene(world, four)
@@ -304,17 +325,46 @@ def a_worker_dies(world: World, four: AsyncCheckpointer) -> None:
     check_version(world, 3)
 
 
+def a_worker_sleeps(world: World, four: AsyncCheckpointer) -> None:
+    """Rank 1's, in an uninterruptible wait: SIGKILL does nothing to it. It wakes when the job was started again, and
+    has saved to the same place.
+    """
+    options = Options(agreement_deadline=30, save_deadline=3, settle_seconds=5)
+    with AsyncCheckpointer(options, process=True, process_group=dist.group.WORLD) as old:
+        old.prepare(doomed_state(world, 4)).result()
+        process = old._lanes.pipeline.process  # type: ignore[attr-defined]  # it has one
+        kill, process._send_kill = process._send_kill, lambda: None
+        error = doomed_save(world, old, 4, 1, Fault("pwrite", 1, "stop"))
+        if world.rank == 1:
+            assert isinstance(error, DeadlineExceeded), error
+        else:
+            assert isinstance(error, PeerFailed) and error.rank == 1, error
+        check_version(world, 3)
+        dist.barrier()
+        four.save(world.folder / "dying", doomed_state(world, 5), overwrite=True).result()
+        dist.barrier()
+        process._send_kill = kill
+        if world.rank == 1:
+            woken = os.pidfd_open(process.pid)
+            os.kill(process.pid, signal.SIGCONT)
+            old._engine.call(process.post, Leave())  # it exits once it has settled the save in its own eyes
+            assert select.select([woken], [], [], 20)[0]
+            os.close(woken)
+    dist.barrier()
+    check_version(world, 5)
+
+
 def a_trainer_dies(world: World, four: AsyncCheckpointer) -> None:
     """It is the last rank's, while it stages. The others are told by its background process, and go on as a new job
     that saves to the same place.
     """
-    error = doomed_save(world, four, 4, WORLD - 1, Fault("pwrite", 1, "kill-trainer"))
+    error = doomed_save(world, four, 6, WORLD - 1, Fault("pwrite", 1, "kill-trainer"))
     assert isinstance(error, PeerFailed) and error.rank == WORLD - 1, error
-    check_version(world, 3)
+    check_version(world, 5)
     options = Options(agreement_deadline=20, save_deadline=20)
     with AsyncCheckpointer(options, process=True, process_group=world.groups[WORLD - 1]) as restarted:
-        restarted.save(world.folder / "dying", doomed_state(world, 5), overwrite=True).result()
-    check_version(world, 5)
+        restarted.save(world.folder / "dying", doomed_state(world, 7), overwrite=True).result()
+    check_version(world, 7)
 
 
 def die_after_staging(world: World) -> None:
