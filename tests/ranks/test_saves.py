@@ -232,18 +232,18 @@ def test_a_key_more_on_one_rank_is_complete_and_a_key_less_aborts_once(job: Jobs
 
 
 def test_a_changed_shape_on_one_rank_or_on_all_is_complete(job: Jobs, tmp_path: Path) -> None:
-    def state(rank: int, own: int, shared: int) -> dict[str, Any]:
+    def state(rank: int, own: tuple[int, int], shared: int) -> dict[str, Any]:
         return {
-            f"of {rank}": torch.arange(float(own)),
+            f"of {rank}": torch.arange(float(own[rank])),
             "shared": torch.arange(float(shared)),
             "x": rows(WHOLE, rank, 2),
         }
 
     two = job(2)
-    fine(two.save(tmp_path / "1", lambda rank: state(rank, 5, 7)))
-    for path, own, shared in (("2", (5, 9), 7), ("3", (5, 9), 11), ("4", (3, 3), 2)):
-        fine(two.save(tmp_path / path, lambda rank, own=own, shared=shared: state(rank, own[rank], shared)))
-        (loaded,) = fine(job(1).load(tmp_path / path, lambda rank: None))
+    for number, (own, shared) in enumerate((((5, 5), 7), ((5, 9), 7), ((5, 9), 11), ((3, 3), 2))):
+        path = tmp_path / str(number)
+        fine(two.save(path, partial(state, own=own, shared=shared)))
+        (loaded,) = fine(job(1).load(path, lambda rank: None))
         assert [len(loaded["of 0"]), len(loaded["of 1"]), len(loaded["shared"])] == [*own, shared]
         assert torch.equal(loaded["of 1"], torch.arange(float(own[1]))) and torch.equal(loaded["x"], WHOLE)
 
