@@ -17,12 +17,16 @@ class AsyncDCPCallback(TrainerCallback):
         manager = CheckpointManager("runs/bert", keep=KeepLast(3), save_when=EverySteps(500))
         trainer = Trainer(…, args=TrainingArguments(save_strategy="no", …), callbacks=[AsyncDCPCallback(manager)])
 
+    The manager's ``save_when`` says when, which is every ten minutes if nothing is given; the last step that the
+    arguments ask for is always saved. ``save_strategy="no"`` keeps the trainer from saving for itself beside it.
+
     When training begins, the newest checkpoint of the manager's run is restored, with ``restore=False`` none, and
     training goes on at its step. The optimizer is guarded: its step waits until pending saves have copied what it
     changes. The last saves are durable, and what failed is raised, when training ends. The manager is the caller's to
     close.
 
-    The trainer begins its data anew after a restore: a dataset that is to go on where it was keeps its own position.
+    The trainer begins its data and its epochs anew after a restore: a dataset that is to go on where it was keeps its
+    own position. The first loss that it logs then is divided by all steps, those before the restore too.
     """
 
     def __init__(self, manager: CheckpointManager, *, restore: bool = True) -> None:
@@ -48,8 +52,9 @@ class AsyncDCPCallback(TrainerCallback):
         self._guard = self._manager.guard(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves if it is time; ends the training if the process is asked to end."""
-        if self._manager.should_save(state.global_step):
+        """Saves if it is time, or the last step; ends the training if the process is asked to end."""
+        due = self._manager.should_save(state.global_step)
+        if due or state.global_step == state.max_steps:
             self._manager.save(state.global_step, self._state, metrics=_metrics(state))
         if self._manager.preempted:
             control.should_training_stop = True
@@ -85,6 +90,7 @@ def _inner(wrapped: Any, name: str) -> Any:
 
 
 def _metrics(state: TrainerState) -> dict[str, float]:
-    """The numbers of the last log."""
+    """The numbers of the last log, and as ``logged_step`` at which step that was: before the one that is saved."""
     last = state.log_history[-1] if state.log_history else {}
-    return {name: float(value) for name, value in last.items() if isinstance(value, (int, float))}
+    found = {name: float(value) for name, value in last.items() if isinstance(value, (int, float))}
+    return {"logged_step" if name == "step" else name: value for name, value in found.items()}

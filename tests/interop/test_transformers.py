@@ -51,12 +51,15 @@ def test_a_training_resumes_bit_by_bit(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "whole", save_when=EverySteps(5), process=False) as manager:
         whole = trainer(tmp_path, manager, 6)
         whole.train()
+        assert manager.steps().result() == [5, 6], "the last step is saved, too"
     with CheckpointManager(tmp_path / "parts", save_when=EverySteps(2), process=False) as manager:
         trainer(tmp_path, manager, 4).train()
         assert manager.steps().result() == [2, 4]
         latest = manager.latest().result()
         assert latest is not None
         assert latest.metrics["loss"] is not None
+        assert latest.metrics["logged_step"] == 3
+        assert "step" not in latest.metrics
     with CheckpointManager(tmp_path / "parts", save_when=EverySteps(2), process=False) as manager:
         second = trainer(tmp_path, manager, 6)
         second.train()
