@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -50,9 +51,14 @@ class AsyncDCPCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Saves to the directory ``path``; takes the place of what is there, once it is committed."""
+        """Saves to the directory ``path``; takes the place of what is there, once it is committed. The folder of
+        ``path`` is there at once: ``save_last="link"`` makes a link in it.
+        """
         if storage_options is not None:
             raise InvalidOption("storage_options are not taken here; give Options to AsyncDCPCheckpointIO instead")
+        if "://" not in os.fspath(path):
+            with suppress(OSError):  # the save comes upon it, too, and says so
+                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         plain = {key: _plain(value) for key, value in checkpoint.items()}
         self._last = self._checkpointer.save(path, plain, overwrite=True, allow_pickle=self._allow_pickle)
         self._last.staged.result()

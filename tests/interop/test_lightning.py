@@ -97,6 +97,26 @@ def test_removed_only_once_the_newer_one_is_committed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+def test_a_link_to_the_last_one_can_be_made_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = plugin_of()
+    made = list[Path]()
+    opened = plugin._checkpointer
+    save = opened.save
+
+    def late(path: Path, *args: Any, **kwargs: Any) -> Any:
+        made.extend(tmp_path.iterdir())  # before anything of the save is on the disk
+        return save(path, *args, **kwargs)
+
+    monkeypatch.setattr(opened, "save", late)
+    plugin.save_checkpoint({"w": torch.ones(3)}, tmp_path / "kept" / "first")
+    (tmp_path / "kept" / "last").symlink_to("first")
+    assert made == [tmp_path / "kept"]
+    assert torch.equal(plugin.load_checkpoint(tmp_path / "kept" / "last")["w"], torch.ones(3))
+    plugin.teardown()
+
+
 def test_wrong_words(tmp_path: Path) -> None:
     plugin = plugin_of()
     with pytest.raises(InvalidOption, match="storage_options"):
