@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
@@ -101,8 +101,9 @@ def damaged(file: FileMap, what: str) -> CorruptCheckpoint:
 
 
 def enumerated(tensors: Sequence[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(name[:200] for name in tensors[:5]) + (" …" if len(tensors) > 5 else "") or "only a header"
+    """The first few names, for a message: each once, of however many chunks."""
+    names = list(islice(dict.fromkeys(tensors), 6))
+    return ", ".join(name[:200] for name in names[:5]) + (" …" if len(names) > 5 else "") or "only a header"
 
 
 def unite(indexes: Sequence[Index], viewer: int | None = 0) -> Union:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from asyncdcp.errors import AmbiguousCheckpoint, CheckpointNotFound
+from asyncdcp.pipeline.union import enumerated
 from asyncdcp.pipeline.verify import Damage, verify
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from asyncdcp.storage.memory import MemoryReader
@@ -159,3 +160,10 @@ async def test_a_checkpoint_that_is_replaced_meanwhile() -> None:
     await save(storage, LONG, file_limit=1 << 16)
     report = await verify(storage, Trace())
     assert report.ok and report.save_id == OTHER
+
+
+def test_a_tensor_is_named_once_however_many_of_its_chunks_are_damaged() -> None:
+    assert enumerated(["w", "w", "b"]) == "w, b"
+    assert enumerated(["w", *"abcd", "d"]) == "w, a, b, c, d"
+    assert enumerated(["w", *"abcde"]) == "w, a, b, c, d …"
+    assert enumerated([]) == "only a header"
