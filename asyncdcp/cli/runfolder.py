@@ -9,6 +9,7 @@ import click
 from asyncdcp.cli.targets import open_folder
 from asyncdcp.names import record_save_id
 from asyncdcp.runs import Run, look
+from asyncdcp.runs.layout import term_of
 from asyncdcp.storage import Place, open_place
 
 
@@ -25,11 +26,18 @@ async def open_run(target: str) -> tuple[Place, Run]:
 def _no_run(target: str, run: Run) -> str:
     if any(record_save_id(name) for name in run.survey.own.objects):
         return f"{target} is a checkpoint, and no run; asyncdcp inspect {target} shows what is in it"
-    others = [name for name, found in run.survey.children.items() if any(map(record_save_id, found.objects))]
+    inside = run.survey.children.items()
+    runs = [name for name, found in inside if any(term_of(name) is not None for name in found.objects)]
+    if runs:
+        return f"{target} holds runs ({_shown(runs)}), and is none itself; such as: {os.path.join(target, min(runs))}"
+    others = [name for name, found in inside if any(map(record_save_id, found.objects))]
     if others:
-        names = ", ".join(sorted(others)[:3]) + (" …" if len(others) > 3 else "")
         return (
-            f"{target} holds checkpoints ({names}), but none named step_<number> as those of a run are; "
+            f"{target} holds checkpoints ({_shown(others)}), but none named step_<number> as those of a run are; "
             f"to look into one: asyncdcp inspect {os.path.join(target, min(others))}"
         )
     return f"{target} holds no run: there is no folder step_<number> with a checkpoint in it"
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")

@@ -54,6 +54,15 @@ def test_a_checkpoint_in_place_of_a_run(call: Call, command: tuple[object, ...],
     assert f"asyncdcp inspect {checkpoint}" in call(*_arguments(command, checkpoint)).error
 
 
+@pytest.mark.parametrize("command", _ON_RUNS, ids=str)
+def test_a_folder_of_runs(call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "term_1.json").touch()
+    error = call(*_arguments(command, tmp_path)).error
+    assert error == f"{tmp_path} holds runs (a, b, c …), and is none itself; such as: {tmp_path}/a"
+
+
 def test_a_run_whose_folders_have_other_names(call: Call, run: Path) -> None:
     for name in ("step_10", "step_20"):
         (run / name).rename(run / name.replace("step", "epoch"))
