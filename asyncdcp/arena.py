@@ -59,8 +59,10 @@ class Arena:
         try:
             os.ftruncate(fd, slots * slot_bytes)
             self._map(fd, slots, slot_bytes)
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, OSError) and error.errno == errno.EFBIG:
+                raise _translated(error.errno, slots * slot_bytes, ", or raise RLIMIT_FSIZE (ulimit -f)") from error
             raise
 
     @classmethod
@@ -230,11 +232,11 @@ def _unmap(address: int, nbytes: int, pid: int) -> None:
         _libc.munmap(address, nbytes)
 
 
-def _translated(code: int | None, nbytes: int) -> Exception:
-    if code in _OUT_OF_MEMORY:
+def _translated(code: int | None, nbytes: int, way_out: str = "") -> Exception:
+    if code in _OUT_OF_MEMORY or way_out:
         return MemoryLimit(
             f"the staging arena could not take {nbytes:,} bytes of memory ({os.strerror(code or 0)}); give a smaller "
-            "staging_bytes="
+            f"staging_bytes={way_out}"
         )
     return OSError(code, os.strerror(code or 0))
 

@@ -285,6 +285,16 @@ def test_a_mapping_refused_is_a_memory_limit_and_leaks_nothing(monkeypatch: pyte
     assert not descriptors()
 
 
+def test_a_limit_of_file_sizes_is_named_and_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, length: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # a real limit would hold for all that the tests write
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(MemoryLimit, match=r"4,096 bytes.*File too large.*\(ulimit -f\)"):
+        Arena(1, 4096)
+    assert not descriptors()
+
+
 def test_an_arena_beyond_memory_is_refused_before_it_is_made() -> None:
     with pytest.raises(MemoryLimit, match="the staging arena needs"):
         Arena(1 << 20, 1 << 30)
