@@ -235,7 +235,7 @@ class RunSession:
             except Fenced as error:
                 self._reporter.emit("fenced", str(error), term=error.term)
                 raise
-            await append_history(self._place, self._line_of(finished), self.chain)
+            await append_history(self._place, self._line_of(finished, run), self.chain)
             if self._reporter.telemetry.traces:
                 await self._write_trace(finished)
             if self._keep is not None:
@@ -249,16 +249,18 @@ class RunSession:
                 text = f"step {copied.step} is copied to {self.mirror.location}"
                 self._reporter.emit("mirrored", text, copied.step, save_id=copied.save_id)
 
-    def _line_of(self, finished: Finished) -> Saved:
+    def _line_of(self, finished: Finished, run: Run) -> Saved:
+        """Sizes are those of the whole save, as its Record has them; times are this rank's."""
         result = finished.result
+        whole = next((each.summary for each in run.checkpoints if each.save_id == result.save_id), None) or result
         return Saved(
             step=finished.step,
             term=self.standing.term,
             save_id=result.save_id,
             time=time.time(),
-            tensors=result.tensors,
-            tensor_bytes=result.tensor_bytes,
-            stored_bytes=result.stored_bytes,
+            tensors=whole.tensors,
+            tensor_bytes=whole.tensor_bytes,
+            stored_bytes=whole.stored_bytes,
             called_seconds=finished.called_seconds,
             staged_seconds=result.staged_seconds,
             durable_seconds=result.durable_seconds,

@@ -31,7 +31,8 @@ class StageTime(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """A committed save. Times are in seconds; ``time`` since the epoch, the others from the call of ``save``.
+    """A committed save. Tensors and bytes are those of all ranks; times are rank 0's, in seconds, ``time`` since the
+    epoch, the others from the call of ``save``.
 
     ``called_seconds`` is how long the call itself took, ``staged_seconds`` until the tensors could be changed again,
     ``durable_seconds`` until the checkpoint would have survived a loss of power, ``stage_seconds`` by stage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from asyncdcp import CheckpointManager, EverySteps, KeepLast, PerRank
 from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, Fenced, PeerFailed, StateMismatch, UnseenFailure
 from asyncdcp.manager.deciding import WINDOW
 from asyncdcp.ranks import SoleRank, StoreRanks
+from asyncdcp.runs import read_history
+from asyncdcp.storage import LocalPlace
 
 WORLD = 2
 Everywhere = Callable[[Callable[[int, CheckpointManager], Any]], list[Any]]
@@ -53,9 +56,11 @@ def save_some(rank: int, manager: CheckpointManager) -> list[int]:
     return manager.steps().result()
 
 
-def test_all_save_and_all_restore_the_same(everywhere: Callable[..., list[Any]]) -> None:
+def test_all_save_and_all_restore_the_same(everywhere: Callable[..., list[Any]], run: Path) -> None:
     options = {"save_when": EverySteps(2), "keep": KeepLast(2)}
     assert everywhere(save_some, **options) == [[4, 6]] * WORLD
+    last = asyncio.run(read_history(LocalPlace(run)))[-1]
+    assert last.stored_bytes == sum(file.stat().st_size for file in (run / "step_6").glob("*.safetensors"))
 
     def restore(rank: int, manager: CheckpointManager) -> Any:
         target = state(rank, 0)
