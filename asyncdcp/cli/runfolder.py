@@ -8,6 +8,7 @@ import click
 
 from asyncdcp.cli.targets import open_folder
 from asyncdcp.names import record_save_id
+from asyncdcp.pipeline.newest_foreign import newest_foreign
 from asyncdcp.runs import Run, look
 from asyncdcp.runs.layout import term_of
 from asyncdcp.storage import Place, open_place
@@ -19,11 +20,11 @@ async def open_run(target: str) -> tuple[Place, Run]:
     place = open_place(target)
     run = await look(place)
     if not run.checkpoints and not run.term:
-        raise click.ClickException(_no_run(target, run))
+        raise click.ClickException(_no_run(target, run) or await _foreign(place, target, run))
     return place, run
 
 
-def _no_run(target: str, run: Run) -> str:
+def _no_run(target: str, run: Run) -> str | None:
     if any(record_save_id(name) for name in run.survey.own.objects):
         return f"{target} is a checkpoint, and no run; asyncdcp inspect {target} shows what is in it"
     inside = run.survey.children.items()
@@ -35,6 +36,18 @@ def _no_run(target: str, run: Run) -> str:
         return (
             f"{target} holds checkpoints ({_shown(others)}), but none named step_<number> as those of a run are; "
             f"to look into one: asyncdcp inspect {os.path.join(target, min(others))}"
+        )
+    return None
+
+
+async def _foreign(place: Place, target: str, run: Run) -> str:
+    """What to say where there is nothing of asyncdcp's: checkpoints of other formats are no run."""
+    newest = await newest_foreign(place, run)
+    if newest is not None:
+        path = os.path.join(target, newest)
+        return (
+            f"{target} holds no run of asyncdcp's, but checkpoints of another format, such as {path}; "
+            f"to look into one: asyncdcp inspect {path}"
         )
     return f"{target} holds no run: there is no folder step_<number> with a checkpoint in it"
 

@@ -15,6 +15,7 @@ from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.reading import LoadFrom, load_checkpoint
 from asyncdcp.manager.restoring import load_first, said
 from asyncdcp.manager.telemetry import Reporter
+from asyncdcp.pipeline.newest_foreign import newest_foreign
 from asyncdcp.ranks import Ranks, gather
 from asyncdcp.results import SaveResult
 from asyncdcp.runs import Checkpoint, Retention, Run, Saved, look
@@ -180,6 +181,13 @@ class RunSession:
                 f"no checkpoint in {location} is whole: {broken[-1].name}: {broken[-1].cause}; to begin anew, use "
                 "another directory for the run",
                 path=location,
+            )
+        if not good and (foreign := await newest_foreign(self._place, run)) is not None:
+            self._reporter.emit(
+                "foreign",
+                f"there is nothing to resume from, but {foreign} holds a checkpoint of another format: to go on from "
+                f"it, load it by its path (AsyncCheckpointer.load), and give the run a directory of its own",
+                step_of(foreign),
             )
         return _Choice(good)
 

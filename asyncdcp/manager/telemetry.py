@@ -23,6 +23,7 @@ Kind: TypeAlias = Literal[
     "settled",
     "restored",
     "fallback",
+    "foreign",
     "save",
     "committed",
     "mirrored",
@@ -35,7 +36,13 @@ Kind: TypeAlias = Literal[
 ]
 
 _LEVELS: Mapping[str, int] = MappingProxyType(
-    {"fallback": logging.ERROR, "failed": logging.ERROR, "fenced": logging.ERROR, "preempted": logging.WARNING}
+    {
+        "fallback": logging.ERROR,
+        "failed": logging.ERROR,
+        "fenced": logging.ERROR,
+        "preempted": logging.WARNING,
+        "foreign": logging.WARNING,
+    }
 )
 
 

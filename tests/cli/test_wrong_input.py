@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tests.cli.conftest import Call
 
@@ -135,3 +137,14 @@ def spoil(checkpoint: Path) -> None:
     content = bytearray(data.read_bytes())
     content[5000] ^= 1
     data.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("command", _ON_RUNS, ids=str)
+def test_checkpoints_of_another_format_in_place_of_a_run(
+    call: Call, command: tuple[object, ...], tmp_path: Path
+) -> None:
+    for step in (9, 10):
+        dcp_save({"weight": torch.ones(2)}, checkpoint_id=tmp_path / f"step_{step}", no_dist=True)
+    error = call(*_arguments(command, tmp_path)).error
+    assert "checkpoints of another format" in error and error.endswith(f"asyncdcp inspect {tmp_path}/step_10")

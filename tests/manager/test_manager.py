@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from asyncdcp import CheckpointManager, EverySteps, KeepBest, KeepEvery, KeepLast, SyncCheckpointer, ZStandard
 from asyncdcp.errors import CheckpointExists, CheckpointGone, CheckpointNotFound, Closed, InvalidOption
@@ -195,3 +196,17 @@ def test_a_run_that_is_a_file_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a run")
     with pytest.raises(OSError, match="file: Not a directory"), CheckpointManager(tmp_path / "file", process=False):
         pass
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_another_format_is_told_of_where_there_is_nothing_to_resume_from(
+    opened: Opened, training: Training, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dcp_save({"weight": torch.ones(32)}, checkpoint_id=run / "step_9", no_dist=True)
+    assert opened().restore_latest(training.state).result() is None
+    assert "step_9 holds a checkpoint of another format" in caplog.text
+    caplog.clear()
+    manager = opened()
+    manager.save(10, training.at(10)).result()
+    assert manager.restore_latest(training.state).result() is not None
+    assert "another format" not in caplog.text
