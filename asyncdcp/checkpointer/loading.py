@@ -29,7 +29,7 @@ from asyncdcp.planning.shared_reads import SharedReads, Wanted, share_reads
 from asyncdcp.ranks import Links, Ranks, together
 from asyncdcp.results import LoadReport, PerRankOutcome, frozen
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.matching import match, unexpected_everywhere
+from asyncdcp.state_dict.matching import match, nothing_chosen, unexpected_everywhere
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import leaves, prune
@@ -243,6 +243,7 @@ class _Anew:
 
     def __init__(self, request: LoadRequest, metadata: Metadata) -> None:
         self._options = request.options
+        self._path = request.location
         self._metadata = metadata
         self._state: Any = None
         self.unexpected: list[str] = []
@@ -253,7 +254,9 @@ class _Anew:
         metadata, options = self._metadata, self._options
         tree, values = decoded(metadata)
         if options.keys is not None:
-            tree = prune(tree, options.selects) or {"dict": [[], []]}
+            tree = prune(tree, options.selects)
+            if tree is None:
+                raise nothing_chosen(self._path, options.keys)
         names = leaves(tree) if options.keys is not None else None
         self.loaded = frozenset(metadata.own if names is None else names)
         stored = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, UsageError
@@ -23,6 +23,8 @@ class Chain:
     """
 
     def __init__(self, extensions: Sequence[Extension]) -> None:
+        if not isinstance(extensions, Iterable):
+            raise InvalidOption(f"extensions takes a sequence of them, such as [ZStandard()], not {extensions!r:.80}")
         self.extensions = tuple(extensions)
         self.descriptors = [_descriptor(extension) for extension in self.extensions]
         self._sealing = next((e for e in reversed(self.extensions) if isinstance(e, SealingExtension)), None)

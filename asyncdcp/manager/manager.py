@@ -331,6 +331,8 @@ class CheckpointManager(ReadVerbs):
 def _numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | None]:
     """The metrics as they will be read back; ``InvalidOption`` for what is no number."""
     found: dict[str, float | None] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidOption(f"metrics takes numbers by name, such as {{'loss': 0.5}}, not {metrics!r:.80}")
     for name, value in (metrics or {}).items():
         try:
             number = float(value)

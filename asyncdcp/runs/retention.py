@@ -66,6 +66,8 @@ class KeepBest(_Composable):
     mode: Mode = "min"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise InvalidOption(f"KeepBest takes the name of a metric, as in KeepBest('loss', 2), not {self.metric!r}")
         _check_count("KeepBest", self.n)
         by_metric((), self.metric, self.mode)  # checks the mode
 

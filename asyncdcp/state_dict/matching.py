@@ -79,6 +79,14 @@ def match(flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOp
     return matcher.run()
 
 
+def nothing_chosen(path: str, keys: Sequence[str]) -> StateMismatch:
+    """The error for ``keys`` that choose nothing of a checkpoint, where no state is given."""
+    name = ", ".join(keys)
+    lines = [f"the call does not match the checkpoint at {path} (nothing was read):"]
+    lines += _listed("different", [f"{name}: keys that match nothing in the checkpoint"], ())
+    return StateMismatch("\n".join(lines), path=path, mismatched=[name])
+
+
 def unexpected_everywhere(path: str, names: Sequence[str]) -> StateMismatch:
     """The error for what is in the checkpoint and in no rank's state."""
     lines = [f"the states of all ranks together do not match the checkpoint at {path} (nothing was read):"]

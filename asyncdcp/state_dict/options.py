@@ -37,6 +37,11 @@ class LoadOptions:
             raise InvalidOption(f"replicas takes 'read' or 'broadcast', not {self.replicas!r}")
         if isinstance(self.keys, str):
             raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
+        if not (self.rename is None or callable(self.rename) or isinstance(self.rename, Mapping)):
+            raise InvalidOption(
+                "rename takes a mapping of the checkpoint's names to the state's, such as {'net': 'model'}, or a "
+                f"function, not {self.rename!r:.80}"
+            )
 
     def selects(self, name: str) -> bool:
         """Whether ``keys`` lets a checkpoint's FQN through."""

@@ -60,6 +60,8 @@ def test_an_order_that_saves_nothing_warns() -> None:
 def test_what_is_no_extension() -> None:
     with pytest.raises(InvalidOption, match="extensions takes instances"):
         Chain(["zstd"])  # type: ignore[list-item]
+    with pytest.raises(InvalidOption, match="extensions takes a sequence"):
+        Chain(BytePlanes())  # type: ignore[arg-type]
 
 
 def test_what_an_extension_does_wrong_names_it() -> None:

@@ -183,6 +183,8 @@ def test_wrong_options_are_refused(wrong: dict[str, Any], message: str, tmp_path
 
 def test_wrong_arguments_are_refused(opened: Opened, training: Training, run: Path) -> None:
     manager = opened()
+    with pytest.raises(InvalidOption, match="metrics takes numbers by name"):
+        manager.save(1, training.state, metrics=0.5)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(InvalidOption, match=r"metrics\['loss'\] is 'low'; metrics take numbers"):
         manager.save(1, training.state, metrics={"loss": "low"})  # type: ignore[dict-item]  # on purpose
     with pytest.raises(InvalidOption, match="a step is a whole number"):

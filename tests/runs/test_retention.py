@@ -73,6 +73,7 @@ def test_the_newest_good_one_always_stays_and_nothing_else_is_touched(run: list[
         lambda: KeepLast(0),
         lambda: KeepLast(True),
         lambda: KeepBest("loss", 1, "least"),  # type: ignore[arg-type]  # on purpose
+        lambda: KeepBest(2),  # type: ignore[arg-type]  # on purpose
         lambda: KeepEvery(-5),
         lambda: AnyOf(),
         lambda: AllOf(KeepLast(1), 3),  # type: ignore[arg-type]  # on purpose
