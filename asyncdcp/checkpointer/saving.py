@@ -141,7 +141,7 @@ class SaveTask:
                 self._request.renew()
             self._settle(error)
         except BaseException as error:
-            self._settle(_unexpected(error))
+            self._settle(_unexpected(error, self._request.storage.info.location))
             raise
         else:
             self._settle(self._result(saved))
@@ -220,7 +220,7 @@ class SaveTask:
             with anyio.CancelScope() as self._copying, ungrouped():
                 await attempt.stager.stage(request.sources, attempt.session.announce)
         except Exception as error:  # noqa: BLE001  # whatever it is, the save is settled and the caller told
-            self._give_up(_unexpected(error), "failed")
+            self._give_up(_unexpected(error, request.storage.info.location), "failed")
             return
         finally:
             if self._error is not None:
@@ -337,12 +337,12 @@ def _free(arena: StagingArena, stager: CheckpointStager, slot: int) -> None:
     arena.ring.release(slot)
 
 
-def _unexpected(error: BaseException) -> AsyncDCPError:
+def _unexpected(error: BaseException, location: str) -> AsyncDCPError:
     """The error itself, or one of ours that carries it as its cause."""
     if isinstance(error, AsyncDCPError):
         return error
     if isinstance(error, asyncio.CancelledError):
         return Cancelled("the save was given up when its checkpointer closed")
-    known = AsyncDCPError(f"the save failed: {type(error).__name__}: {error}")
+    known = AsyncDCPError(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
     known.__cause__ = error
     return known

@@ -353,3 +353,103 @@ def test_what_a_load_cannot_go_by_is_refused(checkpointer: AsyncCheckpointer) ->
         checkpointer.load(storage, {"w": torch.ones(1)}, rename="w")  # type: ignore[call-overload]  # on purpose
     with pytest.raises(StateMismatch, match=r"model\.\*: keys that match nothing in the checkpoint"):
         checkpointer.load(storage, keys=["model.*"]).result()
+
+
+def test_a_failure_that_is_nobodys_names_the_save(
+    checkpointer: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("asyncdcp.arena.os.ftruncate", broken)
+    with pytest.raises(AsyncDCPError, match=f"the save to {tmp_path}/it failed: OSError: .*Input/output error"):
+        checkpointer.save(tmp_path / "it", {"w": torch.ones(1)}).result()
+
+
+# ── progress, warnings ──
+
+
+def test_progress_is_monotonic_and_reaches_the_total_in_the_callers_context(opened: Opened) -> None:
+    checkpointer = opened(staging_bytes=8 * MIB)
+    seen: list[Progress] = []
+    places: set[tuple[str, str]] = set()
+    variable = contextvars.ContextVar("variable", default="unset")
+
+    def report(progress: Progress) -> None:
+        seen.append(progress)
+        places.add((threading.current_thread().name, variable.get()))
+        raise ValueError("a callback that fails does no harm")
+
+    def save() -> None:
+        variable.set("the caller's")
+        checkpointer.save(MemoryStorage(), {"w": torch.zeros(12 * MIB)}, on_progress=report).result()
+
+    contextvars.copy_context().run(save)
+    checkpointer.close()  # waits for callbacks
+    assert places == {("asyncdcp-callbacks", "the caller's")}
+    assert {progress.total for progress in seen} == {48 * MIB + 4096}
+    for stage in ("stage", "write"):
+        done = [progress.done for progress in seen if progress.stage == stage]
+        assert done == sorted(done)
+        assert done[-1] == 48 * MIB + 4096
+
+
+def test_progress_of_a_load(checkpointer: AsyncCheckpointer) -> None:
+    storage, seen = MemoryStorage(), list[Progress]()
+    checkpointer.save(storage, {"w": torch.zeros(3 * MIB)}).result()
+    checkpointer.load(storage, on_progress=seen.append).result()
+    checkpointer.close()
+    assert seen[-1].stage == "verify"
+    assert seen[-1].done == seen[-1].total >= 12 * MIB
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"asyncdcp-test-{uuid.uuid4().hex}"
+    yield folder
+    rmtree(folder, ignore_errors=True)
+
+
+def test_a_volatile_filesystem_is_warned_of_once_before_anything_is_begun(shm: Path) -> None:
+    with AsyncCheckpointer(process=False) as checkpointer:
+        with pytest.warns(VolatileStorageWarning, match="tmpfs") as caught:
+            handle = checkpointer.save(shm / "a", {})
+        assert handle.result().filesystem == "tmpfs"
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            checkpointer.save(shm / "b", {}).result()
+    with AsyncCheckpointer(process=False) as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(VolatileStorageWarning):
+            checkpointer.save(shm / "c", {})
+    assert not (shm / "c").exists()
+
+
+# ── results, the blocking twin, cost ──
+
+
+def test_a_result_has_sizes_and_times(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    handle = checkpointer.save(tmp_path / "it", {"a": torch.zeros(MIB), "b": torch.zeros(3, dtype=torch.int8)})
+    result = handle.result()
+    assert result.path == str(tmp_path / "it") == handle.path
+    assert (result.tensors, result.tensor_bytes) == (2, 4 * MIB + 3)
+    assert result.stored_bytes == sum(path.stat().st_size for path in (tmp_path / "it").glob("*.safetensors"))
+    assert 0 < result.staged_seconds <= result.durable_seconds
+    assert {"stage", "transform", "write", "sync", "commit"} <= set(result.stage_seconds)
+    assert result.bytes_per_second > 0
+
+
+def test_the_blocking_twin(tmp_path: Path) -> None:
+    with SyncCheckpointer(Options(staging_bytes=8 * MIB), process=False) as checkpointer:
+        state = {"w": torch.arange(10)}
+        checkpointer.prepare(state)
+        assert checkpointer.save(tmp_path / "it", state).tensors == 1
+        target = {"w": torch.zeros(10, dtype=torch.int64)}
+        assert checkpointer.load(tmp_path / "it", target) is target
+        assert torch.equal(target["w"], state["w"])
+        assert torch.equal(checkpointer.load(tmp_path / "it")["w"], state["w"])
+        with pytest.raises(CheckpointExists):
+            checkpointer.save(tmp_path / "it", state)
+        with pytest.raises(CheckpointNotFound):
+            checkpointer.load(tmp_path / "other")
