@@ -110,11 +110,11 @@ def chosen(entries: Sequence[Entry], globs: Sequence[str]) -> list[Entry]:
     return [entry for entry in entries if any(fnmatchcase(entry.name, glob) for glob in globs)]
 
 
-def no_such_name(name: str, names: Sequence[str]) -> str:
+def no_such_name(name: str, names: Sequence[str], shown_by: str = "asyncdcp inspect CKPT") -> str:
     """The message for a name or glob that fits nothing, with what may have been meant."""
     near = get_close_matches(name, names, n=3, cutoff=0.5) or [each for each in names if name.strip("*?.") in each][:3]
     if near:
         return f"nothing is named {name}; did you mean {' or '.join(near)}?"
     if not names:
         return f"nothing is named {name}; the checkpoint holds no tensors"
-    return f"nothing is named {name}; names are such as {names[0]} (asyncdcp inspect CKPT shows them)"
+    return f"nothing is named {name}; names are such as {names[0]} ({shown_by} shows them)"

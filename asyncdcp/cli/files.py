@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
+import click
+
 
 @contextmanager
 def written_whole(path: str) -> Iterator[BinaryIO]:
     """A file to write to, which becomes ``path`` where the block ends well, and is gone where it does not."""
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        raise click.ClickException(f"{path} cannot be written: there is no folder {folder}")
     partial = f"{path}.{secrets.token_hex(4)}.partial"
     try:
         with open(partial, "xb") as file:

@@ -58,3 +58,15 @@ def test_wrong_words(call: Call, checkpoint: Path, tmp_path: Path) -> None:
 
 def test_the_program_knows_every_format() -> None:
     assert get_args(Format) == _FORMATS
+
+
+def test_a_run_in_place_of_a_checkpoint(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint.rename(tmp_path / "step_7")
+    assert call("convert", tmp_path, tmp_path / "new").error.endswith(f"to list them: asyncdcp ls {tmp_path}")
+
+
+def test_a_target_that_exists_is_refused_without_talk_of_options_that_are_not_there(
+    call: Call, checkpoint: Path
+) -> None:
+    error = call("convert", checkpoint, checkpoint).error
+    assert error == f"{checkpoint} exists; choose another name, or remove it first"

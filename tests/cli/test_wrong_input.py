@@ -148,3 +148,20 @@ def test_checkpoints_of_another_format_in_place_of_a_run(
         dcp_save({"weight": torch.ones(2)}, checkpoint_id=tmp_path / f"step_{step}", no_dist=True)
     error = call(*_arguments(command, tmp_path)).error
     assert "checkpoints of another format" in error and error.endswith(f"asyncdcp inspect {tmp_path}/step_10")
+
+
+def test_verify_of_a_torch_file_says_that_it_has_no_checksums(call: Call, tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "it.pt")
+    error = call("verify", tmp_path / "it.pt").error
+    assert error.endswith(f"asyncdcp convert {tmp_path}/it.pt DST makes a checkpoint that has them")
+
+
+def test_a_file_in_a_folder_that_is_not_there(call: Call, checkpoint: Path, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "no" / "file"
+    for words in (("cat", checkpoint, "model.embed.weight"), ("report", run)):
+        assert call(*words, "-o", path).error == f"{path} cannot be written: there is no folder {path.parent}"
+
+
+def test_a_metric_that_no_save_has(call: Call, run: Path) -> None:
+    error = call("history", run, "-m", "nothing-like-it").error
+    assert error.startswith("nothing is named nothing-like-it") and "CKPT" not in error

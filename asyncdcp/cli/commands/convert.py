@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import to_builtins
 
+from asyncdcp.cli.checkpoints import hint
 from asyncdcp.cli.targets import AS_JSON, PLACE, open_storage_at, run
 from asyncdcp.cli.text import count_text, good, say, say_json, shown, size_text
+from asyncdcp.errors import CheckpointExists, CheckpointNotFound
 
 if TYPE_CHECKING:
     from asyncdcp.interop.convert import Conversion, Format
@@ -68,7 +70,12 @@ async def _convert(source: str, target: str, to: Format, changes: object) -> Con
     from asyncdcp.interop.convert import Changes, convert
 
     assert isinstance(changes, Changes)
-    return await convert(source, target, to, changes)
+    try:
+        return await convert(source, target, to, changes)
+    except CheckpointNotFound as error:
+        raise click.ClickException(f"{error}{await hint(source, open_storage_at(source))}") from error
+    except CheckpointExists as error:
+        raise click.ClickException(f"{target} exists; choose another name, or remove it first") from error
 
 
 def _rule(text: str) -> tuple[str, str]:

@@ -55,7 +55,7 @@ async def _history(target: str, metrics: tuple[str, ...], last: int | None, *, a
     known = list(dict.fromkeys(name for saved in saves for name in saved.metrics))
     for name in metrics:
         if name not in known:
-            raise click.ClickException(no_such_name(name, known))
+            raise click.ClickException(no_such_name(name, known, "asyncdcp history RUN"))
     if as_json:
         say_json([{**to_builtins(saved), "time": iso_text(saved.time)} for saved in saves])
     elif saves:

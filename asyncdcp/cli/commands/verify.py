@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import click
 from msgspec import to_builtins
@@ -10,10 +11,11 @@ from msgspec import to_builtins
 from asyncdcp.cli.checkpoints import opened
 from asyncdcp.cli.errors import DIFFERENT, TROUBLE, describe
 from asyncdcp.cli.progress import shown_progress
-from asyncdcp.cli.targets import AS_JSON, PLACE, open_folder, run
+from asyncdcp.cli.targets import AS_JSON, PLACE, open_storage_at, run
 from asyncdcp.cli.text import bad, count_text, dim, good, say, say_json, seconds_text, shown, size_text
 from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.pipeline.verify import VerifyReport, verify
+from asyncdcp.storage import LocalStorage
 
 _SHOWN = 20
 
@@ -48,16 +50,16 @@ def command(checkpoints: tuple[str, ...], *, as_json: bool) -> int:
 
 
 async def _verify(checkpoint: str) -> VerifyReport:
-    storage = open_folder(checkpoint, "checkpoint")
+    storage = open_storage_at(checkpoint)
     with shown_progress("verifying", None) as trace:
-        try:
-            return await verify(storage, trace)
-        except CheckpointNotFound:
-            async with opened(checkpoint):  # raises, with a hint, if there is none of any format
-                raise click.ClickException(
-                    f"{checkpoint} is of another format, which asyncdcp has no checksums of; "
-                    f"asyncdcp convert {checkpoint} DST makes a checkpoint that has them"
-                ) from None
+        if not (isinstance(storage, LocalStorage) and storage.is_file()):  # a file can only be of another format
+            with suppress(CheckpointNotFound):
+                return await verify(storage, trace)
+        async with opened(checkpoint):  # raises, with a hint, if there is none of any format
+            raise click.ClickException(
+                f"{checkpoint} is of another format, which asyncdcp has no checksums of; "
+                f"asyncdcp convert {checkpoint} DST makes a checkpoint that has them"
+            )
 
 
 def _lines(checkpoint: str, report: VerifyReport) -> Iterator[str]:
