@@ -16,7 +16,7 @@ import pytest
 
 from asyncdcp.storage.object_store import ObjectStorage
 from asyncdcp.storage.spec import RequestLimits
-from asyncdcp.testing import storage as checks
+from asyncdcp.testing.storage import contents, names
 from tests.object_store.lean import S3Handler, running
 
 BUCKET = "checkpoints"
@@ -25,8 +25,8 @@ LIMITS = RequestLimits(connect=10.0, request=30.0, retry=30.0, claim_request=10.
 """Which a busy machine does not meet. Tests in which somebody waits for one to pass set their own."""
 
 OF_EACH_SERVER = (
-    *(checks.reads_of_any_alignment, checks.what_exists_is_not_made_again, checks.what_is_missing),
-    *(checks.delete_passes_over_what_is_gone, checks.of_many_claims_one_wins, checks.nothing_is_left_of_what_ended),
+    *(contents.reads_of_any_alignment, names.what_exists_is_not_made_again, names.what_is_missing),
+    *(names.delete_passes_over_what_is_gone, names.of_many_claims_one_wins, names.nothing_is_left_of_what_ended),
 )
 """The kit's checks of what one server answers otherwise than another."""
 

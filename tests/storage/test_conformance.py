@@ -13,8 +13,7 @@ import pytest
 
 from asyncdcp.storage import LocalStorage, MemoryStorage, Storage
 from asyncdcp.storage.memory import MemoryWriter
-from asyncdcp.testing import storage as kits
-from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
+from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit, contents, lifetimes, names
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -101,13 +100,13 @@ class Keeping(MemoryStorage):
 @pytest.mark.parametrize(
     ("faulty", "found"),
     [
-        (Forgetful, kits.what_exists_is_not_made_again),
-        (Generous, kits.of_many_claims_one_wins),
-        (Overwriting, kits.what_exists_is_not_made_again),
-        (Blind, kits.bad_names_are_refused),
-        (Leaving, kits.nothing_is_left_of_what_ended),
-        (Unlimited, kits.get_keeps_its_limit),
-        (Keeping, kits.abort_leaves_nothing_and_frees_the_name),
+        (Forgetful, names.what_exists_is_not_made_again),
+        (Generous, names.of_many_claims_one_wins),
+        (Overwriting, names.what_exists_is_not_made_again),
+        (Blind, names.bad_names_are_refused),
+        (Leaving, names.nothing_is_left_of_what_ended),
+        (Unlimited, contents.get_keeps_its_limit),
+        (Keeping, lifetimes.abort_leaves_nothing_and_frees_the_name),
     ],
 )
 async def test_the_kit_fails_for_what_breaks_a_promise(faulty: type[MemoryStorage], found: Check) -> None:
