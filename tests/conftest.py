@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from asyncdcp.engine import Engine
 from tests.programs import Programs
+from tests.work import LONG
 
 Same = Callable[[Any, Any], bool]
 
@@ -91,3 +93,10 @@ def programs() -> Iterator[Programs]:
     made = Programs()
     yield made
     made.close()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine("engine", exit_deadline=0, grace=LONG)
+    yield made
+    made.close(LONG)
