@@ -12,16 +12,16 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
-from threading import Lock
 from typing import Final
 
 from anyio import CapacityLimiter
 
 from asyncdcp.errors import CommitUnknown, InvalidOption, StorageError
-from asyncdcp.storage.files import Descriptor, tolerated, translated
+from asyncdcp.storage.files import Descriptor, translated
+from asyncdcp.storage.local_directory import LocalDirectory
 from asyncdcp.storage.local_reader import LocalReader
 from asyncdcp.storage.local_writer import LocalWriter
 from asyncdcp.storage.port import NAME_PATTERN, StorageInfo, check_name
@@ -36,8 +36,6 @@ _TEMPORARY: Final = re.compile(rf"\.({NAME_PATTERN})\.[0-9a-f]{{16}}")
 """A temporary's name; the group is the name that it is to get."""
 _VOLATILE: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
-_CLOSED: Final = frozenset({errno.EACCES, errno.EPERM})
-"""How the system refuses to open a directory above that others made, and that is not ours to read."""
 _NO_RENAME: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
 
 
@@ -59,7 +57,7 @@ class LocalStorage:
         self._path = os.path.abspath(name)
         self._direct_io = direct_io
         self._posix = posix
-        self._place = _Place(self._path, posix)
+        self._directory = LocalDirectory(self._path, posix)
         self._info: StorageInfo | None = None
 
     @cached_property
@@ -114,7 +112,7 @@ class LocalStorage:
 
     async def barrier(self) -> None:
         with translated("sync", self._path):
-            await on_executor(self._place.sync)
+            await on_executor(self._directory.sync)
 
     async def get(self, name: str, limit: int) -> bytes:
         path = self._join(name)
@@ -153,7 +151,7 @@ class LocalStorage:
 
     def make(self) -> None:
         """Makes the directory with its ancestors, which the next ``barrier`` makes durable. Blocks; not of the port."""
-        self._place.make()
+        self._directory.make()
 
     def _join(self, name: str) -> str:
         return os.path.join(self._path, check_name(name))
@@ -161,7 +159,7 @@ class LocalStorage:
     # ── on a thread ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, writer: LocalWriter, length_hint: int) -> None:
-        self._place.make()
+        self._directory.make()
         writer.begin(length_hint, direct_io=self._direct_io)
 
     def _get(self, path: str, limit: int) -> bytes:
@@ -178,11 +176,11 @@ class LocalStorage:
                 self._posix.unlink(path)
 
     def _claim(self, path: str, data: bytes) -> bool:
-        self._place.check()
+        self._directory.check()
         if not self._publish(path, data):
             return False
         try:
-            self._place.sync()
+            self._directory.sync()
         except Exception as error:
             message = f"{path} was claimed, and whether that is durable is not known: {error!r}"
             raise CommitUnknown(message, path=path, errno=getattr(error, "errno", None)) from error
@@ -195,7 +193,7 @@ class LocalStorage:
         that a request still under way might yet be carried out) that is ``CommitUnknown``; a leftover temporary alone
         harms nobody.
         """
-        self._place.make()
+        self._directory.make()
         directory, name = os.path.split(path)
         temporary = os.path.join(directory, f".{name}.{secrets.token_hex(8)}")
         try:
@@ -279,86 +277,3 @@ class LocalStorage:
         except OSError as unknown:
             message = f"whether {path} will be claimed cannot be told ({error}): {unknown}"
             raise CommitUnknown(message, path=path, errno=unknown.errno) from error
-
-
-class _Place:
-    """The directory: made with its ancestors, and made durable with the entries that lead to it. Blocks; any thread.
-
-    Who made a directory may have died before it was synced; so the first sync takes in all that is above this one, up
-    to the root of the filesystem, whoever made it. What has nothing new costs a tenth of a millisecond.
-    """
-
-    def __init__(self, path: str, posix: Posix) -> None:
-        self._path = path
-        self._posix = posix
-        self._lock = Lock()
-        self._made = False
-        self._made_in: set[str] = set()
-        """Ancestors in which a directory was made here, or may have been: they have to be synced."""
-        self._others: set[str] | None = None
-        """More to be synced if they can be; None before the first sync, which finds them."""
-        self._failed: BaseException | None = None
-
-    def make(self) -> None:
-        """Makes the directory and every missing ancestor; the next ``sync`` makes them durable."""
-        missing, path = [], self._path
-        while self._device(path) is None:
-            missing.append(path)
-            path = os.path.dirname(path)
-        for path in reversed(missing):
-            with self._lock:
-                self._made_in.add(os.path.dirname(path))
-                with suppress(FileExistsError):
-                    self._posix.mkdir(path)
-        self._made = True
-
-    def check(self) -> None:
-        """Raises if a sync has failed before: the system reports an error once, and the next fsync proves nothing."""
-        if self._failed is not None:
-            message = f"an earlier sync of {self._path} failed: {self._failed}"
-            raise StorageError(message, path=self._path, errno=getattr(self._failed, "errno", None)) from self._failed
-
-    def sync(self) -> None:
-        """Syncs the directory, then the ancestors due, innermost first.
-
-        One that is not there, and that nobody here made, is nothing to sync.
-        """
-        with self._lock:
-            self.check()
-            if not self._made and self._device(self._path) is None:
-                return
-            self._sync(self._path)
-            if self._others is None:
-                self._others = set(self._ancestors())
-            for path in sorted(self._made_in | self._others, key=len, reverse=True):
-                with tolerated(frozenset() if path in self._made_in else _CLOSED):
-                    self._sync(path)
-                self._made_in.discard(path)
-                self._others.discard(path)
-
-    def _ancestors(self) -> Iterator[str]:
-        """Every directory above, up to the root of its filesystem."""
-        path, device = self._path, self._device(self._path)
-        while path != (parent := os.path.dirname(path)) and self._device(parent) == device:
-            yield parent
-            path = parent
-
-    def _device(self, path: str) -> int | None:
-        """The device that holds a directory or file; None if it does not exist."""
-        try:
-            return self._posix.stat(path).device
-        except FileNotFoundError:
-            return None
-
-    def _sync(self, path: str) -> None:
-        directory = Descriptor(self._posix, path)
-        fd = directory.open(os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self._posix.fsync(fd)
-        except BaseException as error:
-            # EINVAL is how filesystems answer whose directories need no sync, or have none to offer (CIFS).
-            if not isinstance(error, OSError) or error.errno != errno.EINVAL:
-                self._failed = error
-                raise
-        finally:
-            directory.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdcp.storage.local import _Place
+from asyncdcp.storage.local_directory import LocalDirectory
 from tests.reliability.errors import sweep
 from tests.reliability.worlds import Lost
 
@@ -26,6 +26,6 @@ def test_one_call_of_one_of_two_ranks_fails(kind: str) -> None:
 
 def test_a_failed_sync_that_is_tried_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the check taken out that remembers it, the sweep shows a checkpoint that was acknowledged and is lost."""
-    monkeypatch.setattr(_Place, "check", lambda self: None)
+    monkeypatch.setattr(LocalDirectory, "check", lambda self: None)
     with pytest.raises(Lost, match=r"call \d+ \(fsync /runs/gpt/step_1\)"):
         sweep("EIO")
