@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from asyncdcp.transport import MemoryHub, PGTransport, TransportOptions
 
@@ -35,3 +37,20 @@ def world() -> Iterator[World]:
     yield make
     for transport in made:
         transport.close()
+
+
+def brought(transports: list[PGTransport], state: Any, into: Any = None) -> Any:
+    """The state from rank 0 to rank 1."""
+    send = transports[0].send_checkpoint([1], state)
+    received = transports[1].recv_checkpoint(0, into).result(LONG)
+    send.result(LONG)
+    return received
+
+
+def empty_like(state: Any) -> Any:
+    """The same structure, of other content."""
+    if isinstance(state, Tensor):
+        return torch.empty(state.shape, dtype=state.dtype)
+    if isinstance(state, dict):
+        return {key: empty_like(value) for key, value in state.items()}
+    return [empty_like(value) for value in state] if isinstance(state, list) else None

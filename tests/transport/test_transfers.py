@@ -1,10 +1,8 @@
-"""What arrives is bit by bit what was sent: everything that can be saved, in place and new, to one and to several."""
+"""What arrives is bit by bit what was sent: everything that can be saved, in place and new."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,32 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from asyncdcp import PerRank, Progress
-from asyncdcp.errors import Closed, InvalidOption, PeerFailed, StateMismatch, TornSnapshotError, UnsupportedValue
+from asyncdcp import PerRank
+from asyncdcp.errors import PeerFailed, StateMismatch
 from asyncdcp.metadata import DTYPE_SIZES
-from asyncdcp.transport import MemoryHub, PGTransport, ReceiveReport, SendReport, TransportOptions
 from asyncdcp.transport.stream import plan_stream
 from tests.checkpointer.test_roundtrip import views
-from tests.transport.conftest import LONG, TINY, World
+from tests.transport.conftest import LONG, TINY, World, brought, empty_like
 
 Same = Callable[[Any, Any], bool]
-
-
-def brought(transports: list[PGTransport], state: Any, into: Any = None) -> Any:
-    """The state from rank 0 to rank 1."""
-    send = transports[0].send_checkpoint([1], state)
-    received = transports[1].recv_checkpoint(0, into).result(LONG)
-    send.result(LONG)
-    return received
-
-
-def empty_like(state: Any) -> Any:
-    """The same structure, of other content."""
-    if isinstance(state, Tensor):
-        return torch.empty(state.shape, dtype=state.dtype)
-    if isinstance(state, dict):
-        return {key: empty_like(value) for key, value in state.items()}
-    return [empty_like(value) for value in state] if isinstance(state, list) else None
 
 
 def bits(state: Any) -> Any:
@@ -151,246 +131,6 @@ def test_a_training_state_goes_on_at_the_receiver_as_at_the_sender(world: World,
     assert same(fresh["model"].state_dict(), healthy["model"].state_dict())
 
 
-def test_one_staging_serves_several(world: World, same: Same) -> None:
-    _, transports = world(4)
-    state = {"w": torch.randn(200_000), "many": [torch.full((100,), float(n)) for n in range(500)], "n": 5}
-    send = transports[0].send_checkpoint([3, 1, 2], state)
-    futures = [
-        transports[rank].recv_checkpoint(0, into) for rank, into in ((1, None), (2, empty_like(state)), (3, None))
-    ]
-    for future in futures:
-        assert same(future.result(LONG), state)
-    report = send.result(LONG)
-    assert isinstance(report, SendReport)
-    assert report.ranks == (3, 1, 2)
-    assert report.bytes == 200_000 * 4 + 500 * 400
-    assert send.staged.done()
-    told = futures[1].report
-    assert isinstance(told, ReceiveReport)
-    assert told.in_place_bytes == 800_000
-    assert told.bytes == report.bytes
-    assert told.bytes_per_second > 0
-
-
-def test_a_whole_staging_frees_the_state_before_anybody_receives(world: World, same: Same) -> None:
-    _, transports = world(options=TransportOptions(buffer_bytes=1 << 16, staging="whole"))
-    state = {"w": torch.randn(100_000), "s": torch.randn(30)}
-    before = copy.deepcopy(state)
-    send = transports[0].send_checkpoint([1], state)
-    send.staged.result(LONG)
-    state["w"].zero_()
-    assert same(transports[1].recv_checkpoint(0).result(LONG), before)
-    send.result(LONG)
-
-
-def test_a_guarded_step_waits_until_the_state_is_sent(world: World, same: Same) -> None:
-    _, transports = world()
-    parameter = nn.Parameter(torch.ones(50_000))
-    average = torch.ones(10)
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    parameter.grad = torch.ones_like(parameter)
-    stepped = threading.Event()
-    with transports[0].guard(optimizer) as guard:
-        send = transports[0].send_checkpoint([1], {"p": parameter, "average": average})
-        average.zero_()  # cloned at the call: nobody guards it
-        step = threading.Thread(
-            target=lambda: [optimizer.step(), stepped.set()]  # type: ignore[func-returns-value]  # one after the other
-        )
-        step.start()
-        assert not stepped.wait(0.05)
-        found = transports[1].recv_checkpoint(0).result(LONG)
-        assert stepped.wait(LONG)
-        assert guard.waited > 0
-    step.join()
-    send.result(LONG)
-    assert same(found, {"p": torch.ones(50_000), "average": torch.ones(10)})
-    assert bool((parameter == 0).all())
-
-
-def test_a_step_that_waits_too_long_drops_the_send(world: World) -> None:
-    _, transports = world(timeout=0.3, options=TransportOptions(buffer_bytes=1 << 16, guard_deadline=0.05))
-    parameter = nn.Parameter(torch.ones(50_000))
-    parameter.grad = torch.ones_like(parameter)
-    with transports[0].guard(optimizer := torch.optim.SGD([parameter], lr=1.0)):
-        send = transports[0].send_checkpoint([1], {"p": parameter})
-        optimizer.step()
-        assert send.exception(LONG) is not None
-
-
-def test_a_change_during_the_send_is_found(world: World) -> None:
-    _, [sender, receiver] = world()
-    state = {f"w{n}": torch.zeros(1000) for n in range(100)}
-
-    def change(progress: Progress) -> None:
-        state["w99"].fill_(1)
-        state["w0"].fill_(1)
-
-    send = sender.send_checkpoint([1], state, on_progress=change)
-    hub_paused = receiver.recv_checkpoint(0, empty_like(state))
-    error, other = send.exception(LONG), hub_paused.exception(LONG)
-    if error is not None:  # the callback runs on a thread of its own, and may come too late
-        assert isinstance(error, (TornSnapshotError, PeerFailed))
-        assert isinstance(other, PeerFailed)
-
-
-def test_a_tensor_that_changed_before_the_end_fails_both(world: World) -> None:
-    _, [sender, receiver] = world()
-    state = {"a": torch.zeros(50_000), "b": torch.zeros(10)}
-    send = sender.send_checkpoint([1], state)
-    while not sender._link._hub._sends[(0, 1, 0xADC0)]:  # type: ignore[attr-defined]  # the offer is out
-        pass
-    state["a"].add_(1)
-    received = receiver.recv_checkpoint(0)
-    error, other = send.exception(LONG), received.exception(LONG)
-    assert isinstance(error, TornSnapshotError)
-    assert error.tensors == ("a",)
-    assert isinstance(other, PeerFailed)
-    assert "a; wait for staged" in str(other)
-
-
-def test_progress_comes_to_the_end(world: World) -> None:
-    _, [sender, receiver] = world()
-    told: dict[str, list[Progress]] = {"send": [], "receive": []}
-    state = {"w": torch.zeros(40_000), "many": [torch.zeros(10) for _ in range(20)]}
-    send = sender.send_checkpoint([1], state, on_progress=lambda p: told["send"].append(p))
-    receiver.recv_checkpoint(0, on_progress=lambda p: told["receive"].append(p)).result(LONG)
-    send.result(LONG)
-    sender.close()
-    receiver.close()
-    for stage, reports in told.items():
-        assert reports[-1] == (stage, 160_800, 160_800)
-
-
-def test_a_small_buffer_bounds_what_a_transfer_holds(world: World) -> None:
-    """Blocks of both sides, and tensors of any size go through them."""
-    _, [sender, receiver] = world(options=TINY)
-    state = {"t": torch.randn(300, 400).t(), "s": [torch.randn(90) for _ in range(900)]}
-    send = sender.send_checkpoint([1], state)
-    held: list[int] = []
-    task = receiver.recv_checkpoint(0, {"t": torch.zeros(300, 400).t(), "s": [torch.zeros(90) for _ in range(900)]})
-    task.result(LONG)
-    send.result(LONG)
-    stream = sender._streams.get(sender._structures._seen[0].structure)
-    held = [block.length for block in stream.blocks]
-    assert max(held) <= TINY.block_bytes
-    assert max(len(batch) for batch in stream.batches) * 2 * TINY.block_bytes <= TINY.buffer_bytes
-
-
-# ── DTensors ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def meshed() -> Iterator[Callable[[int], Any]]:
-    """A mesh of 2 × 2, as seen by one of its ranks."""
-
-    def on(rank: int) -> Any:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
-        return init_device_mesh("cpu", (2, 2))
-
-    yield on
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def test_shards_go_to_the_replica_that_holds_the_same(world: World, meshed: Callable[[int], Any]) -> None:
-    full = torch.randn(7, 6)
-    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(1), Replicate()]):
-        _, transports = world()
-        mesh = meshed(3)
-        source = {"w": distribute_tensor(full, mesh, placements, src_data_rank=None)}
-        target = {"w": distribute_tensor(torch.zeros(7, 6), mesh, placements, src_data_rank=None)}
-        local = target["w"].to_local()
-        brought(transports, source, target)
-        assert torch.equal(local, source["w"].to_local())
-        assert list(target["w"].placements) == placements
-
-
-def test_a_shard_that_the_sender_does_not_hold_is_refused_on_both_sides(
-    world: World, meshed: Callable[[int], Any]
-) -> None:
-    _, [sender, receiver] = world()
-    full = torch.randn(8, 6)
-    source = {"w": distribute_tensor(full, meshed(0), [Replicate(), Shard(0)], src_data_rank=None)}
-    send = sender.send_checkpoint([1], source)
-    error = receiver.recv_checkpoint(0, {"w": torch.zeros(8, 6)}).exception(LONG)
-    assert isinstance(error, StateMismatch)
-    assert "holds 24 of the 48 elements of w" in str(error)
-    assert isinstance(send.exception(LONG), PeerFailed)
-
-
-# ── agreement ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("into", "said"),
-    [
-        ({"w": torch.zeros(3), "n": 0}, "w: shape [3] in the state, [2] in the checkpoint"),
-        ({"w": torch.zeros(2, dtype=torch.int32), "n": 0}, "w: dtype int32 in the state, float32 in the checkpoint"),
-        ({"w": torch.zeros(2)}, "unexpected (only in the checkpoint): 1"),
-        ({"w": torch.zeros(2), "n": 0, "more": 1}, "missing in the checkpoint: 1"),
-    ],
-)
-def test_a_mismatch_is_told_on_both_sides_before_anything_moves(world: World, into: Any, said: str) -> None:
-    hub, [sender, receiver] = world()
-    before = into["w"].clone()
-    send = sender.send_checkpoint([1], {"w": torch.ones(2), "n": 1})
-    error = receiver.recv_checkpoint(0, into).exception(LONG)
-    assert isinstance(error, StateMismatch)
-    assert said in str(error)
-    other = send.exception(LONG)
-    assert isinstance(other, PeerFailed)
-    assert other.rank == 1
-    assert said in str(other)
-    assert torch.equal(into["w"], before)
-    assert hub.moved == 4, "an offer and an answer, heads and bodies"
-    assert brought([sender, receiver], {"w": torch.ones(2)})["w"].tolist() == [1, 1], "both can go on"
-
-
-def test_one_that_refuses_does_not_stop_the_others(world: World, same: Same) -> None:
-    _, transports = world(3)
-    state = {"w": torch.randn(50_000)}
-    send = transports[0].send_checkpoint([1, 2], state)
-    refused = transports[1].recv_checkpoint(0, {"v": 1})
-    assert same(transports[2].recv_checkpoint(0).result(LONG), state)
-    assert isinstance(refused.exception(LONG), StateMismatch)
-    error = send.exception(LONG)
-    assert isinstance(error, PeerFailed)
-    assert error.rank == 1
-
-
-def test_what_cannot_be_sent_is_refused_at_the_call(world: World) -> None:
-    _, [sender, _] = world()
-    with pytest.raises(UnsupportedValue, match="x"):
-        sender.send_checkpoint([1], {"x": object()})
-    for ranks in ([], [0], [1, 1], [2]):
-        with pytest.raises(InvalidOption, match="other ranks of the group"):
-            sender.send_checkpoint(ranks, {})
-    with pytest.raises(InvalidOption):
-        sender.recv_checkpoint(0)
-    sender.close()
-    with pytest.raises(Closed):
-        sender.send_checkpoint([1], {})
-
-
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True, "3"])
-def test_wrong_timeouts(timeout: Any) -> None:
-    with pytest.raises(InvalidOption, match="timeout"):
-        PGTransport(MemoryHub(2).link(0), timeout=timeout)
-
-
-def test_wrong_options() -> None:
-    for words in ({"buffer_bytes": 100}, {"staging": "none"}, {"eager_bytes": -1}, {"guard_deadline": 0}):
-        with pytest.raises(InvalidOption, match=next(iter(words))):
-            TransportOptions(**words)
-    for group in ("gloo", dist.GroupMember.NON_GROUP_MEMBER):
-        with pytest.raises(InvalidOption, match="process group"):
-            PGTransport(group, timeout=1)  # type: ignore[arg-type]  # on purpose
-    with pytest.raises(InvalidOption, match="no default one"):
-        PGTransport(None, timeout=1)
-
-
 def test_small_targets_of_every_kind_are_filled_together(world: World, same: Same) -> None:
     """Parameters, inference tensors, matrices, scalars, one that is not packed, one of which nobody knows."""
     with torch.inference_mode():
@@ -458,3 +198,47 @@ def test_an_equal_structure_is_planned_once(world: World) -> None:
     brought(transports, OrderedDict(w=torch.zeros(3)))
     assert transports[0]._streams._streams == (before,)
     assert plan_stream(before.plan.structure, TINY.block_bytes).encoded == before.encoded
+
+
+# ── DTensors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def meshed() -> Iterator[Callable[[int], Any]]:
+    """A mesh of 2 × 2, as seen by one of its ranks."""
+
+    def on(rank: int) -> Any:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        return init_device_mesh("cpu", (2, 2))
+
+    yield on
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_shards_go_to_the_replica_that_holds_the_same(world: World, meshed: Callable[[int], Any]) -> None:
+    full = torch.randn(7, 6)
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(1), Replicate()]):
+        _, transports = world()
+        mesh = meshed(3)
+        source = {"w": distribute_tensor(full, mesh, placements, src_data_rank=None)}
+        target = {"w": distribute_tensor(torch.zeros(7, 6), mesh, placements, src_data_rank=None)}
+        local = target["w"].to_local()
+        brought(transports, source, target)
+        assert torch.equal(local, source["w"].to_local())
+        assert list(target["w"].placements) == placements
+
+
+def test_a_shard_that_the_sender_does_not_hold_is_refused_on_both_sides(
+    world: World, meshed: Callable[[int], Any]
+) -> None:
+    _, [sender, receiver] = world()
+    full = torch.randn(8, 6)
+    source = {"w": distribute_tensor(full, meshed(0), [Replicate(), Shard(0)], src_data_rank=None)}
+    send = sender.send_checkpoint([1], source)
+    error = receiver.recv_checkpoint(0, {"w": torch.zeros(8, 6)}).exception(LONG)
+    assert isinstance(error, StateMismatch)
+    assert "holds 24 of the 48 elements of w" in str(error)
+    assert isinstance(send.exception(LONG), PeerFailed)
