@@ -18,8 +18,8 @@ ROOT = Path(asyncdcp.__file__).parent
 
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"at_exit", "boxes", "buffers", "callbacks", "config", "memory_limits", "names", "threads", "trace"},
-    {"metadata", "results", "storage", "arena", "futures", "closing"},
+    {"at_exit", "boxes", "buffers", "callbacks", "config", "memory_limits", "metadata", "names", "threads", "trace"},
+    {"envelope", "results", "storage", "arena", "futures", "closing"},
     {"chunk_table", "extensions", "format", "engine"},
     {"planning", "runs"},
     {"pipeline"},

@@ -15,9 +15,10 @@ from asyncdcp.checkpointer.agreements import SaveAgreements
 from asyncdcp.checkpointer.jobs import make_job, versions
 from asyncdcp.checkpointer.saving import Planned
 from asyncdcp.config import Options
+from asyncdcp.envelope import encode_record
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions import Chain
-from asyncdcp.metadata import RunStamp, encode_record
+from asyncdcp.metadata import RunStamp
 from asyncdcp.names import make_save_id, record_name
 from asyncdcp.pipeline.causes import abort_record
 from asyncdcp.planning import PlanCache, SavePlan, Structure

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
+from asyncdcp.envelope import Seal
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, UsageError
 from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension
 from asyncdcp.extensions.base import StreamTransformExtension as Stream
 from asyncdcp.extensions.streams import decode_stream, encode_stream
 from asyncdcp.extensions.travel import ExtensionSpec, spec_of
-from asyncdcp.metadata import Seal
 from asyncdcp.names import is_descriptor
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from asyncdcp.envelope import Seal
 from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat, UsageError
 from asyncdcp.extensions.base import Extension, SealingExtension
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.extensions.registry import ExtensionRegistry
-from asyncdcp.metadata import Seal
 
 
 class Seals:

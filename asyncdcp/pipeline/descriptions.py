@@ -9,9 +9,10 @@ from typing import Literal, TypeAlias, TypeVar
 import msgspec
 from anyio import to_thread
 
+from asyncdcp.envelope import Unseal, decode_index, decode_record, encode_record, trusting
 from asyncdcp.errors import CorruptCheckpoint, StateMismatch
 from asyncdcp.extensions import ExtensionRegistry, Seals
-from asyncdcp.metadata import Index, Record, Unseal, decode_index, decode_record, encode_record, trusting
+from asyncdcp.metadata import Index, Record
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.records import check_index_of, choose_commit, read_index, read_index_bytes, read_records
 from asyncdcp.pipeline.union import enumerated

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from anyio import to_thread
 
+from asyncdcp.envelope import Unseal, decode_index, decode_record, digest, trusting
 from asyncdcp.errors import (
     AmbiguousCheckpoint,
     CheckpointNotFound,
@@ -14,18 +15,7 @@ from asyncdcp.errors import (
     KeyUnavailable,
     UnsupportedFormat,
 )
-from asyncdcp.metadata import (
-    INDEX_LIMIT,
-    RECORD_LIMIT,
-    Index,
-    IndexRef,
-    Record,
-    Unseal,
-    decode_index,
-    decode_record,
-    digest,
-    trusting,
-)
+from asyncdcp.metadata import INDEX_LIMIT, RECORD_LIMIT, Index, IndexRef, Record
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.storage.port import Storage
 

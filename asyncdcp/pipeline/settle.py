@@ -10,6 +10,7 @@ from typing import Literal
 import anyio
 from anyio import to_thread
 
+from asyncdcp.envelope import Unseal, encode_record, trusting
 from asyncdcp.errors import (
     AsyncDCPError,
     CheckpointExists,
@@ -21,7 +22,7 @@ from asyncdcp.errors import (
     StructureChanged,
 )
 from asyncdcp.extensions import PLAIN, Chain, Seals
-from asyncdcp.metadata import Index, IndexRef, Record, Summary, Unseal, encode_record, trusting
+from asyncdcp.metadata import Index, IndexRef, Record, Summary
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.pipeline.causes import kind_of, known_error
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State

@@ -16,10 +16,11 @@ import anyio
 from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
+from asyncdcp.envelope import Unseal
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StorageError, UnsupportedFormat
 from asyncdcp.extensions import ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES, block_count, checksum, unpack_checksums
-from asyncdcp.metadata import FileTable, Index, Record, Unseal
+from asyncdcp.metadata import FileTable, Index, Record
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.pipeline.descriptions import read_listed
 from asyncdcp.pipeline.records import choose_commit, read_record

@@ -16,6 +16,7 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
+from asyncdcp.envelope import IndexHead, digest, encode_index
 from asyncdcp.errors import (
     AsyncDCPError,
     CommitUnknown,
@@ -27,7 +28,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
-from asyncdcp.metadata import FileTable, IndexHead, IndexRef, digest, encode_index
+from asyncdcp.metadata import FileTable, IndexRef
 from asyncdcp.names import belongs_to, index_name, record_name
 from asyncdcp.pipeline.causes import known_error, peer_error
 from asyncdcp.pipeline.channel import Channel

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import msgspec
 from anyio import to_thread
 
+from asyncdcp.envelope import Seal, Unseal
 from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, MissingDependency
 from asyncdcp.extensions import PLAIN, Chain, ExtensionRegistry, Seals
-from asyncdcp.metadata import Seal, Unseal
 from asyncdcp.runs.layout import HISTORY
 from asyncdcp.storage import Place
 from asyncdcp.trace import Span

@@ -15,8 +15,8 @@ import re
 
 import msgspec
 
+from asyncdcp.envelope import decode_document, encode_document
 from asyncdcp.errors import InvalidOption
-from asyncdcp.metadata import decode_document, encode_document
 
 HISTORY = "history.jsonl"
 TRACES = "traces"

@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from anyio import to_thread
 
+from asyncdcp.envelope import Unseal
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, KeyUnavailable
 from asyncdcp.extensions import ExtensionRegistry, Seals
-from asyncdcp.metadata import RECORD_LIMIT, Record, Summary, Unseal
+from asyncdcp.metadata import RECORD_LIMIT, Record, Summary
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.runs.layout import LineStart, decode_line, line_term_of, step_of, term_of
 from asyncdcp.runs.lineage import UNCLAIMED, Line, current_line

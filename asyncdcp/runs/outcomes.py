@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from asyncdcp.envelope import Unseal, decode_record
 from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, MissingDependency
-from asyncdcp.metadata import Record, Unseal, decode_record
+from asyncdcp.metadata import Record
 from asyncdcp.names import file_save_id, record_save_id
 from asyncdcp.storage import Contents
 

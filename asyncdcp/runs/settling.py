@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from asyncdcp.envelope import decode_record, encode_record
 from asyncdcp.errors import KeyUnavailable
-from asyncdcp.metadata import RECORD_LIMIT, Record, decode_record, encode_record
+from asyncdcp.metadata import RECORD_LIMIT, Record
 from asyncdcp.names import file_save_id, record_name, record_save_id
 from asyncdcp.runs.layout import step_of, term_name
 from asyncdcp.runs.outcomes import saves_of

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from asyncdcp.cli.main import COMMANDS, main, program
+from asyncdcp.envelope import encode_record
 from asyncdcp.errors import VolatileStorageWarning
-from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
+from asyncdcp.metadata import IndexRef, Record, Summary
 from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from tests.cli.conftest import Call
 

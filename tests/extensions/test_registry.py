@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from asyncdcp import AESGCM, AsyncCheckpointer, BytePlanes, ExtensionRegistry, ZStandard
+from asyncdcp.envelope import Seal
 from asyncdcp.errors import AsyncDCPError, ExtensionOrderWarning, InvalidOption, KeyUnavailable, UnsupportedFormat
 from asyncdcp.extensions import Chain, Seals, registry, spec_of
 from asyncdcp.extensions.aesgcm import key_name
-from asyncdcp.metadata import Seal
 from asyncdcp.testing.extensions import context
 from tests.extensions.samples import Xor, Zlib
 

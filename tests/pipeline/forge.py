@@ -14,10 +14,11 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from asyncdcp.boxes import Box, whole
+from asyncdcp.envelope import _seal, digest
 from asyncdcp.extensions import PLAIN, Chain, ExtensionRegistry
 from asyncdcp.format.blocks import element_runs
 from asyncdcp.format.image import FileImage
-from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata, _seal, digest
+from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata
 from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from asyncdcp.pipeline.load import load
 from asyncdcp.pipeline.messages import FileJob, Saved, SaveJob, SlabReady

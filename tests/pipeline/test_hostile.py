@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from asyncdcp.envelope import _seal
 from asyncdcp.errors import (
     AmbiguousCheckpoint,
     AsyncDCPError,
@@ -17,7 +18,6 @@ from asyncdcp.errors import (
     CorruptCheckpoint,
     UnsupportedFormat,
 )
-from asyncdcp.metadata import _seal
 from asyncdcp.names import index_name, record_name
 from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.storage import MemoryStorage

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asyncdcp.envelope import IndexHead, decode_record, digest, encode_index
 from asyncdcp.errors import Cancelled, CommitUnknown, StorageError
-from asyncdcp.metadata import FileTable, IndexHead, IndexRef, decode_record, digest, encode_index
+from asyncdcp.metadata import FileTable, IndexRef
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import records, settle
 from asyncdcp.pipeline.commit import State

@@ -11,9 +11,9 @@ import anyio
 import numpy as np
 import pytest
 
+from asyncdcp.envelope import decode_index, decode_record
 from asyncdcp.errors import AsyncDCPError, ChecksumMismatch, CorruptCheckpoint, KeyUnavailable, UsageError
 from asyncdcp.extensions import AESGCM, BlockContext, BlockExtension, BytePlanes, Chain, ExtensionRegistry, ZStandard
-from asyncdcp.metadata import decode_index, decode_record
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import transform
 from asyncdcp.pipeline.reader import CheckpointReader

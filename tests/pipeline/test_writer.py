@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from asyncdcp.envelope import decode_record, encode_record
 from asyncdcp.errors import (
     AsyncDCPError,
     Cancelled,
@@ -22,7 +23,7 @@ from asyncdcp.errors import (
     SaveAborted,
     StorageError,
 )
-from asyncdcp.metadata import Record, decode_record, encode_record
+from asyncdcp.metadata import Record
 from asyncdcp.names import belongs_to, data_name, index_name, record_name
 from asyncdcp.pipeline import settle, transform
 from asyncdcp.pipeline.commit import CommitMachine

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import msgspec
 
+from asyncdcp.envelope import _seal, digest
 from asyncdcp.errors import AsyncDCPError
-from asyncdcp.metadata import _seal, digest
 from asyncdcp.pipeline.verify import verify
 from asyncdcp.storage import LocalStorage
 from asyncdcp.testing.disk import SimulatedDisk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdcp import metadata
+from asyncdcp import envelope
 from asyncdcp.pipeline import windows
 from tests.reliability.corruption import examine
 from tests.reliability.power import Figures
@@ -25,6 +25,6 @@ def test_without_the_blocks_checksums_damage_is_missed(monkeypatch: pytest.Monke
 
 
 def test_without_the_digest_of_what_describes_damage_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "digest", lambda data: "0" * 32)
+    monkeypatch.setattr(envelope, "digest", lambda data: "0" * 32)
     with pytest.raises((Lost, AssertionError)):
         examine(1, samples=10, seed=1, figures=Figures())

@@ -8,8 +8,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncdcp.envelope import _seal, decode_index, decode_record
 from asyncdcp.errors import CorruptCheckpoint
-from asyncdcp.metadata import _seal, decode_index, decode_record
 from asyncdcp.worker.protocol import Framer, ProtocolError, ToTrainer, ToWorker
 from tests.pipeline.forge import steady
 from tests.reliability.fuzz import checkpoints, frames

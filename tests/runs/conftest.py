@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from asyncdcp.metadata import IndexRef, Record, Summary, encode_record
+from asyncdcp.envelope import encode_record
+from asyncdcp.metadata import IndexRef, Record, Summary
 from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from asyncdcp.runs.layout import (
     LineStart,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from asyncdcp.metadata import RECORD_LIMIT, decode_record
+from asyncdcp.envelope import decode_record
+from asyncdcp.metadata import RECORD_LIMIT
 from asyncdcp.names import data_name, record_name
 from asyncdcp.runs import collect, look, plan_collection
 from asyncdcp.runs.collection import total
@@ -66,7 +67,7 @@ async def test_a_save_that_committed_after_all_is_kept(place: Place, forge: Any)
     assert plan.save_id is not None
     from msgspec.structs import replace
 
-    from asyncdcp.metadata import encode_record
+    from asyncdcp.envelope import encode_record
 
     committed = replace(decode_record(record, "it"), save_id=plan.save_id)
     assert await storage.claim(record_name(plan.save_id), encode_record(committed))

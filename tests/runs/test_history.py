@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from asyncdcp.envelope import Seal
 from asyncdcp.extensions import AESGCM, ExtensionRegistry
 from asyncdcp.extensions.chain import Chain
-from asyncdcp.metadata import Seal
 from asyncdcp.runs.history import Saved, append_history, open_history
 from asyncdcp.runs.layout import HISTORY
 from asyncdcp.storage import MemoryPlace, Place

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from asyncdcp.envelope import Seal, encode_record
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, KeyUnavailable
-from asyncdcp.metadata import Record, Seal, encode_record
+from asyncdcp.metadata import Record
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.runs import list_checkpoints, look, plan_collection
 from asyncdcp.runs.layout import line_name, step_name, step_of

@@ -19,20 +19,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from asyncdcp.checkpointer.jobs import versions
+from asyncdcp.envelope import IndexHead, decode_index, digest, encode_index, encode_record
 from asyncdcp.errors import AsyncDCPError, CommitUnknown, CorruptCheckpoint, SaveAborted
 from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES
 from asyncdcp.interop.dcp.own_writing import Part
 from asyncdcp.interop.dcp.skeleton import build, paths_of
-from asyncdcp.metadata import (
-    FileTable,
-    IndexHead,
-    IndexPlan,
-    IndexRef,
-    decode_index,
-    digest,
-    encode_index,
-    encode_record,
-)
+from asyncdcp.metadata import FileTable, IndexPlan, IndexRef
 from asyncdcp.names import belongs_to, data_name, index_name, make_save_id, record_name
 from asyncdcp.pipeline.causes import abort_record
 from asyncdcp.pipeline.commit import State

@@ -13,8 +13,9 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from asyncdcp.boxes import Box
+from asyncdcp.envelope import IndexHead, decode_index, encode_index
 from asyncdcp.format.blocks import BLOCK_BYTES, block_count
-from asyncdcp.metadata import FileTable, IndexHead, Metadata, StorageMeta, decode_index, encode_index
+from asyncdcp.metadata import FileTable, Metadata, StorageMeta
 from asyncdcp.names import data_name
 from asyncdcp.pipeline.union import Union, unite
 from asyncdcp.planning import ChunkSpec, SavePlan, Structure, TensorSpec, Want, plan_load
