@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -12,109 +11,15 @@ import numpy as np
 import pytest
 import safetensors
 
-from asyncdcp.envelope import decode_record, encode_record
-from asyncdcp.errors import (
-    AsyncDCPError,
-    Cancelled,
-    CheckpointExists,
-    CommitUnknown,
-    DeadlineExceeded,
-    PeerFailed,
-    SaveAborted,
-    StorageError,
-)
-from asyncdcp.metadata import Record
-from asyncdcp.names import belongs_to, data_name, index_name, record_name
+from asyncdcp.errors import AsyncDCPError, Cancelled, DeadlineExceeded, StorageError
+from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import settle, transform
 from asyncdcp.pipeline.commit import CommitMachine
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.pipeline.settle import Reason
-from asyncdcp.storage import LocalStorage, MemoryStorage, ObjectWriter
-from tests.pipeline.forge import OTHER, SAVE, SLAB, STATE, Arrays, read_all, save, writer_of
-
-Hook = Callable[[int], Awaitable[None]]
-"""Awaited before a call, with the number of calls of that kind before it."""
-
-ARRAYS: Arrays = {"w": np.arange(20_000, dtype=np.float32), "b": np.arange(5, dtype=np.int8)}
-
-
-class Staged(MemoryStorage):
-    """Awaits a hook before (``"put"``) or after (``"put!"``) each operation of that name."""
-
-    def __init__(self, **hooks: Hook) -> None:
-        super().__init__("there")
-        self.hooks = hooks
-        self.calls: list[str] = []
-
-    async def on(self, operation: str) -> None:
-        self.calls.append(operation)
-        if hook := self.hooks.get(operation):
-            await hook(self.calls.count(operation) - 1)
-
-    async def create(self, name: str, length_hint: int) -> Any:
-        await self.on("create")
-        return _Writer(await super().create(name, length_hint), self)
-
-    async def put(self, name: str, data: bytes) -> None:
-        await self.on("put")
-        assert await super().claim(name, data)
-        await self.on("put_done")
-
-    async def claim(self, name: str, data: bytes) -> bool:
-        await self.on("claim_commit" if b'"outcome":"commit"' in data else "claim_abort")
-        won = await super().claim(name, data)
-        await self.on("claimed")
-        return won
-
-    async def barrier(self) -> None:
-        await self.on("barrier")
-
-    async def list(self) -> dict[str, int]:
-        await self.on("list")
-        return await super().list()
-
-    async def delete(self, names: Sequence[str]) -> None:
-        await self.on("delete")
-        await super().delete(names)
-
-
-class _Writer:
-    def __init__(self, inner: ObjectWriter, storage: Staged) -> None:
-        self._inner = inner
-        self._storage = storage
-
-    alignment = 4096
-
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        assert offset % 4096 == len(buffer) % 4096 == 0
-        await self._storage.on("write")
-        await self._inner.write(offset, buffer)
-
-    async def finish(self, length: int) -> None:
-        await self._storage.on("finish")
-        await self._inner.finish(length)
-
-    async def abort(self) -> None:
-        await self._inner.abort()
-        await self._storage.on("abort")
-
-
-def fails(error: Exception, at: int = 0) -> Hook:
-    async def hook(number: int) -> None:
-        if number == at:
-            raise error
-
-    return hook
-
-
-def record_in(storage: MemoryStorage, save_id: str = SAVE) -> Record | None:
-    data = storage._objects.get(record_name(save_id))
-    return decode_record(data, "r") if data else None
-
-
-def nothing_is_left(storage: MemoryStorage) -> None:
-    assert not storage._unfinished
-    assert not [name for name in storage._objects if belongs_to(name, SAVE) and name != record_name(SAVE)]
+from asyncdcp.storage import LocalStorage, MemoryStorage
+from tests.pipeline.forge import OTHER, SAVE, SLAB, Arrays, read_all, save, writer_of
+from tests.pipeline.staged import ARRAYS, Staged, fails, nothing_is_left, record_in
 
 
 async def test_a_save_is_a_checkpoint_and_safetensors() -> None:
@@ -320,108 +225,6 @@ async def test_slabs_that_are_missing() -> None:
     slabs.ready.pop()
     with pytest.raises(AsyncDCPError, match=f"before all slabs of {data_name(SAVE, 0, 0)}"):
         await run.run()
-    nothing_is_left(storage)
-
-
-# ── what is there already ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_an_existing_checkpoint_is_refused_and_nothing_written() -> None:
-    storage = Staged()
-    await save(storage, save_id=OTHER)
-    before = dict(storage._objects)
-    storage.calls.clear()
-    with pytest.raises(CheckpointExists, match="there"):
-        await save(storage, ARRAYS)
-    assert storage._objects == before and storage.calls == ["list"]
-
-
-async def test_one_that_came_meanwhile_is_refused_too() -> None:
-    storage, other = Staged(), MemoryStorage()
-    await save(other, save_id=OTHER)
-
-    async def meanwhile(_: int) -> None:
-        storage._objects.update(other._objects)
-
-    storage.hooks = {"barrier": meanwhile}
-    with pytest.raises(CheckpointExists):
-        await save(storage, ARRAYS)
-    nothing_is_left(storage)
-    storage.hooks = {}
-    assert (await read_all(storage)).keys() == STATE.keys()
-
-
-async def test_overwriting_deletes_after_the_commit_and_the_record_last() -> None:
-    storage = Staged()
-    await save(storage, save_id=OTHER)
-    deleted: list[bool] = []
-
-    async def committed(_: int) -> None:
-        deleted.append(record_in(storage) is not None and record_name(OTHER) in storage._objects)
-
-    storage.hooks = {"delete": committed}
-    saved = await save(storage, ARRAYS, overwrite=True)
-    assert saved.replaced == [OTHER] and deleted == [True, True]
-    assert all(belongs_to(name, SAVE) for name in storage._objects)
-    assert (await read_all(storage)).keys() == ARRAYS.keys()
-
-
-@pytest.mark.parametrize("error", [StorageError("EIO"), TypeError("a bug"), FileNotFoundError("gone")], ids=repr)
-async def test_a_commit_stands_even_if_what_it_replaced_cannot_be_deleted(error: Exception) -> None:
-    storage = Staged(delete=fails(error))
-    await save(storage, save_id=OTHER)
-    assert (await save(storage, ARRAYS, overwrite=True)).replaced == [OTHER]
-    assert (await read_all(storage)).keys() == ARRAYS.keys()
-    third = "f" * 20
-    assert set((await save(storage, {}, overwrite=True, save_id=third)).replaced) == {SAVE, OTHER}
-    assert all(belongs_to(name, third) for name in storage._objects)
-
-
-# ── the claim ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_claim_that_is_refused() -> None:
-    storage = Staged(claim_commit=fails(StorageError("no space")))
-    with pytest.raises(StorageError, match="no space"):
-        await save(storage, ARRAYS)
-    nothing_is_left(storage)
-    record = record_in(storage)
-    assert record and record.outcome == "abort"
-
-
-async def test_no_claim_at_all_and_the_save_has_failed_for_sure() -> None:
-    storage = Staged(claim_commit=fails(StorageError("full")), claim_abort=fails(StorageError("full")))
-    with pytest.raises(StorageError, match="full") as caught:
-        await save(storage, ARRAYS)
-    assert not isinstance(caught.value, CommitUnknown) and not storage._objects
-
-
-async def test_a_claim_without_an_answer_that_was_won() -> None:
-    storage = Staged(claimed=fails(CommitUnknown("no answer")))
-    assert (await save(storage, ARRAYS)).save_id == SAVE
-
-
-async def test_a_claim_without_an_answer_that_was_not() -> None:
-    storage = Staged(claim_commit=fails(CommitUnknown("no answer")))
-    with pytest.raises(SaveAborted):
-        await save(storage, ARRAYS)
-    nothing_is_left(storage)
-
-
-async def test_a_claim_that_nobody_can_tell_of_keeps_the_files() -> None:
-    storage = Staged(claim_commit=fails(CommitUnknown("no answer")), claim_abort=fails(StorageError("down")))
-    with pytest.raises(CommitUnknown, match="cannot be told"):
-        await save(storage, ARRAYS)
-    assert set(storage._objects) == {data_name(SAVE, 0, 0), index_name(SAVE, 0)}
-
-
-async def test_a_peer_s_abort() -> None:
-    storage = Staged()
-    abort = Record(save_id=SAVE, outcome="abort", time=0.0, world_size=2, versions={}, rank=1, cause="its own")
-    storage._objects[record_name(SAVE)] = encode_record(abort)
-    with pytest.raises(PeerFailed, match="rank 1 gave the save up: its own") as caught:
-        await save(storage, ARRAYS, world_size=2)
-    assert caught.value.rank == 1
     nothing_is_left(storage)
 
 
