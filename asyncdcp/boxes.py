@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from math import prod
 from random import Random
 from secrets import randbits
@@ -29,8 +30,13 @@ class Box(NamedTuple):
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box of a whole tensor of ``shape``."""
-    return Box((0,) * len(shape), tuple(shape))
+    """The box of a whole tensor of ``shape``; the same object for the same shape, of which most states have few."""
+    return _whole(tuple(shape))
+
+
+@lru_cache(1024)
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def intersect(a: Box, b: Box) -> Box | None:

@@ -8,10 +8,11 @@ reader sees of it, ``StoredTensors`` and ``StoredChunks``, are mappings that mak
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import msgspec
 
 from asyncdcp.boxes import Box, tiles, whole
 from asyncdcp.metadata import (
@@ -93,8 +94,7 @@ def chunk_rows(columns: ChunkColumns | WrittenColumns, listing: Listing) -> Rows
     return Rows(tensor, offsets, sizes, length)
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(msgspec.Struct, frozen=True, gc=False):
     """A tensor as the lowest rank that lists it says, in the Index of name ``source``. One that is not ``shown`` is
     another rank's own.
     """
@@ -268,6 +268,7 @@ class StoredTensors(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
         self._numbers = {tensor.name: n for n, tensor in enumerate(table.tensors) if tensor.shown}
         self._values = values
         self._made: dict[str, TensorStorageMetadata] = {}
+        self._properties: dict[str, TensorProperties] = {}
 
     def __getitem__(self, name: str) -> TensorStorageMetadata | BytesStorageMetadata:
         if name in self._made:
@@ -276,7 +277,9 @@ class StoredTensors(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
             return self._values[name]
         number = self._numbers[name]
         tensor = self._table.tensors[number]
-        made = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, _Chunks(self._table, number))
+        properties = self._properties.setdefault(tensor.dtype, TensorProperties(tensor.dtype))
+        chunks = _sole(tensor.shape) if self._table.count(number) == 1 else _Chunks(self._table, number)
+        made = TensorStorageMetadata(properties, tensor.shape, chunks)
         return self._made.setdefault(name, made)
 
     def __iter__(self) -> Iterator[str]:
@@ -285,6 +288,12 @@ class StoredTensors(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
 
     def __len__(self) -> int:
         return len(self._numbers) + len(self._values)
+
+
+@lru_cache(1024)
+def _sole(shape: tuple[int, ...]) -> tuple[ChunkStorageMetadata, ...]:
+    """The chunks of a tensor that is one."""
+    return (ChunkStorageMetadata(*whole(shape)),)
 
 
 class _Chunks(Sequence[ChunkStorageMetadata]):

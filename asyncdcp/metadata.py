@@ -178,7 +178,7 @@ class RunStamp(msgspec.Struct, frozen=True):
 # ── the read side ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class TensorProperties(msgspec.Struct, frozen=True):
+class TensorProperties(msgspec.Struct, frozen=True, gc=False):
     """Of a tensor's properties only ``dtype`` is kept: layout is strided, memory format contiguous, by definition."""
 
     dtype: str
@@ -191,7 +191,7 @@ class ChunkStorageMetadata(msgspec.Struct, frozen=True):
     sizes: tuple[int, ...]
 
 
-class TensorStorageMetadata(msgspec.Struct, frozen=True):
+class TensorStorageMetadata(msgspec.Struct, frozen=True, gc=False):
     """A stored tensor: properties, shape (``size``) and the chunks that together cover it."""
 
     properties: TensorProperties
@@ -212,7 +212,7 @@ class MetadataIndex(NamedTuple):
     offset: tuple[int, ...]
 
 
-class ChunkLocation(msgspec.Struct, frozen=True):
+class ChunkLocation(msgspec.Struct, frozen=True, gc=False):
     """Where a chunk's bytes are: in the *decoded* data file ``file``, from ``begin``, ``length`` of them."""
 
     file: str

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
+import msgspec
 from anyio import to_thread
 
 from asyncdcp.boxes import Box
 from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
-from asyncdcp.pipeline.windows import ReadRange, copy_bytes
+from asyncdcp.pipeline.windows import STRAIGHT_BYTES, ReadRange, copy_bytes
 from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.trace import Trace
 
@@ -33,6 +34,8 @@ class Target(Protocol):
         ...
 
 
+_MOST_ALIGNED: Final = max(DTYPE_SIZES.values())
+"""What begins at a multiple of it has whole elements, of whatever type."""
 UNALIGNED_BYTES = 64 << 20
 """So much is held in memory at once of what has to be read as a whole before it can be delivered, or one item."""
 
@@ -45,6 +48,9 @@ async def load(reader: ReadableCheckpoint, plan: LoadPlan, targets: Sequence[Tar
     unaligned: list[ReadItem] = []
     for item in plan.items:
         target = targets[item.want]
+        if item.end - item.begin < STRAIGHT_BYTES and item.begin % _MOST_ALIGNED == 0:
+            ranges.append(ReadRange(item.file, item.begin, item.end, None, _Placing(item, target)))
+            continue
         buffer = target.buffer if item.target >= 0 else None
         if buffer is not None:
             into = buffer[item.target : item.target + item.end - item.begin]
@@ -100,6 +106,16 @@ def _itemsize(reader: ReadableCheckpoint, plan: LoadPlan, item: ReadItem) -> int
     tensor = reader.metadata.state_dict_metadata[plan.wants[item.want].name]
     assert isinstance(tensor, TensorStorageMetadata)
     return DTYPE_SIZES[tensor.properties.dtype]
+
+
+class _Placing(msgspec.Struct, frozen=True, gc=False):
+    """``place`` for an item, one of perhaps a hundred thousand: see ``ReadItem``."""
+
+    item: ReadItem
+    target: Target
+
+    def __call__(self, offset: int, data: memoryview) -> None:
+        place(self.item, self.target, offset, data)
 
 
 def _deliver(target: Target, chunk: Box, start: int, offset: int, data: memoryview) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
+import msgspec
 import xxhash
 
 from asyncdcp.format.blocks import SLAB_BYTES
@@ -17,14 +18,14 @@ from asyncdcp.pipeline.decoding import mismatch
 from asyncdcp.pipeline.union import FileMap
 from asyncdcp.storage.files import address
 
-_STRAIGHT_BYTES = 64 << 10
+STRAIGHT_BYTES = 64 << 10
 """Pieces at least this long are read straight to their target where the page cache has them; shorter ones are copied.
 """
 
 Deliver = Callable[[int, memoryview], None]
 
 
-class ReadRange(NamedTuple):
+class ReadRange(msgspec.Struct, frozen=True, gc=False):
     """Bytes ``begin <= i < end`` of decoded data file ``file``, and what becomes of them.
 
     Either ``into`` is a writable memoryview of ``end - begin`` bytes, or ``deliver(offset, data)`` is called, on a
@@ -38,7 +39,7 @@ class ReadRange(NamedTuple):
     deliver: Deliver | None
 
 
-class Part(NamedTuple):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """The part of a range that lies in a window; ``offset`` is where it begins in its range."""
 
     begin: int
@@ -100,7 +101,7 @@ def straight_parts(window: Window) -> list[Part]:
     reach = window.begin
     for part, following in zip(window.parts, [*window.parts[1:], None], strict=True):
         alone = part.begin >= reach and (following is None or following.begin >= part.end)
-        if alone and part.range.into is not None and part.end - part.begin >= _STRAIGHT_BYTES:
+        if alone and part.range.into is not None and part.end - part.begin >= STRAIGHT_BYTES:
             chosen.append(part)
         reach = max(reach, part.end)
     return chosen
@@ -193,7 +194,7 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
     """Long copies by memmove, which releases the GIL; a memoryview's slice assignment holds it, and costs less for
     short ones.
     """
-    if len(target) < _STRAIGHT_BYTES:
+    if len(target) < STRAIGHT_BYTES:
         target[:] = source
     else:
         ctypes.memmove(address(target), address(source), len(target))

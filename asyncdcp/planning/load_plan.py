@@ -3,6 +3,9 @@
 Every stored chunk that meets a wanted box gives read items; how the chunk was sharded at save does not matter. An item
 is *direct* where its bytes are consecutive in the chunk and in the wanted box, so that they can be read straight to
 their place; else the bytes of the chunk around the overlap are read and the target picks what it needs.
+
+There may be a hundred thousand of each: the garbage collector does not look at them (``gc=False``), for it would look
+at everything else, again and again, as they are made.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import NamedTuple
+
+import msgspec
 
 from asyncdcp.boxes import Box, intersect
 from asyncdcp.chunk_table import StoredChunks
@@ -25,14 +29,14 @@ from asyncdcp.metadata import (
 )
 
 
-class Want(NamedTuple):
+class Want(msgspec.Struct, frozen=True, gc=False):
     """A box of tensor ``name`` that the caller wants filled, in elements of the whole tensor."""
 
     name: str
     box: Box
 
 
-class ReadItem(NamedTuple):
+class ReadItem(msgspec.Struct, frozen=True, gc=False):
     """Bytes ``begin <= i < end`` of decoded data file ``file``, for want number ``want``.
 
     They are bytes of the chunk at ``chunk``, from its byte ``start`` on. ``target`` is the byte of the want's own
@@ -59,7 +63,9 @@ class LoadPlan:
 
 def plan_load(metadata: Metadata, wants: Sequence[Want]) -> LoadPlan:
     """Plans a load. Every want must name a stored tensor and lie within its shape; empty boxes read nothing."""
-    items = [item for number, want in enumerate(wants) for item in _items(metadata, number, want)]
+    items: list[ReadItem] = []
+    for number, want in enumerate(wants):
+        items += _items(metadata, number, want)
     items.sort(key=lambda item: (item.file, item.begin))
     return LoadPlan(tuple(wants), tuple(items), sum(item.end - item.begin for item in items))
 

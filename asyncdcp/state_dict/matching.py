@@ -110,6 +110,7 @@ class _Matcher:
         self._have = {nodes.state_name(name): name for name in stored if options.selects(nodes.outer(name))}
         self._inner = {name for part in flat.subclasses.values() for name in inner_names(part.node)}
         self._aliased = {alias: flat.tensors[name] for alias, name in flat.aliases.items()}
+        self._ties = bool(flat.aliases or metadata.aliases)
         self._targets: dict[str, Tensor] = {**flat.tensors, **self._aliased}
         self._want = dict.fromkeys([*self._targets, *flat.values])
         self._match = Match(
@@ -224,9 +225,11 @@ class _Matcher:
         problem = self._difference(name, tensor, stored)
         if problem is None and not self._options.assign and not tensor.is_meta:
             self._match.tensors[source] = tensor
-            if (stored, id(tensor)) not in filled:
+            if self._ties:
+                if (stored, id(tensor)) in filled:
+                    return
                 filled.add((stored, id(tensor)))
-                self._match.fill.append((stored, tensor))
+            self._match.fill.append((stored, tensor))
         elif problem is not None and not self._decided_by_checkpoint(name):
             self._different[name] = problem
 

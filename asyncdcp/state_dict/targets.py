@@ -24,7 +24,7 @@ class TensorTarget:
     __slots__ = ("_box", "_dtype", "_tensor", "packed")
 
     def __init__(self, tensor: Tensor, box: Box, dtype: torch.dtype) -> None:
-        self._tensor = tensor.detach()
+        self._tensor = tensor
         self._box = box
         self._dtype = dtype
         self.packed = tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
@@ -44,14 +44,15 @@ class TensorTarget:
         """Its memory as bytes where it is on a device; None where it is not ``packed``, or on the host."""
         if not self.packed or self._tensor.is_cpu:
             return None
-        return self._tensor.as_strided((self._tensor.numel(),), (1,)).view(torch.uint8)
+        return self._tensor.detach().as_strided((self._tensor.numel(),), (1,)).view(torch.uint8)
 
     def deliver(self, chunk: Box, start: int, data: memoryview) -> None:
         """Copies whole elements of ``chunk``, from its byte ``start`` on, to where they belong in the tensor."""
         elements = torch.frombuffer(data, dtype=torch.uint8).view(self._dtype)
         first = start // self._dtype.itemsize
-        same = self._tensor.dtype == self._dtype
-        target = copyable(self._tensor) if same else self._tensor
+        tensor = self._tensor.detach()
+        same = tensor.dtype == self._dtype
+        target = copyable(tensor) if same else tensor
         with torch.no_grad():
             for begin, box in row_major_boxes(chunk.sizes, first, first + len(elements)):
                 absolute = Box(tuple(a + b for a, b in zip(chunk.offsets, box.offsets, strict=True)), box.sizes)

@@ -14,6 +14,7 @@ import pytest
 from anyio import CapacityLimiter
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from asyncdcp.errors import ChecksumMismatch, CorruptCheckpoint, StorageError
 from asyncdcp.names import data_name, index_name, record_name
@@ -95,7 +96,7 @@ async def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Windows of four blocks; ``straight`` reads even short parts right into their targets."""
     for module in (reading, cutting):
         monkeypatch.setattr(module, "SLAB_BYTES", 16384)
-    monkeypatch.setattr(cutting, "_STRAIGHT_BYTES", 1 if request.param == "straight" else 5000)
+    monkeypatch.setattr(cutting, "STRAIGHT_BYTES", 1 if request.param == "straight" else 5000)
     storage, rng = Seen(), random.Random(1)
     storage.close_error = True
     await save(storage, ARRAYS)
@@ -163,7 +164,7 @@ async def test_a_bad_block_is_never_delivered(storage: Seen) -> None:
         with pytest.raises(ChecksumMismatch, match=r"block 12 .* it holds w") as caught:
             await reader.read([part], Trace())
         assert caught.value.block == 12 and not delivered and not storage.open_now
-        await reader.read([part._replace(begin=45_056, end=49_152)], Trace())
+        await reader.read([replace(part, begin=45_056, end=49_152)], Trace())
     assert delivered == [0]
 
 

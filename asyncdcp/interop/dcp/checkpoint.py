@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import anyio
 from anyio import to_thread
+from msgspec.structs import replace
 
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, ungrouped
 from asyncdcp.interop.dcp.catalog import Catalog, Described, describe
@@ -185,7 +186,7 @@ async def read_entry(source: ObjectReader, offset: int, length: int) -> bytearra
 
 
 def _moved(part: ReadRange, path: str, begin: int) -> ReadRange:
-    return part._replace(file=path, begin=part.begin + begin, end=part.end + begin)
+    return replace(part, file=path, begin=part.begin + begin, end=part.end + begin)
 
 
 def _place(parts: Iterable[ReadRange], data: bytes | memoryview) -> None:
