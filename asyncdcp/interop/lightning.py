@@ -8,6 +8,7 @@ import shutil
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.data import AttributeDict
@@ -17,6 +18,7 @@ from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
 from asyncdcp.config import Options
 from asyncdcp.errors import CheckpointNotFound, InvalidOption
 from asyncdcp.futures import CheckpointFuture
+from asyncdcp.storage import open_storage
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -56,7 +58,7 @@ class AsyncDCPCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise InvalidOption("storage_options are not taken here; give Options to AsyncDCPCheckpointIO instead")
-        if "://" not in os.fspath(path):
+        if not _is_url(path):
             with suppress(OSError):  # the save comes upon it, too, and says so
                 os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         plain = {key: _plain(value) for key, value in checkpoint.items()}
@@ -82,7 +84,7 @@ class AsyncDCPCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Deletes the checkpoint, as soon as what was saved before this call is committed. It stays if that fails."""
-        if not os.path.lexists(path) and self._last is None:
+        if not _is_url(path) and not os.path.lexists(path) and self._last is None:
             raise CheckpointNotFound(f"there is no {os.fspath(path)}", path=os.fspath(path))
         if self._last is None:
             _delete(path)
@@ -98,11 +100,22 @@ class AsyncDCPCheckpointIO(CheckpointIO):
             opened.close()
 
 
+def _is_url(path: str | os.PathLike[str]) -> bool:
+    return "://" in os.fspath(path)
+
+
 def _delete(path: str | os.PathLike[str]) -> None:
-    if os.path.isdir(path):
+    if _is_url(path):
+        anyio.run(_empty, os.fspath(path))
+    elif os.path.isdir(path):
         shutil.rmtree(path)
     else:
         os.unlink(path)
+
+
+async def _empty(url: str) -> None:
+    storage = open_storage(url)
+    await storage.delete(list(await storage.list()))
 
 
 def _plain(value: Any) -> Any:

@@ -97,6 +97,19 @@ def test_removed_only_once_the_newer_one_is_committed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+def test_removed_from_an_object_store(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    plugin, folder = plugin_of(), f"memory://{tmp_path.name}/kept"
+    for number in range(2):
+        plugin.save_checkpoint({"w": torch.full((3,), number)}, f"{folder}/{number}")
+    plugin.remove_checkpoint(f"{folder}/0")
+    plugin.teardown()
+    assert torch.equal(plugin.load_checkpoint(f"{folder}/1")["w"], torch.ones(3, dtype=torch.int64))
+    with pytest.raises(CheckpointNotFound):
+        plugin.load_checkpoint(f"{folder}/0")
+    plugin.teardown()
+
+
 def test_a_link_to_the_last_one_can_be_made_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
