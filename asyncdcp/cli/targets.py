@@ -11,7 +11,11 @@ import anyio
 import click
 from click.shell_completion import CompletionItem
 
+from asyncdcp.errors import ungrouped
 from asyncdcp.storage import LocalStorage, Storage, open_storage
+
+PATIENCE = 10.0
+"""Seconds without a word."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,8 +36,26 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON for program
 
 
 def run(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs a command's coroutine to its end."""
-    return anyio.run(partial(function, *args, **kwargs))
+    """Runs a command's coroutine to its end. Where it takes long with a URL, that is said: a store that does not answer
+    is asked for minutes, in silence.
+    """
+    url = next((each for each in args if isinstance(each, str) and "://" in each), None)
+    return anyio.run(_patient, partial(function, *args, **kwargs), url)
+
+
+async def _patient(function: Callable[[], Awaitable[T]], url: str | None) -> T:
+    with ungrouped():
+        async with anyio.create_task_group() as tasks:
+            if url is not None:
+                tasks.start_soon(_say_so, url)
+            result = await function()
+            tasks.cancel_scope.cancel()
+    return result
+
+
+async def _say_so(url: str) -> None:
+    await anyio.sleep(PATIENCE)
+    click.echo(f"still at work with {url}: a store that does not answer is asked again, for up to 3 minutes", err=True)
 
 
 def open_storage_at(target: str) -> Storage:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from asyncdcp import CheckpointManager, PerRank, SyncCheckpointer
+from asyncdcp.cli import targets
 from asyncdcp.runs import Saved
 from tests.cli.conftest import Call, Small
 from tests.cli.test_wrong_input import spoil
@@ -186,6 +188,25 @@ class TestElsewhere:
         assert call("report", "memory://cli/run", "-o", tmp_path / "r.html").status == 0
         assert "such as memory://cli/run/step_5" in call("inspect", "memory://cli/run").error
         assert "asyncdcp inspect" in call("ls", "memory://cli/run/step_5").error
+
+    def test_a_url_that_takes_long_is_not_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        said: list[tuple[str, bool]] = []
+        heard = list[anyio.Event]()
+
+        def echo(text: str, *, err: bool) -> None:
+            said.append((text, err))
+            heard[0].set()
+
+        async def slow(place: str) -> int:
+            heard.append(anyio.Event())
+            await heard[0].wait()
+            return 3
+
+        monkeypatch.setattr(targets, "PATIENCE", 0.0)
+        monkeypatch.setattr(targets.click, "echo", echo)
+        assert targets.run(slow, "s3://bucket/run") == 3
+        ((text, to_stderr),) = said
+        assert text.startswith("still at work with s3://bucket/run: ") and to_stderr
 
     def test_another_format(self, call: Call, tmp_path: Path) -> None:
         file = tmp_path / "model.safetensors"
