@@ -53,7 +53,7 @@ _HOMES = {
     "LoadReport": "results",
     "LocalStorage": "storage",
     "MemoryStorage": "storage",
-    "ObjectStorage": "storage.object_store",
+    "ObjectStorage": "storage",
     "OnPreemption": "manager",
     "Options": "config",
     "PGTransport": "transport",

@@ -54,6 +54,15 @@ def test_examples_run(example: doctest.DocTest, tmp_path: Path, monkeypatch: pyt
     assert not said, "".join(said)
 
 
+def test_what_an_extra_brings_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'obstore'")
+
+    monkeypatch.setattr("asyncdcp.storage.import_module", gone)
+    with pytest.raises(asyncdcp.errors.MissingDependency, match="object-store"):
+        asyncdcp.__getattr__("ObjectStorage")
+
+
 def test_what_has_no_example_is_known() -> None:
     named = {example.name.partition(".")[0] for example in _examples()}
     assert named | _WITHOUT == set(asyncdcp.__all__)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from asyncdcp.errors import InvalidOption, MissingDependency
@@ -102,6 +102,12 @@ def _object_stores() -> ModuleType:
         raise MissingDependency(
             f"object stores need a package that is not there ({error}): pip install 'asyncdcp[object-store]'"
         ) from error
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ObjectStorage":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _object_stores().ObjectStorage
 
 
 def _is_object_store(target: str) -> bool:
