@@ -203,7 +203,7 @@ class TestElsewhere:
             return 3
 
         monkeypatch.setattr(targets, "PATIENCE", 0.0)
-        monkeypatch.setattr(targets.click, "echo", echo)
+        monkeypatch.setattr("asyncdcp.cli.targets.click.echo", echo)
         assert targets.run(slow, "s3://bucket/run") == 3
         ((text, to_stderr),) = said
         assert text.startswith("still at work with s3://bucket/run: ") and to_stderr
