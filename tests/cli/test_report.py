@@ -185,7 +185,7 @@ def test_the_report_of_no_run_writes_nothing(call: Call, tmp_path: Path) -> None
 
 
 def test_a_place_that_cannot_be_written(call: Call, run: Path, tmp_path: Path) -> None:
-    assert "No such file or directory" in call("report", run, "-o", tmp_path / "no" / "page.html").error
+    assert "there is no folder" in call("report", run, "-o", tmp_path / "no" / "page.html").error
 
 
 # ── in a browser ────────────────────────────────────────────────────────────────────────────────────────────────────
