@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdcp.boxes import Box, intersect, tiles, whole
-from asyncdcp.chunk_table import ChunkTable, StoredChunks, StoredTensor, StoredTensors, chunk_rows, listing_of
+from asyncdcp.chunk_table import ChunkTable, StoredTensor, chunk_rows, listing_of
 from asyncdcp.metadata import BytesStorageMetadata, ChunkColumns, IndexPlan, MetadataIndex, WrittenColumns
+from asyncdcp.stored_chunks import StoredChunks, StoredTensors
 
 
 @dataclass

@@ -19,8 +19,8 @@ ROOT = Path(asyncdcp.__file__).parent
 LEVELS: list[set[str]] = [
     {"errors"},
     {"at_exit", "boxes", "buffers", "callbacks", "config", "memory_limits", "metadata", "names", "threads", "trace"},
-    {"envelope", "results", "storage", "arena", "futures", "closing"},
-    {"chunk_table", "extensions", "format", "engine"},
+    {"chunk_table", "envelope", "results", "storage", "arena", "futures", "closing"},
+    {"stored_chunks", "extensions", "format", "engine"},
     {"planning", "runs"},
     {"pipeline"},
     {"worker"},

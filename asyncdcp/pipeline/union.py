@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
-from asyncdcp.chunk_table import (
-    ChunkTable,
-    Listing,
-    Rows,
-    StoredChunks,
-    StoredTensor,
-    StoredTensors,
-)
+from asyncdcp.chunk_table import ChunkTable, Listing, Rows, StoredTensor
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.format.blocks import element_runs, unpack_checksums
 from asyncdcp.metadata import (
@@ -35,6 +28,7 @@ from asyncdcp.metadata import (
 from asyncdcp.names import index_name
 from asyncdcp.pipeline.checking import Chunks, check_index, corrupt
 from asyncdcp.pipeline.trees import merge_trees, merge_values
+from asyncdcp.stored_chunks import StoredChunks, StoredTensors
 
 if TYPE_CHECKING:
     import numpy as np

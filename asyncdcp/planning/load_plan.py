@@ -18,7 +18,6 @@ from math import prod
 import msgspec
 
 from asyncdcp.boxes import Box, intersect
-from asyncdcp.chunk_table import StoredChunks
 from asyncdcp.format.blocks import BLOCK_BYTES
 from asyncdcp.metadata import (
     DTYPE_SIZES,
@@ -27,6 +26,7 @@ from asyncdcp.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from asyncdcp.stored_chunks import StoredChunks
 
 
 class Want(msgspec.Struct, frozen=True, gc=False):
