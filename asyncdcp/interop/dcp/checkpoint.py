@@ -13,6 +13,7 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, ungrouped
+from asyncdcp.interop.dcp.aligning import WholeElements
 from asyncdcp.interop.dcp.catalog import Catalog, Described, describe
 from asyncdcp.interop.dcp.crc import Record, RecordCheck
 from asyncdcp.interop.dcp.entries import (
@@ -111,7 +112,7 @@ class DcpCheckpoint:
             parts = wanted[f"{entry.path}:{entry.offset}"]
             found = await _locate(entry, chunk, source)
             if found is not None:
-                plain.extend(_moved(part, entry.path, found.begin) for part in parts)
+                plain.extend(_moved(part, entry.path, found.begin, chunk.dtype.itemsize) for part in parts)
                 if found.crc is not None:
                     records[entry.path].append(Record(*found.record, found.crc, entry.name))
                 return
@@ -185,8 +186,11 @@ async def read_entry(source: ObjectReader, offset: int, length: int) -> bytearra
     return data
 
 
-def _moved(part: ReadRange, path: str, begin: int) -> ReadRange:
-    return replace(part, file=path, begin=part.begin + begin, end=part.end + begin)
+def _moved(part: ReadRange, path: str, begin: int, itemsize: int) -> ReadRange:
+    deliver = part.deliver
+    if deliver is not None and begin % itemsize:
+        deliver = WholeElements(deliver, itemsize)
+    return replace(part, file=path, begin=part.begin + begin, end=part.end + begin, deliver=deliver)
 
 
 def _place(parts: Iterable[ReadRange], data: bytes | memoryview) -> None:
