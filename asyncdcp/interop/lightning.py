@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +19,7 @@ from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
 from asyncdcp.config import Options
 from asyncdcp.errors import CheckpointNotFound, InvalidOption
 from asyncdcp.futures import CheckpointFuture
+from asyncdcp.names import record_save_id
 from asyncdcp.storage import open_storage
 
 _logger = logging.getLogger("asyncdcp")
@@ -106,7 +108,8 @@ def _is_url(path: str | os.PathLike[str]) -> bool:
 
 def _delete(path: str | os.PathLike[str]) -> None:
     if _is_url(path):
-        anyio.run(_empty, os.fspath(path))
+        with ThreadPoolExecutor(1) as thread:  # the caller's may run a loop, as a notebook's does
+            thread.submit(anyio.run, _empty, os.fspath(path)).result()
     elif os.path.isdir(path):
         shutil.rmtree(path)
     else:
@@ -115,7 +118,12 @@ def _delete(path: str | os.PathLike[str]) -> None:
 
 async def _empty(url: str) -> None:
     storage = open_storage(url)
-    await storage.delete(list(await storage.list()))
+    names = list(await storage.list())
+    if not names:
+        raise CheckpointNotFound(f"there is no {url}", path=url)
+    records = [name for name in names if record_save_id(name) is not None]
+    await storage.delete(records)  # first, so that what a crash leaves is no checkpoint
+    await storage.delete([name for name in names if name not in records])
 
 
 def _plain(value: Any) -> Any:

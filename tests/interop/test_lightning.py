@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -108,6 +109,13 @@ def test_removed_from_an_object_store(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound):
         plugin.load_checkpoint(f"{folder}/0")
     plugin.teardown()
+
+    async def in_a_notebook() -> None:
+        plugin.remove_checkpoint(f"{folder}/1")
+
+    anyio.run(in_a_notebook)
+    with pytest.raises(CheckpointNotFound, match="there is no memory://"):
+        plugin.remove_checkpoint(f"{folder}/1")
 
 
 def test_a_link_to_the_last_one_can_be_made_before_it_is_written(
