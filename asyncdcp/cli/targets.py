@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -12,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from asyncdcp.errors import ungrouped
-from asyncdcp.storage import LocalStorage, Storage, open_storage
+from asyncdcp.storage import OBJECT_STORES, LocalStorage, Storage, open_storage
 
 PATIENCE = 10.0
 """Seconds without a word."""
@@ -36,10 +37,11 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON for program
 
 
 def run(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs a command's coroutine to its end. Where it takes long with a URL, that is said: a store that does not answer
-    is asked for minutes, in silence.
+    """Runs a command's coroutine to its end. Where it takes long with an object store, that is said: one that does not
+    answer is asked for minutes, in silence.
     """
-    url = next((each for each in args if isinstance(each, str) and "://" in each), None)
+    given = [part for each in args for part in (each if isinstance(each, tuple) else (each,))]
+    url = next((each for each in given if isinstance(each, str) and each.partition("://")[0] in OBJECT_STORES), None)
     return anyio.run(_patient, partial(function, *args, **kwargs), url)
 
 
@@ -55,7 +57,10 @@ async def _patient(function: Callable[[], Awaitable[T]], url: str | None) -> T:
 
 async def _say_so(url: str) -> None:
     await anyio.sleep(PATIENCE)
-    click.echo(f"still at work with {url}: a store that does not answer is asked again, for up to 3 minutes", err=True)
+    with suppress(OSError):  # nobody reads it
+        click.echo(
+            f"still at work with {url}: a store that does not answer is asked again, for up to 3 minutes", err=True
+        )
 
 
 def open_storage_at(target: str) -> Storage:

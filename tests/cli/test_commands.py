@@ -196,15 +196,16 @@ class TestElsewhere:
         def echo(text: str, *, err: bool) -> None:
             said.append((text, err))
             heard[0].set()
+            raise BrokenPipeError
 
-        async def slow(place: str) -> int:
+        async def slow(places: tuple[str, str]) -> int:
             heard.append(anyio.Event())
             await heard[0].wait()
             return 3
 
         monkeypatch.setattr(targets, "PATIENCE", 0.0)
         monkeypatch.setattr("asyncdcp.cli.targets.click.echo", echo)
-        assert targets.run(slow, "s3://bucket/run") == 3
+        assert targets.run(slow, ("file:///here", "s3://bucket/run")) == 3
         ((text, to_stderr),) = said
         assert text.startswith("still at work with s3://bucket/run: ") and to_stderr
 
