@@ -112,6 +112,8 @@ class CheckpointManager(ReadVerbs):
         self._opening: CheckpointFuture[None] | None = None
         self._asked: tuple[int, bool] | None = None
         self._closed = False
+        self._closer: int | None = None
+        self._ended = threading.Event()
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
@@ -275,22 +277,39 @@ class CheckpointManager(ReadVerbs):
 
     def close(self) -> None:
         """Waits until pending saves are durable and what follows from them is done, and ends all threads; safe to call
-        twice. Signals that were taken over are given back at its end. One that came when ``should_save`` was called no
-        more, and that no handler was there for, then ends the process, as it would have at once without this; earlier
-        only where closing takes longer than ``OnPreemption.deadline``.
+        twice, and from several threads, of which each waits. Signals that were taken over are given back at its end,
+        by the main thread. One that came when ``should_save`` was called no more, and that no handler was there for,
+        then ends the process, as it would have at once without this; earlier only where closing takes longer than
+        ``OnPreemption.deadline``.
 
         Raises as ``AsyncCheckpointer.close`` does, and what failed unseen. After it, verbs raise ``Closed``.
         """
         if self._engine.inherited:
             return
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if closed:
-            return
-        try:
-            self._close()
-        finally:
+        if self._is_first_to_close():
+            try:
+                self._close()
+            finally:
+                self._ended.set()
+                self._back_on_thread()
+        elif not self._is_closing_here():
+            self._ended.wait()
             self._back_on_thread()
+
+    def _is_first_to_close(self) -> bool:
+        with self._lock:
+            first = not self._closed
+            if first:
+                self._closer = threading.get_ident()  # before the next line: a signal's handler may close, too
+                self._closed = True
+            return first
+
+    def _is_closing_here(self) -> bool:
+        """Whether this thread is in the middle of ``close``, or runs done callbacks that it waits for."""
+        if self._ended.is_set():
+            return False
+        engines = (self._engine, self._checkpointer._engine)
+        return self._closer == threading.get_ident() or any(engine.owns_current_thread() for engine in engines)
 
     def _close(self) -> None:
         self._decider.close()
@@ -308,7 +327,7 @@ class CheckpointManager(ReadVerbs):
         self._surface(self._saves.failures())
 
     def _back_on_thread(self) -> None:
-        if self._preemption is not None and not self._engine.inherited:
+        if self._preemption is not None and self._ended.is_set() and not self._engine.inherited:
             self._preemption.remove()
 
     def __enter__(self) -> Self:

@@ -106,17 +106,17 @@ class StoreRanks:
         """As ``Ranks``. Where it fails, a key says so to the others; it goes when the ranks connect the next time."""
         key = f"links/{name}"
         parted, self._parted = self._parted, []
-        await self._delete(parted)
-        store = PrefixStore(key, own_connection(self._store))
         try:
+            await self._delete(parted)
             with ungrouped():
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._watch, f"{key}/parted")
+                    store = PrefixStore(key, await self._call(own_connection, self._store))
                     links = await Links.connect(store, self.rank, self.world_size, deadline=self.deadline, until=until)
                     tasks.cancel_scope.cancel()
         except BaseException:
             with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
-                self._parted.append(f"{key}/parted")
+                self._parted += [*parted, f"{key}/parted"]
                 await self._set(f"{key}/parted", str(self.rank).encode())
             raise
         return links

@@ -258,6 +258,73 @@ def test_a_signal_in_the_middle_of_closing_waits_for_its_end(run: Path, training
     assert len((run / "history.jsonl").read_bytes().splitlines()) == 1  # which is the last that closing waits for
 
 
+def test_who_closes_again_on_the_main_thread_gets_the_signals_back(run: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with CheckpointManager(run, process=False, save_when=OnPreemption((signal.SIGUSR2,))) as manager:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(manager.close).result()
+        assert signal.getsignal(signal.SIGUSR2) is not before
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+@pytest.mark.parametrize("way", ["close", "aclose"])
+def test_who_closes_meanwhile_waits_for_the_end_of_the_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    manager = CheckpointManager(run, process=False, save_when=OnPreemption((signal.SIGUSR2,)))
+    manager.open().result()
+    order: list[str] = []
+    closing, waited_for = threading.Event(), threading.Event()
+    finish, remove, wait = manager._close, Preemption.remove, manager._ended.wait
+
+    def held() -> None:
+        closing.set()
+        assert waited_for.wait(30)
+        finish()
+        order.append("closed")
+
+    def removed(self: Preemption) -> None:
+        order.append("removed")
+        remove(self)
+
+    def waits(timeout: float | None = None) -> bool:
+        waited_for.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(manager, "_close", held)
+    monkeypatch.setattr(manager._ended, "wait", waits)
+    monkeypatch.setattr(Preemption, "remove", removed)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(manager.close)
+        assert closing.wait(30)
+        asyncio.run(manager.aclose()) if way == "aclose" else manager.close()
+        first.result()
+    assert order[0] == "closed" and set(order[1:]) == {"removed"}
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_closing_in_the_middle_of_closing_returns_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal's handler may, or a done callback."""
+    ended: list[bool] = []
+
+    def close_again(*_: object) -> None:
+        manager.close()
+        ended.append(manager._ended.is_set())
+
+    manager = CheckpointManager(run, process=False)
+    looked, finish = manager.steps(), manager._close
+
+    def interrupted() -> None:
+        close_again()
+        looked.add_done_callback(close_again)
+        finish()
+
+    monkeypatch.setattr(manager, "_close", interrupted)
+    manager.close()
+    assert ended == [False, False]
+
+
 def test_a_program_that_has_heard_of_its_end_from_another_rank_ends_by_itself(engine: Engine) -> None:
     def train() -> None:
         as_at_start()

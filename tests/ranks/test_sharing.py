@@ -21,7 +21,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch e
 from asyncdcp import LocalStorage, PerRank
 from asyncdcp.checkpointer import loading, read_verbs, sharing
 from asyncdcp.errors import Cancelled, ChecksumMismatch, InvalidOption, PeerError, PeerFailed, StorageError
-from asyncdcp.ranks import Links, together
+from asyncdcp.ranks import Links, StoreRanks, together
 from asyncdcp.ranks import links as links_module
 from asyncdcp.storage.port import Fetch
 from tests.ranks.conftest import Everywhere, Job, make_ranks, rows
@@ -347,6 +347,44 @@ async def test_a_store_that_does_not_answer_holds_no_one_up_at_the_end(monkeypat
     finally:
         answer.set()
     assert asked.is_set()
+
+
+async def test_a_store_that_does_not_connect_anew_holds_no_one_up() -> None:
+    """The loop goes on, and a cancel ends it at once, which the others hear of."""
+    asked, answer = threading.Event(), threading.Event()
+
+    class Stuck(HashStore):
+        def clone(self) -> HashStore:
+            asked.set()
+            assert answer.wait(30)
+            return self
+
+    store = Stuck()
+    ranks = StoreRanks(store, 1, 2, deadline=30.0)
+    connecting = asyncio.create_task(ranks.connect("it", until=0.0))
+    try:
+        assert await anyio.to_thread.run_sync(asked.wait, 30)
+        connecting.cancel()
+        with anyio.fail_after(10), pytest.raises(asyncio.CancelledError):
+            await connecting
+        assert not answer.is_set()
+    finally:
+        answer.set()
+    assert store.check(["links/it/parted"]) and store.get("links/it/parted") == b"1"
+
+
+async def test_a_store_that_fails_before_the_ranks_connect_is_told_to_the_others() -> None:
+    class Failing(HashStore):
+        def delete_key(self, key: str) -> bool:
+            raise RuntimeError(f"{key} is held")
+
+    store = Failing()
+    ranks = StoreRanks(store, 1, 2, deadline=30.0)
+    ranks._parted.append("links/before/parted")
+    with pytest.raises(PeerError, match="does not answer: links/before/parted is held"):
+        await ranks.connect("it", until=0.0)
+    assert store.check(["links/it/parted"]) and store.get("links/it/parted") == b"1"
+    assert ranks._parted == ["links/before/parted", "links/it/parted"]  # to be deleted yet
 
 
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
