@@ -35,6 +35,11 @@ def file_save_id(name: str) -> str | None:
     return match.group(1) if match else None
 
 
+def temporary_save_id(name: str) -> str | None:
+    """The save id of a temporary, which is called after the object that it was to become; None for a foreign name."""
+    return file_save_id(name.removeprefix(".")) if name.startswith(".") else None
+
+
 def index_name(save_id: str, rank: int) -> str:
     """The Index of a rank."""
     return f"{save_id}-{rank}.index.json"

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from asyncdcp.extensions import ExtensionRegistry
-from asyncdcp.names import file_save_id, record_name
+from asyncdcp.names import file_save_id, record_name, temporary_save_id
 from asyncdcp.runs.deletion import delete_checkpoint
 from asyncdcp.runs.layout import step_of
 from asyncdcp.runs.listing import Run
@@ -65,7 +65,7 @@ async def collect(place: Place, leftover: Leftover, registry: ExtensionRegistry 
     name, save_id = leftover.name, leftover.save_id
     if leftover.kind == "dead save" and save_id is not None:
         return await abort_save(place, name, save_id, cause="collected: it had no Record and did not move")
-    if leftover.kind in ("off the line",) and save_id is not None:
+    if leftover.kind == "off the line" and save_id is not None:
         await delete_checkpoint(place, name, save_id, registry)
     elif save_id is not None:
         storage = place.child(name)
@@ -95,7 +95,9 @@ def _of_saves(name: str, contents: Contents, outcomes: Outcomes, off: set[str | 
 
 
 def _of_temporaries(name: str, contents: Contents, before: float) -> Iterator[Leftover]:
-    old = {file: found for file, found in contents.temporaries.items() if found.modified <= before}
+    """Those of saves: any other name with a leading dot, such as torch's ``.metadata``, is somebody else's."""
+    own = {file: found for file, found in contents.temporaries.items() if temporary_save_id(file) is not None}
+    old = {file: found for file, found in own.items() if found.modified <= before}
     if old:
         yield Leftover("temporaries", name, None, len(old), sum(found.size for found in old.values()), tuple(old))
     elif not contents.objects and not contents.temporaries:

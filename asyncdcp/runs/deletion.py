@@ -12,7 +12,7 @@ from anyio import to_thread
 from asyncdcp.errors import CheckpointGone, KeyUnavailable
 from asyncdcp.extensions import ExtensionRegistry, Seals
 from asyncdcp.metadata import RECORD_LIMIT, Record
-from asyncdcp.names import file_save_id, record_name, record_save_id
+from asyncdcp.names import file_save_id, record_name, record_save_id, temporary_save_id
 from asyncdcp.runs.outcomes import Outcomes, read_outcomes
 from asyncdcp.storage import Place, Storage
 
@@ -44,7 +44,7 @@ async def delete_checkpoint(place: Place, name: str, save_id: str, registry: Ext
         await storage.barrier()
     gone = {save_id, *replaced}
     await storage.delete([file for file in contents.objects if file_save_id(file) in gone])
-    await place.discard(name, [temporary for temporary in contents.temporaries if _is_of(temporary, gone)])
+    await place.discard(name, [each for each in contents.temporaries if temporary_save_id(each) in gone])
 
 
 def _replaced(own: Record | None, outcomes: Outcomes) -> set[str]:
@@ -59,8 +59,3 @@ async def check_there(storage: Storage, save_id: str) -> None:
     if record_name(save_id) not in await storage.list():
         path = storage.info.location
         raise CheckpointGone(f"the checkpoint at {path} was deleted before it was read; read a newer one", path=path)
-
-
-def _is_of(temporary: str, save_ids: set[str]) -> bool:
-    """A temporary is called after the object that it was to become."""
-    return file_save_id(temporary.removeprefix(".")) in save_ids

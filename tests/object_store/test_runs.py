@@ -15,6 +15,7 @@ import asyncdcp
 from asyncdcp import CheckpointManager, KeepLast
 from asyncdcp.cli.main import main
 from asyncdcp.errors import CheckpointNotFound, Fenced, InvalidOption
+from asyncdcp.names import data_name, make_save_id
 from tests.object_store.conftest import BUCKET, client
 
 SIZE = 64
@@ -132,7 +133,7 @@ def test_the_command_line(url: str, endpoint: str, tmp_path: Path, capfd: pytest
     with manager_of(url) as manager:
         for step in (1, 2):
             manager.save(step, Training().at(step), metrics={"loss": 1 / step}).result()
-    key = f"{url.removeprefix(f's3://{BUCKET}/')}/step_9/data.safetensors"
+    key = f"{url.removeprefix(f's3://{BUCKET}/')}/step_9/{data_name(make_save_id('run', url, 1), 0, 0)}"
     client(endpoint).create_multipart_upload(Bucket=BUCKET, Key=key)
 
     def ran(*arguments: str, status: int = 0) -> str:

@@ -96,6 +96,15 @@ async def test_temporaries_and_empty_places_go(tmp_path: Any, forge: Any) -> Non
     assert sorted((await look(place)).steps()) == [1]
 
 
+async def test_what_others_have_put_there_is_left_alone(tmp_path: Any) -> None:
+    """torch.distributed.checkpoint keeps what describes a checkpoint in a file with a leading dot."""
+    place = LocalPlace(tmp_path)
+    (tmp_path / "step_9").mkdir()
+    for name in (".metadata", "__0_0.distcp", ".gitkeep"):
+        (tmp_path / "step_9" / name).write_bytes(b"somebody's")
+    assert await kinds(place, off_line=True) == []
+
+
 async def test_deleting_takes_what_was_replaced_first_and_leaves_aborts(place: Place, forge: Any) -> None:
     old = await forge(place, 1, attempt=1)
     aborted = await forge(place, 1, attempt=2, outcome="abort", cause="failed")
