@@ -172,6 +172,11 @@ class CheckpointFuture(Generic[T]):
         """Whether it is done, with an error; asking does not count as seeing the error."""
         return self._failure is not None
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error if it failed. For the owner: reading it here does not count as seeing it."""
+        return self._failure
+
     def wait(self, timeout: float | None = None) -> bool:
         """Block like ``result``, but only for being done, which it returns. Does not count as seeing an error."""
         if not self._done and self._host.owns_current_thread():

@@ -134,8 +134,8 @@ class Saves:
         """On the checkpointer's callback thread, save after save."""
         step = save.called.step
         if future.failed:
-            why = future.unseen_failure or "its future says why"
-            self._reporter.emit("failed", f"the save of step {step} failed: {why}", step, cause=str(why))
+            why = str(future.failure)
+            self._reporter.emit("failed", f"the save of step {step} failed: {why}", step, cause=why)
             save.over.resolve(None)
             return
         result = future.result()
