@@ -37,6 +37,8 @@ _POLL_LIMIT_SECONDS = 2.0
 _LOOK_SECONDS = 5.0
 """How long a rank looks for whose fault a deadline is."""
 
+_DCP_SUFFIX = ".distcp"
+
 _FAILED = {
     Action.LIST: Event.GIVE_UP,
     Action.CHECK: Event.GIVE_UP,
@@ -294,13 +296,20 @@ async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trus
     some and it may not, ``Fenced`` if a later term of its run has committed here.
 
     All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too. In a run a Record
-    whose bytes are damaged is taken for a commit: a training that fell back from it comes to its step again.
+    whose bytes are damaged is taken for a commit: a training that fell back from it comes to its step again. Beside a
+    checkpoint of torch.distributed.checkpoint, which nobody replaces, a run has no place for its own.
     """
     names = await storage.list()
+    location = storage.info.location
+    if job.run is not None and any(name.endswith(_DCP_SUFFIX) for name in names):
+        raise CheckpointExists(
+            f"there is a checkpoint of torch.distributed.checkpoint at {location}; give the run a directory of its own",
+            path=location,
+        )
     others = [name for name in names if name != record_name(job.save_id)]
     destroyed = [] if job.run is None else await destroyed_records(storage, others)
     records = await read_records(storage, [name for name in names if record_save_id(name) not in destroyed], unseal)
-    location, term = storage.info.location, job.run.term if job.run else 0
+    term = job.run.term if job.run else 0
     live = live_commits(records)
     later = [record.term for record in live if record.term is not None and record.term > term]
     if job.run is not None and later:

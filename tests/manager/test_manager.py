@@ -212,3 +212,16 @@ def test_a_checkpoint_of_another_format_is_told_of_where_there_is_nothing_to_res
     manager.save(10, training.at(10)).result()
     assert manager.restore_latest(training.state).result() is not None
     assert "another format" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_step_whose_folder_is_another_formats_is_not_saved_into_it(
+    opened: Opened, training: Training, run: Path
+) -> None:
+    dcp_save({"weight": torch.ones(32)}, checkpoint_id=run / "step_9", no_dist=True)
+    before = sorted((run / "step_9").iterdir())
+    manager = opened()
+    with pytest.raises(CheckpointExists, match="step_9; give the run a directory of its own"):
+        manager.save(9, training.at(9)).result()
+    assert sorted((run / "step_9").iterdir()) == before
+    save_all(manager, training, 10)
