@@ -19,10 +19,11 @@ from asyncdcp.checkpointer.read_verbs import OnProgress
 from asyncdcp.closing import weakly
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import CheckpointExists, InvalidOption, PeerFailed
+from asyncdcp.errors import CheckpointExists, DeadlineExceeded, InvalidOption, PeerFailed
 from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
+from asyncdcp.manager.ending import Ending
 from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.policies import EverySeconds, OnPreemption, SaveWhen, check_policies
 from asyncdcp.manager.preemption import Preemption
@@ -111,9 +112,6 @@ class CheckpointManager(ReadVerbs):
         self._lock = threading.RLock()
         self._opening: CheckpointFuture[None] | None = None
         self._asked: tuple[int, bool] | None = None
-        self._closed = False
-        self._closer: int | None = None
-        self._ended = threading.Event()
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
@@ -132,8 +130,9 @@ class CheckpointManager(ReadVerbs):
             extensions=extensions,
             registry=registry,
         )
-        self._ending = next((policy for policy in policies if isinstance(policy, OnPreemption)), None)
-        self._preemption = None if self._ending is None else Preemption(self._ending.signals, self._ending.deadline)
+        self._ending = Ending(self._engine, self._checkpointer._engine)
+        preempts = next((policy for policy in policies if isinstance(policy, OnPreemption)), None)
+        self._preemption = None if preempts is None else Preemption(preempts.signals, preempts.deadline)
         self._watching: CheckpointFuture[None] | None = None
         self._decider = Decider(policies, self._preemption, ranks, self._engine, self._saves.failure_text)
 
@@ -235,9 +234,8 @@ class CheckpointManager(ReadVerbs):
         )
         self._decider.saved()
         self._saves.add(Called(step, numbers, time.monotonic() - begun), handle)
-        if self._decider.preempted and self._ending is not None and self._preemption is not None:
-            heard = self._preemption.heard or begun
-            self._saves.limit(handle, heard + self._ending.deadline)
+        if self._decider.preempted and self._preemption is not None:
+            self._saves.limit(handle, (self._preemption.heard or begun) + self._preemption.patience)
         return handle
 
     # ── waiting ──
@@ -286,33 +284,26 @@ class CheckpointManager(ReadVerbs):
         """
         if self._engine.inherited:
             return
-        if self._is_first_to_close():
-            try:
-                self._close()
-            finally:
-                self._ended.set()
-                self._back_on_thread()
-        elif not self._is_closing_here():
-            self._ended.wait()
+        try:
+            self._ending.reach(self._close)
+        finally:
             self._back_on_thread()
-
-    def _is_first_to_close(self) -> bool:
-        with self._lock:
-            first = not self._closed
-            if first:
-                self._closer = threading.get_ident()  # before the next line: a signal's handler may close, too
-                self._closed = True
-            return first
-
-    def _is_closing_here(self) -> bool:
-        """Whether this thread is in the middle of ``close``, or runs done callbacks that it waits for."""
-        if self._ended.is_set():
-            return False
-        engines = (self._engine, self._checkpointer._engine)
-        return self._closer == threading.get_ident() or any(engine.owns_current_thread() for engine in engines)
 
     def _close(self) -> None:
         self._decider.close()
+        try:
+            self._end_work()
+        except DeadlineExceeded as late:
+            for failure in self._saves.failures():
+                late.add_note(f"and something failed that nobody looked at: {failure}")
+            raise
+        self._reporter.emit("closed", "closed")
+        opening = self._opening
+        if opening is not None and opening.unseen_failure is not None:
+            self._saves.collect(opening.unseen_failure)
+        self._surface(self._saves.failures())
+
+    def _end_work(self) -> None:
         try:
             self._checkpointer.close()  # its callbacks, which begin what follows from a save, have run then
         finally:
@@ -320,14 +311,9 @@ class CheckpointManager(ReadVerbs):
                 self._watching.cancel()
                 self._watching.mark_seen()
             self._engine.close(self._options.close_deadline)
-        self._reporter.emit("closed", "closed")
-        opening = self._opening
-        if opening is not None and opening.unseen_failure is not None:
-            self._saves.collect(opening.unseen_failure)
-        self._surface(self._saves.failures())
 
     def _back_on_thread(self) -> None:
-        if self._preemption is not None and self._ended.is_set() and not self._engine.inherited:
+        if self._preemption is not None and self._ending.over.is_set() and not self._engine.inherited:
             self._preemption.remove()
 
     def __enter__(self) -> Self:

@@ -33,7 +33,7 @@ class Preemption:
 
     def __init__(self, signals: Sequence[signal.Signals], patience: float = 30.0) -> None:
         self.heard: float | None = None
-        self._patience = patience
+        self.patience = patience
         self._signals = tuple(dict.fromkeys(signals))
         self._held: signal.Signals | None = None
         self._answered = self._removed = False
@@ -91,7 +91,7 @@ class Preemption:
         while (left := self._left()) > 0:  # noqa: ASYNC110  # it is the clock that is waited for
             await asyncio.sleep(left)
         if (held := self._held) is not None:
-            waited = self._patience
+            waited = self.patience
             _logger.error("%s ends this process: should_save was not called within %g s of it", held.name, waited)
             os.kill(self._pid, held)  # to the handler, on the main thread
 
@@ -111,4 +111,4 @@ class Preemption:
                 signal.raise_signal(number)
 
     def _left(self) -> float:
-        return (self.heard or 0.0) + self._patience - time.monotonic()
+        return (self.heard or 0.0) + self.patience - time.monotonic()

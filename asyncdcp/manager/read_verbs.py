@@ -15,6 +15,7 @@ from asyncdcp.closing import Closing
 from asyncdcp.engine import Engine
 from asyncdcp.errors import Closed, InvalidOption
 from asyncdcp.futures import CheckpointFuture
+from asyncdcp.manager.ending import Ending
 from asyncdcp.manager.saves import Saves
 from asyncdcp.manager.session import RunSession
 from asyncdcp.pipeline.descriptions import OtherWorld
@@ -34,7 +35,7 @@ class ReadVerbs(Closing):
     _engine: Engine
     _saves: Saves
     _session: RunSession
-    _closed: bool
+    _ending: Ending
 
     @abstractmethod
     def open(self) -> CheckpointFuture[None]:
@@ -148,5 +149,5 @@ class ReadVerbs(Closing):
 
     def _check_open(self) -> None:
         self._engine.check_process()
-        if self._closed:
+        if self._ending.begun:
             raise Closed("the manager is closed")
