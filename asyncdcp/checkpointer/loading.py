@@ -72,7 +72,6 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     async with AsyncExitStack() as opened:
         begun, open_here = await find_together(request, opened)
         bound = await bind_together(request, open_here)
-        request.trace.total = bound.plan.read_bytes
         exchange = await _read_together(request, bound, until=begun + request.deadline)
         with request.trace.span("restore"):
             state = await to_thread.run_sync(bound.into.finish)
@@ -109,7 +108,9 @@ async def _read_together(request: LoadRequest, bound: Bound, *, until: float) ->
 
     async def prepare() -> bytes:
         shared = await to_thread.run_sync(_expanded, bound.shared, SharedReads) if bound.shared else SharedReads()
-        exchanges.append(await to_thread.run_sync(Exchange, shared, ranks.rank, bound.plan, bound.targets))
+        found = await to_thread.run_sync(Exchange, shared, ranks.rank, bound.plan, bound.targets)
+        exchanges.append(found)
+        request.trace.total = found.read_bytes + found.received_bytes + found.rest.read_bytes
         return token_hex(8).encode()
 
     async def read() -> bytes:

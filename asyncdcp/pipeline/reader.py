@@ -90,8 +90,9 @@ class RangeReader:
     async def read(self, ranges: Sequence[ReadRange], trace: Trace) -> None:
         """Reads all ranges. Every byte of a file with checksums is verified before a range's ``deliver`` sees it.
 
-        Ranges may overlap. ``into`` buffers may hold unverified bytes when this raises ``ChecksumMismatch``. On return
-        and on raise no buffer is in use any more. Files are open only while they are read.
+        Ranges may overlap. Spans "read" count what is read, spans "verify" the bytes of the ranges. ``into`` buffers
+        may hold unverified bytes when this raises ``ChecksumMismatch``. On return and on raise no buffer is in use any
+        more. Files are open only while they are read.
         """
         info = self._storage.info
         windows = cut_windows(ranges, self._files, info.read_gap)
@@ -137,16 +138,15 @@ class RangeReader:
 
     def _reading(self, window: Window, source: ObjectReader, bounce: memoryview, trace: Trace) -> Fetch:
         """What is to be read of a window, and how it then comes to its targets."""
-        length = window.end - window.begin
         if window.file.transforms:
             return self._reading_transformed(window, source, bounce, trace)
-        straight = straight_parts(window)
+        straight, length = straight_parts(window), window.end - window.begin
         layout = layout_of(window, straight, bounce)
         whole = [bounce[: -(-length // source.alignment) * source.alignment]]
         check = WindowCheck(window, layout)
 
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
-            with trace.span("verify", length):
+            with trace.span("verify", window.wanted):
                 (check if cached else WindowCheck(window, whole)).finish()
                 place_window(window, straight if cached else [], bounce)
 
@@ -159,7 +159,7 @@ class RangeReader:
         whole = [bounce[: span.length]]
 
         def place(cached: bool) -> None:  # noqa: FBT001  # what the port says
-            with trace.span("verify", window.end - window.begin):
+            with trace.span("verify", window.wanted):
                 for begin, block in decoded_blocks(file, chain, self._save_id, span, bounce):
                     place_block(window.parts, begin, block)
 

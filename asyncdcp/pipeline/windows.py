@@ -56,6 +56,11 @@ class Window(NamedTuple):
     end: int
     parts: list[Part]
 
+    @property
+    def wanted(self) -> int:
+        """The bytes of its parts: less than it has, or more where they overlap."""
+        return sum(part.end - part.begin for part in self.parts)
+
 
 def cut_windows(ranges: Sequence[ReadRange], files: Mapping[str, FileMap], gap: int = 0) -> list[Window]:
     """Cuts the ranges along a grid of slabs. In each slab, every run of blocks that something wants is a window.
