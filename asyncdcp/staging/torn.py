@@ -55,12 +55,12 @@ class Witness:
     """Remembers what tensors look like. ``before`` are their versions at the call of ``save``; ``numbers`` says which
     to watch.
 
-    Made when copying begins; the tensors must stay alive until ``changed`` is called. All that is kept is in a few
-    flat arrays: objects by the thousand would set off the garbage collector, which costs more than all the looking.
+    Made when copying begins; keeps the tensors alive. What else is kept is in a few flat arrays: objects by the
+    thousand would set off the garbage collector, which costs more than all the looking.
     """
 
     def __init__(self, tensors: Sequence[Tensor], before: Sequence[int], numbers: Iterable[int]) -> None:
-        self._tensors = tensors
+        self._tensors = list(tensors)
         self._before = before
         self._numbers = [number for number in numbers if tensors[number].is_cpu and tensors[number].numel()]
         self._ends = array("Q")  # where each tensor's samples end, counted in samples

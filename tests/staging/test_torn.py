@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_only_the_chosen_are_watched() -> None:
     for tensor in tensors:
         tensor.add_(1)
     assert watching.changed() == [1]
+
+
+def test_what_is_watched_lives_on_after_the_save_has_let_go_of_it() -> None:
+    """A save that is left behind lets go of its tensors while a thread may still look at them."""
+    tensors = [torch.zeros(100), torch.zeros(100)]
+    watching, alive = Witness(tensors, versions(tensors), [0, 1]), [weakref.ref(tensor) for tensor in tensors]
+    tensors.pop().add_(1)
+    tensors.clear()
+    assert all(ref() is not None for ref in alive) and watching.changed() == [1]
 
 
 def test_many_are_told_apart_by_their_samples_alone() -> None:
