@@ -122,11 +122,10 @@ class CheckpointWriter:
         await checkpoint_if_cancelled()
         await existing_commits(self._storage, self._job, self._unseal)
         await self._create_files()
-        with self._trace.span("pipeline"):
-            pieces: Channel[Piece] = Channel(WRITES_IN_FLIGHT * self._job.slab_bytes)
-            async with anyio.create_task_group() as stages:
-                stages.start_soon(self._transform, pieces)
-                stages.start_soon(self._store, pieces)
+        pieces: Channel[Piece] = Channel(WRITES_IN_FLIGHT * self._job.slab_bytes)
+        async with anyio.create_task_group() as stages:
+            stages.start_soon(self._transform, pieces)
+            stages.start_soon(self._store, pieces)
         with self._trace.span("sync"):
             await self._put_index()
             await self._storage.barrier()  # of the data's names, too: nobody looks at data whose index is not there

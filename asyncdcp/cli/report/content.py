@@ -231,8 +231,8 @@ def _saves(history: Sequence[Saved]) -> Picture | None:
 
 
 def _stages(saved: Saved) -> list[tuple[str, tuple[float, float, int]]]:
-    """Without the one that spans others: all that the background process does before the commit."""
-    return [(name, (each.begin, each.end, each.bytes)) for name, each in saved.stages.items() if name != "pipeline"]
+    """Each stage's begin, end and bytes."""
+    return [(name, (each.begin, each.end, each.bytes)) for name, each in saved.stages.items()]
 
 
 def _sizes(run: Run, tree: Sequence[Node]) -> Picture | None:
