@@ -13,6 +13,7 @@ from asyncdcp.cli.numbers import Array, stored_dtype
 from asyncdcp.metadata import MetadataIndex, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.windows import ReadRange
+from asyncdcp.planning.load_plan import in_batches
 from asyncdcp.trace import Trace
 
 BATCH_BYTES = 16 << 20
@@ -47,16 +48,7 @@ def pieces(name: str, shape: Sequence[int], itemsize: int) -> Iterator[Piece]:
 
 def batches(parts: Iterator[Piece], itemsizes: dict[str, int]) -> Iterator[list[Piece]]:
     """Runs of pieces of about ``BATCH_BYTES`` together."""
-    batch, size = list[Piece](), 0
-    for part in parts:
-        own = part.box.volume * itemsizes[part.name]
-        if batch and size + own > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(part)
-        size += own
-    if batch:
-        yield batch
+    return in_batches(parts, lambda part: part.box.volume * itemsizes[part.name], BATCH_BYTES)
 
 
 async def read_pieces(reader: ReadableCheckpoint, parts: Sequence[Piece], trace: Trace) -> list[Array]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -13,7 +12,7 @@ from asyncdcp.boxes import Box
 from asyncdcp.metadata import DTYPE_SIZES, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.windows import STRAIGHT_BYTES, ReadRange, copy_bytes
-from asyncdcp.planning.load_plan import LoadPlan, ReadItem
+from asyncdcp.planning.load_plan import LoadPlan, ReadItem, in_batches
 from asyncdcp.trace import Trace
 
 
@@ -48,20 +47,18 @@ async def load(reader: ReadableCheckpoint, plan: LoadPlan, targets: Sequence[Tar
     unaligned: list[ReadItem] = []
     for item in plan.items:
         target = targets[item.want]
-        if item.end - item.begin < STRAIGHT_BYTES and item.begin % _MOST_ALIGNED == 0:
-            ranges.append(ReadRange(item.file, item.begin, item.end, None, _Placing(item, target)))
-            continue
-        buffer = target.buffer if item.target >= 0 else None
+        length = item.end - item.begin
+        copied = length < STRAIGHT_BYTES and item.begin % _MOST_ALIGNED == 0
+        buffer = None if copied or item.target < 0 else target.buffer
         if buffer is not None:
-            into = buffer[item.target : item.target + item.end - item.begin]
+            into = buffer[item.target : item.target + length]
             ranges.append(ReadRange(item.file, item.begin, item.end, into, None))
-        elif item.begin % _itemsize(reader, plan, item):  # other formats place tensors anywhere
+        elif not copied and item.begin % _itemsize(reader, plan, item):  # other formats place tensors anywhere
             unaligned.append(item)
         else:
-            deliver = partial(_deliver, target, item.chunk, item.start)
-            ranges.append(ReadRange(item.file, item.begin, item.end, None, deliver))
+            ranges.append(ReadRange(item.file, item.begin, item.end, None, _Placing(item, target)))
     await reader.read(ranges, trace)
-    for batch in _batches(unaligned):
+    for batch in in_batches(unaligned, lambda item: item.end - item.begin, UNALIGNED_BYTES):
         await _load_whole(reader, batch, targets, trace)
 
 
@@ -88,20 +85,6 @@ async def _load_whole(
         await to_thread.run_sync(targets[item.want].deliver, item.chunk, item.start, memoryview(buffer))
 
 
-def _batches(items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
-    batch: list[ReadItem] = []
-    held = 0
-    for item in items:
-        length = item.end - item.begin
-        if batch and held + length > UNALIGNED_BYTES:
-            yield batch
-            batch, held = [], 0
-        batch.append(item)
-        held += length
-    if batch:
-        yield batch
-
-
 def _itemsize(reader: ReadableCheckpoint, plan: LoadPlan, item: ReadItem) -> int:
     tensor = reader.metadata.state_dict_metadata[plan.wants[item.want].name]
     assert isinstance(tensor, TensorStorageMetadata)
@@ -116,7 +99,3 @@ class _Placing(msgspec.Struct, frozen=True, gc=False):
 
     def __call__(self, offset: int, data: memoryview) -> None:
         place(self.item, self.target, offset, data)
-
-
-def _deliver(target: Target, chunk: Box, start: int, offset: int, data: memoryview) -> None:
-    target.deliver(chunk, start + offset, data)

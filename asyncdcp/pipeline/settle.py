@@ -9,6 +9,8 @@ from typing import Literal
 
 import anyio
 from anyio import to_thread
+from msgspec import structs
+from msgspec.structs import replace
 
 from asyncdcp.envelope import Unseal, encode_record, trusting
 from asyncdcp.errors import (
@@ -176,9 +178,8 @@ class Settlement:
         self._summary = Summary(len(union.tensors), union.tensor_bytes, stored_bytes, job.transforms)
 
     async def _claim_commit(self) -> Event:
-        return await self._claim(
-            self._new_record("commit", replaces=self._replaces, indexes=self._indexes, summary=self._summary)
-        )
+        record = self._new_record("commit")
+        return await self._claim(replace(record, replaces=self._replaces, indexes=self._indexes, summary=self._summary))
 
     async def _claim_abort(self) -> Event:
         await self._name_the_missing()
@@ -186,7 +187,7 @@ class Settlement:
         cause = f"{reason.kind}: {reason.error}" if reason else "the commit could not be claimed"
         late = reason.error.rank if reason is not None and reason.kind == "deadline" else None
         rank = self._job.rank if late is None else late
-        return await self._claim(self._new_record("abort", rank=rank, cause=cause))
+        return await self._claim(replace(self._new_record("abort"), rank=rank, cause=cause))
 
     async def _name_the_missing(self) -> None:
         """A deadline that has passed is somebody's fault: that of the ranks whose Index is not there, if that can be
@@ -209,33 +210,11 @@ class Settlement:
             error.rank = missing[0] if missing else 0
             self._give_up.reason = Reason(reason.kind, error)
 
-    def _new_record(
-        self,
-        outcome: Literal["commit", "abort"],
-        *,
-        replaces: list[str] | None = None,
-        indexes: list[IndexRef] | None = None,
-        summary: Summary | None = None,
-        rank: int | None = None,
-        cause: str | None = None,
-    ) -> Record:
+    def _new_record(self, outcome: Literal["commit", "abort"]) -> Record:
+        """What commit and abort have in common."""
         job = self._job
-        return Record(
-            save_id=job.save_id,
-            outcome=outcome,
-            time=time.time(),
-            world_size=job.world_size,
-            versions=job.versions,
-            replaces=replaces or [],
-            indexes=indexes or [],
-            summary=summary,
-            metadata=job.metadata,
-            rank=rank,
-            cause=cause,
-            term=job.run.term if job.run else None,
-            parent=job.run.parent if job.run else None,
-            metrics=job.run.metrics if job.run else {},
-        )
+        record = Record(job.save_id, outcome, time.time(), job.world_size, job.versions, metadata=job.metadata)
+        return replace(record, **structs.asdict(job.run)) if job.run else record
 
     async def _claim(self, record: Record) -> Event:
         try:

@@ -10,10 +10,11 @@ at everything else, again and again, as they are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import TypeVar
 
 import msgspec
 
@@ -27,6 +28,8 @@ from asyncdcp.metadata import (
     TensorStorageMetadata,
 )
 from asyncdcp.stored_chunks import StoredChunks
+
+T = TypeVar("T")
 
 
 class Want(msgspec.Struct, frozen=True, gc=False):
@@ -81,6 +84,21 @@ def _items(metadata: Metadata, number: int, want: Want) -> Iterator[ReadItem]:
         common = intersect(box, want.box)
         if common is not None:
             yield from _cut(number, want, (box, location), common, itemsize)
+
+
+def in_batches(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items in their order, as many at once as have no more than ``limit`` bytes; a larger one is alone."""
+    batch: list[T] = []
+    held = 0
+    for item in items:
+        length = nbytes(item)
+        if batch and held + length > limit:
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += length
+    if batch:
+        yield batch
 
 
 def _meeting(metadata: Metadata, want: Want, tensor: TensorStorageMetadata) -> Iterator[tuple[Box, ChunkLocation]]:

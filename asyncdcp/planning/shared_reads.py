@@ -13,7 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES
-from asyncdcp.planning.load_plan import ReadItem
+from asyncdcp.planning.load_plan import ReadItem, in_batches
 
 _UNITS = 8
 """So many units there are for each rank, or more, where units of a block allow it: then the sums come out even."""
@@ -76,11 +76,16 @@ def share_reads(told: Sequence[Wanted]) -> SharedReads:
     for span, ranks in shared.items():
         pieces.setdefault(groups.setdefault(ranks, len(groups)), []).extend(cut(span, size))
     loads, members, units = [0] * len(told), [list(ranks) for ranks in groups], []
-    for group, packed in _in_turns({group: list(_packed(found, size)) for group, found in pieces.items()}):
+    packs = {group: list(in_batches(found, _length, size)) for group, found in pieces.items()}
+    for group, packed in _in_turns(packs):
         unit = Unit(min(members[group], key=loads.__getitem__), group, packed)
         loads[unit.reader] += unit.nbytes
         units.append(unit)
     return SharedReads(size, list(files), members, units)
+
+
+def _length(piece: Range) -> int:
+    return piece[2] - piece[1]
 
 
 def _unit_bytes(total: int, ranks: int) -> int:
@@ -95,20 +100,6 @@ def cut(span: Range, unit_bytes: int) -> Iterator[Range]:
         border = min(end, (begin // unit_bytes + 1) * unit_bytes)
         yield file, begin, border
         begin = border
-
-
-def _packed(pieces: Sequence[Range], unit_bytes: int) -> Iterator[list[Range]]:
-    packed: list[Range] = []
-    held = 0
-    for piece in pieces:
-        length = piece[2] - piece[1]
-        if packed and held + length > unit_bytes:
-            yield packed
-            packed, held = [], 0
-        packed.append(piece)
-        held += length
-    if packed:
-        yield packed
 
 
 def _in_turns(units: dict[int, list[list[Range]]]) -> Iterator[tuple[int, list[Range]]]:

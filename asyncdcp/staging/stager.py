@@ -56,7 +56,7 @@ class CheckpointStager:
         for device in sources.fence.devices:
             await on_thread(limiter, self._arena.pin, device)
         changed = await on_thread(limiter, sources.witness)
-        copier = await on_thread(limiter, SlabCopier, self._plan, sources.tensors, sources.fence)
+        copier = SlabCopier(self._plan, sources.tensors, sources.fence)
         arriving: Channel[_Arriving] = Channel(self._arena.arena.nbytes)
         try:
             with ungrouped():
