@@ -34,8 +34,9 @@ _before: set[str] = set()
 
 @pytest.fixture(autouse=True)
 def _apart_from_other_tests() -> None:
-    gc.collect()
     _before.clear()
+    if descriptors() or mappings():
+        gc.collect()
     _before.update(descriptors(), mappings())
 
 

@@ -1,4 +1,4 @@
-"""Round trips; what is refused stands in ``pipeline/test_hostile.py``."""
+"""Round trips, and flipped bits; what else is refused stands in ``pipeline/test_hostile_files.py``."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def test_kinds_are_not_mistaken() -> None:
     record = encode_record(Record(save_id=SAVE, outcome="abort", time=0.0, world_size=2, versions={}))
     with pytest.raises(CorruptCheckpoint, match="r: is a 'record', expected a 'index'"):
         decode_index(record, "r")
+
+
+@pytest.mark.parametrize("mask", [1, 4, 0x20, 0x80])
+def test_a_flipped_bit_anywhere_in_an_index_is_found(mask: int) -> None:
+    """By its own digest, without the help of the Record that lists it."""
+    plan = plan_save(structure_of({"w": STATE["b"]}))
+    good = encode_index(IndexHead(SAVE, 0, 4096, []), plan.index_plan, b'{"k":1}', [FileTable("f", 5, bytes(8))])
+    for position in range(len(good)):
+        bad = bytearray(good)
+        bad[position] ^= mask
+        with pytest.raises(CorruptCheckpoint, match=r"^i: "):
+            decode_index(bytes(bad), "i")

@@ -10,11 +10,13 @@ from typing import Any
 import anyio
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
 from asyncdcp.boxes import Box, whole
 from asyncdcp.envelope import _seal, digest
+from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions import PLAIN, Chain, ExtensionRegistry
 from asyncdcp.format.blocks import element_runs
 from asyncdcp.format.image import FileImage
@@ -30,11 +32,14 @@ from asyncdcp.testing.storage import page_buffer
 from asyncdcp.trace import Trace
 
 Arrays = Mapping[str, NDArray[Any]]
+Change = Callable[[dict[str, Any]], object]
+"""What a ``Forger`` does to a body."""
 steady = settings(deadline=None, derandomize=True, max_examples=60)
 """For properties: the machine may be busy, and a run is the same every time."""
 
 SAVE = make_save_id("run", "here", 1)
 OTHER = make_save_id("run", "here", 2)
+INDEX, RECORD = index_name(SAVE, 0), record_name(SAVE)
 BLOCK, SLAB = 4096, 16384
 STATE: Arrays = {
     "w": np.arange(6000, dtype=np.float32).reshape(60, 100),
@@ -200,12 +205,12 @@ class Forger:
         assert isinstance(body, dict)
         return body
 
-    def record(self, change: Callable[[dict[str, Any]], object]) -> None:
+    def record(self, change: Change) -> None:
         body = self.body("record")
         change(body)
         self.objects[self.names["record"]] = _seal("record", msgspec.json.encode(body))
 
-    def index(self, change: Callable[[dict[str, Any]], object]) -> None:
+    def index(self, change: Change) -> None:
         body = self.body("index")
         change(body)
         self.put_index(_seal("index", msgspec.json.encode(body)))
@@ -226,3 +231,14 @@ async def forger(arrays: Arrays = STATE, **options: Any) -> Forger:
     storage = MemoryStorage("here")
     await save(storage, arrays, **options)
     return Forger(storage)
+
+
+async def refused(forged: Forger, kind: type[AsyncDCPError], *words: str, tensor: str | None = None) -> AsyncDCPError:
+    with pytest.raises(kind) as caught:
+        await CheckpointReader.open(forged.storage)
+    assert type(caught.value) is kind
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert len(str(caught.value)) < 1000
+    if tensor is not None:
+        assert tensor in caught.value.tensors and tensor in str(caught.value)
+    return caught.value
