@@ -18,7 +18,19 @@ ROOT = Path(asyncdcp.__file__).parent
 
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"at_exit", "boxes", "buffers", "callbacks", "config", "memory_limits", "metadata", "names", "threads", "trace"},
+    {
+        "at_exit",
+        "boxes",
+        "buffers",
+        "callbacks",
+        "config",
+        "memory_limits",
+        "metadata",
+        "names",
+        "slot_ring",
+        "threads",
+        "trace",
+    },
     {"chunk_table", "envelope", "results", "storage", "arena", "futures", "closing"},
     {"stored_chunks", "extensions", "format", "engine"},
     {"planning", "runs"},

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdcp.arena import SlotRing, SlotRingStatistics
 from asyncdcp.errors import InvalidOption
+from asyncdcp.slot_ring import SlotRing, SlotRingStatistics
 
 
 @pytest.fixture(params=["asyncio", "trio"])

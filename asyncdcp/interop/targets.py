@@ -22,7 +22,7 @@ import torch
 from anyio import to_thread
 from torch import Tensor
 
-from asyncdcp.arena import Arena, SlotRing
+from asyncdcp.arena import Arena
 from asyncdcp.boxes import whole
 from asyncdcp.buffers import io_buffer
 from asyncdcp.checkpointer.jobs import make_job
@@ -39,6 +39,7 @@ from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
+from asyncdcp.slot_ring import SlotRing
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage

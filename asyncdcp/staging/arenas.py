@@ -9,7 +9,8 @@ import anyio
 import torch
 from torch import Tensor
 
-from asyncdcp.arena import Arena, SlotRing
+from asyncdcp.arena import Arena
+from asyncdcp.slot_ring import SlotRing
 from asyncdcp.staging.accelerator import BounceBuffers, register_host_memory
 from asyncdcp.threads import on_thread
 
