@@ -7,7 +7,15 @@ from typing import TypeVar
 
 import msgspec
 
-from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, PeerError, PeerFailed, StorageError
+from asyncdcp.errors import (
+    AsyncDCPError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    PeerError,
+    PeerFailed,
+    StorageError,
+    UnsupportedFormat,
+)
 from asyncdcp.ranks import Ranks, gather
 from asyncdcp.runs import Checkpoint
 
@@ -100,5 +108,8 @@ async def _gathered(ranks: Ranks, error: AsyncDCPError | None) -> tuple[AsyncDCP
 
 
 def _is_damage(error: AsyncDCPError) -> bool:
-    """A peer's failure within a load that all ranks make together is that of the peer, which tells for itself."""
-    return isinstance(error, (CorruptCheckpoint, CheckpointNotFound, StorageError, PeerError))
+    """A peer's failure within a load that all ranks make together is that of the peer, which tells for itself. What
+    only lacks an extension or a package here is whole: an older checkpoint in its place would lose progress.
+    """
+    kinds = (CorruptCheckpoint, CheckpointNotFound, StorageError, PeerError)
+    return isinstance(error, kinds) and not isinstance(error, UnsupportedFormat)

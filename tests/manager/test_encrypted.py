@@ -12,13 +12,14 @@ import pytest
 
 import asyncdcp
 from asyncdcp import AESGCM, AsyncCheckpointer, CheckpointManager, EverySteps, ExtensionRegistry, KeepLast
-from asyncdcp.errors import CheckpointNotFound, KeyUnavailable
+from asyncdcp.errors import CheckpointNotFound, KeyUnavailable, UnsupportedFormat
 from asyncdcp.extensions.aesgcm import key_name
 from asyncdcp.runs import collect, list_checkpoints, look, plan_collection, read_history
 from asyncdcp.runs.deletion import delete_checkpoint
 from asyncdcp.runs.history import open_history
 from asyncdcp.runs.settling import abort_save
 from asyncdcp.storage import LocalPlace
+from tests.extensions.samples import Xor
 from tests.manager.conftest import Training, save_all
 from tests.manager.test_ranks import everywhere, save_some, state  # noqa: F401  # a fixture
 
@@ -118,6 +119,13 @@ async def test_whoever_lacks_the_key_neither_falls_back_nor_claims_anything(
     async with aclosing(asyncdcp.follow(run)) as published:
         with pytest.raises(KeyUnavailable):
             await anext(published)
+
+
+async def test_whoever_lacks_the_extension_does_not_fall_back(opened: Opened, training: Training, run: Path) -> None:
+    save_all(opened(), training, 1)
+    save_all(opened(extensions=[Xor()]), training, 2)
+    with pytest.raises(UnsupportedFormat, match=r"step_2 cannot be read: .*by xor@tests/5a, which is not known here"):
+        await opened().restore_latest(training.at(0))
 
 
 async def test_another_key_of_the_same_name_is_no_damage(opened: Opened, training: Training, run: Path) -> None:
