@@ -13,6 +13,13 @@ IOPriority: TypeAlias = Literal["idle", 0, 1, 2, 3, 4, 5, 6, 7]
 OnError: TypeAlias = Literal["raise", "warn"] | Callable[[BaseException], object]
 
 
+def check_flags(**flags: object) -> None:
+    """``InvalidOption`` for a flag that is not a bool: "no" would count as a yes."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InvalidOption(f"{name} takes True or False, not {value!r:.80}")
+
+
 @dataclass(frozen=True)
 class Options:
     """How a checkpointer works. All waits of asyncdcp end by one of the deadlines here; all are in seconds.

@@ -22,7 +22,7 @@ from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner
 from asyncdcp.checkpointer.read_verbs import OnProgress, Place, ReadVerbs
 from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
 from asyncdcp.closing import weakly
-from asyncdcp.config import Options
+from asyncdcp.config import Options, check_flags
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
     AsyncDCPError,
@@ -33,7 +33,7 @@ from asyncdcp.errors import (
     VolatileStorageWarning,
     WouldDeadlock,
 )
-from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
+from asyncdcp.extensions import Chain, Extension, ExtensionRegistry, known_extensions
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import RunStamp
@@ -103,11 +103,12 @@ class AsyncCheckpointer(ReadVerbs):
         extensions: Sequence[Extension] = (),
         registry: ExtensionRegistry | None = None,
     ) -> None:
+        check_flags(process=process)
         self._options = options or Options()
         self.ranks = find_ranks(process_group, self._options.agreement_deadline)
         self._chain = Chain(extensions)
         self._chain.warn_of_order(stacklevel=2)
-        self._registry = (registry or ExtensionRegistry()).with_instances(extensions)
+        self._registry = known_extensions(registry, extensions)
         self._lock = threading.Lock()
         self._planner = SavePlanner(self.ranks, self._options, self._chain)
         pipeline = ProcessPipeline(self._options) if process else ThreadPipeline()
@@ -167,6 +168,7 @@ class AsyncCheckpointer(ReadVerbs):
         """
         begun = time.monotonic()
         self._check_open()
+        check_flags(overwrite=overwrite, allow_pickle=allow_pickle)
         storage = open_storage(path)
         name = self._planner.name(storage.info.location)
         try:

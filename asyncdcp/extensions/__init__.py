@@ -7,7 +7,7 @@ from asyncdcp.extensions.aesgcm import AESGCM
 from asyncdcp.extensions.base import BlockContext, BlockExtension, Extension, StreamTransformExtension
 from asyncdcp.extensions.chain import PLAIN, Chain
 from asyncdcp.extensions.planes import BytePlanes
-from asyncdcp.extensions.registry import ExtensionRegistry
+from asyncdcp.extensions.registry import ExtensionRegistry, known_extensions
 from asyncdcp.extensions.seals import Seals
 from asyncdcp.extensions.travel import ExtensionSpec, extension_of, spec_of
 from asyncdcp.extensions.zstd import ZStandard
@@ -26,5 +26,6 @@ __all__ = [
     "StreamTransformExtension",
     "ZStandard",
     "extension_of",
+    "known_extensions",
     "spec_of",
 ]

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from asyncdcp.config import check_flags
 from asyncdcp.errors import InvalidOption, KeyUnavailable, MissingDependency
 from asyncdcp.extensions.base import BlockContext, SealingExtension
 from asyncdcp.extensions.keys import KEY_VARIABLE, KeyProvider, check_key, keys_in_environment, ring
@@ -55,6 +56,7 @@ class AESGCM(SealingExtension):
     role = "encryption"
 
     def __init__(self, key: bytes | KeyProvider, *, key_id: str | None = None, hide_metadata: bool = False) -> None:
+        check_flags(hide_metadata=hide_metadata)
         self._provider = key if callable(key) else None
         self._key = None if callable(key) else check_key(key)
         if self._key is None and key_id is None:

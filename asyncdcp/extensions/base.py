@@ -8,10 +8,17 @@ import abc
 from collections.abc import Mapping
 from typing import IO, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
+from asyncdcp.errors import AsyncDCPError
+
 Block: TypeAlias = bytes | bytearray | memoryview
 """What a transform returns: contiguous bytes, its own or a view of what it was given."""
 
 Role: TypeAlias = Literal["transform", "compression", "encryption"]
+
+
+def said(error: Exception) -> str:
+    """What an extension's error says; with its type, unless it was meant to be read."""
+    return str(error) if isinstance(error, ValueError | AsyncDCPError) else f"{type(error).__name__}: {error}"
 
 
 class BlockContext(NamedTuple):
@@ -37,7 +44,9 @@ class Extension(abc.ABC):
     """
 
     role: ClassVar[Role] = "transform"
-    """What it is good for; a chain that compresses what is encrypted already warns."""
+    """What it is good for: ``"compression"`` behind an ``"encryption"`` saves nothing, and warns
+    (``ExtensionOrderWarning``).
+    """
 
     @staticmethod
     @abc.abstractmethod

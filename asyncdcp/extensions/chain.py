@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import combinations
 
 from asyncdcp.envelope import Seal
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, UsageError
-from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension
+from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension, said
 from asyncdcp.extensions.base import StreamTransformExtension as Stream
 from asyncdcp.extensions.streams import decode_stream, encode_stream
 from asyncdcp.extensions.travel import ExtensionSpec, spec_of
@@ -18,8 +19,7 @@ from asyncdcp.names import is_descriptor
 class Chain:
     """Applies extensions to blocks, the first one first; decodes the other way round. From several threads at once.
 
-    ``InvalidOption`` for what is no extension. A chain that compresses what is encrypted warns
-    (``ExtensionOrderWarning``); it works, and saves nothing.
+    ``InvalidOption`` for what is no extension.
     """
 
     def __init__(self, extensions: Sequence[Extension]) -> None:
@@ -50,18 +50,28 @@ class Chain:
 
         return seal
 
-    @cached_property
+    @property
     def specs(self) -> list[ExtensionSpec] | None:
         """What makes an equal chain in the background process; None where an extension cannot travel. Keys are asked
         for now (``KeyUnavailable``).
         """
-        specs = [spec_of(extension) for extension in self.extensions]
-        return None if None in specs else [spec for spec in specs if spec is not None]
+        return None if self.staying else [spec for spec in self._specs if spec is not None]
+
+    @property
+    def staying(self) -> list[str]:
+        """The descriptors of the extensions that cannot travel."""
+        return [descriptor for descriptor, spec in zip(self.descriptors, self._specs, strict=True) if spec is None]
+
+    @cached_property
+    def _specs(self) -> list[ExtensionSpec | None]:
+        return [spec_of(extension) for extension in self.extensions]
 
     def warn_of_order(self, stacklevel: int) -> None:
-        """Warns where something comes after an encryption, which leaves nothing to compress."""
-        for first, second in zip(self.extensions, self.extensions[1:], strict=False):
-            if first.role == "encryption" and second.role != "encryption":
+        """Warns (``ExtensionOrderWarning``) where an encryption leaves nothing to compress; that works, and saves
+        nothing.
+        """
+        for first, second in combinations(self.extensions, 2):
+            if first.role == "encryption" and second.role == "compression":
                 warnings.warn(
                     f"{second.registry_name()} comes after {first.registry_name()}: what is encrypted does not "
                     "compress. Extensions are applied left to right; put the encryption last",
@@ -79,7 +89,7 @@ class Chain:
             except (AsyncDCPError, MemoryError):
                 raise
             except Exception as error:
-                what = f"{descriptor} failed at block {context.block} of {context.file}: {_said(error)}"
+                what = f"{descriptor} failed at block {context.block} of {context.file}: {said(error)}"
                 raise AsyncDCPError(what, path=context.file) from error
         return data
 
@@ -96,7 +106,7 @@ class Chain:
             except (UsageError, MemoryError):
                 raise
             except Exception as error:
-                raise _undecodable(self.descriptors[number], context, _said(error)) from error
+                raise _undecodable(self.descriptors[number], context, said(error)) from error
         if len(data) != length:
             raise _undecodable(self.descriptors[0], context, f"it has {len(data)} bytes of {length}")
         return data
@@ -133,10 +143,6 @@ def _decode(extension: Extension, data: memoryview, context: BlockContext) -> Bl
 
 def _view(block: Block) -> memoryview:
     return memoryview(block).cast("B")
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError | AsyncDCPError) else f"{type(error).__name__}: {error}"
 
 
 def _undecodable(descriptor: str, context: BlockContext, why: str) -> CorruptCheckpoint:

@@ -32,6 +32,8 @@ class BytePlanes(BlockExtension):
     True
     """
 
+    role = "compression"
+
     @staticmethod
     def registry_name() -> str:
         return "block.planes"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from asyncdcp.errors import InvalidOption, KeyUnavailable, UnsupportedFormat
+from asyncdcp.errors import InvalidOption, KeyUnavailable, UnsupportedFormat, UsageError
 from asyncdcp.extensions.aesgcm import AESGCM
-from asyncdcp.extensions.base import Extension
+from asyncdcp.extensions.base import Extension, said
 from asyncdcp.extensions.planes import BytePlanes
 from asyncdcp.extensions.zstd import ZStandard
 from asyncdcp.names import is_descriptor
@@ -27,6 +27,9 @@ class ExtensionRegistry:
 
     def __init__(self, instances: Iterable[Extension] = ()) -> None:
         self._instances = list(instances)
+        for instance in self._instances:
+            if not isinstance(instance, Extension):
+                raise InvalidOption(f"ExtensionRegistry takes instances of extensions, not {instance!r:.80}")
         self._classes: dict[str, type[Extension]] = {}
         for kind in (ZStandard, BytePlanes, AESGCM):
             self.register(kind)
@@ -60,18 +63,14 @@ class ExtensionRegistry:
         missing: KeyUnavailable | None = None
         for candidate in self._candidates(name):
             try:
-                return (
-                    candidate.reader(version)
-                    if isinstance(candidate, Extension)
-                    else candidate.from_descriptor(version)
-                )
+                return _reader(candidate, version)
             except KeyUnavailable as error:  # another instance may have that key
                 missing = missing or error
-            except InvalidOption:  # what the user gave, not what the checkpoint says
+            except UsageError:  # what the user gave, not what the checkpoint says
                 raise
-            except ValueError as error:
+            except Exception as error:
                 raise UnsupportedFormat(
-                    f"the data was transformed by {descriptor}, which is not readable here: {error}"
+                    f"the data was transformed by {descriptor}, which is not readable here: {said(error)}"
                 ) from error
         raise missing or UnsupportedFormat(self._unknown(descriptor, name))
 
@@ -100,3 +99,18 @@ class ExtensionRegistry:
             f"it (entry point {name!r} of the group {ENTRY_POINTS}), or give the checkpointer the extension "
             f"(extensions=) or its class (registry=). Known are {', '.join(sorted(self._classes))}"
         )
+
+
+def known_extensions(registry: ExtensionRegistry | None, extensions: Iterable[Extension]) -> ExtensionRegistry:
+    """What a checkpointer of these two options reads with."""
+    if not isinstance(registry, ExtensionRegistry | None):
+        raise InvalidOption(f"registry takes an ExtensionRegistry, not {registry!r:.80}")
+    return (registry or ExtensionRegistry()).with_instances(extensions)
+
+
+def _reader(candidate: Extension | type[Extension], version: str) -> Extension:
+    made = candidate.reader if isinstance(candidate, Extension) else candidate.from_descriptor
+    found: object = made(version)
+    if not isinstance(found, Extension):
+        raise InvalidOption(f"{made.__qualname__}({version!r}) returned no Extension, but {found!r:.80}")
+    return found

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from asyncdcp.config import check_flags
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption
 from asyncdcp.interop.selection import Selection, select
 from asyncdcp.interop.streaming import Digests, read_ahead, whole_tensor
 from asyncdcp.interop.targets import SHARD_BYTES, Written, write_huggingface, write_native, write_torch
 from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
+from asyncdcp.state_dict.options import check_keys
 from asyncdcp.storage import LocalStorage, Storage, open_storage
 from asyncdcp.trace import Trace
 
@@ -35,8 +37,8 @@ class Changes:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.keys, str):
-            raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
+        check_keys(self.keys)
+        check_flags(allow_pickle=self.allow_pickle)
         if self.shard_bytes < 1:
             raise InvalidOption(f"shard_bytes takes 1 or more, not {self.shard_bytes!r}")
 

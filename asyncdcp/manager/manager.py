@@ -17,10 +17,10 @@ from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
 from asyncdcp.checkpointer.read_verbs import OnProgress
 from asyncdcp.closing import weakly
-from asyncdcp.config import Options
+from asyncdcp.config import Options, check_flags
 from asyncdcp.engine import Engine
 from asyncdcp.errors import CheckpointExists, DeadlineExceeded, InvalidOption, PeerFailed
-from asyncdcp.extensions import Chain, Extension, ExtensionRegistry
+from asyncdcp.extensions import Chain, Extension, ExtensionRegistry, known_extensions
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
 from asyncdcp.manager.ending import Ending
@@ -99,6 +99,7 @@ class CheckpointManager(ReadVerbs):
         mirror: str | os.PathLike[str] | Place | None = None,
         mirror_keep: Retention | None = None,
     ) -> None:
+        check_flags(process=process, read_only=read_only)
         self._place = open_place(run)
         self.location = self._place.storage.info.location
         policies = check_policies(EverySeconds(600.0) if save_when is None else save_when)
@@ -115,9 +116,10 @@ class CheckpointManager(ReadVerbs):
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
         self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
-        keys = (registry or ExtensionRegistry()).with_instances(extensions)
+        chain = Chain(extensions)
+        keys = known_extensions(registry, extensions)
         self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds, keys)
-        self._session.chain = Chain(extensions)
+        self._session.chain = chain
         self._mirror = None
         if mirror is not None and not read_only:
             kept = None if mirror_keep is None else check_retention("mirror_keep", mirror_keep)

@@ -11,6 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+from asyncdcp.config import check_flags
 from asyncdcp.engine import Engine
 from asyncdcp.errors import InvalidOption
 from asyncdcp.results import SaveResult
@@ -87,6 +88,7 @@ class Telemetry:
     tracer: Tracer | None = None
 
     def __post_init__(self) -> None:
+        check_flags(traces=self.traces)
         if self.on_event is not None and not callable(self.on_event):
             raise InvalidOption(f"on_event takes a function of an Event, not {self.on_event!r}")
         if self.tracer is not None and not hasattr(self.tracer, "start_span"):

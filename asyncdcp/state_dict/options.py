@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from asyncdcp.config import check_flags
 from asyncdcp.errors import InvalidOption
 
 
@@ -35,8 +36,8 @@ class LoadOptions:
             raise InvalidOption(f"per_rank takes 'error', 'rank0' or 'drop', not {self.per_rank!r}")
         if self.replicas not in ("read", "broadcast"):
             raise InvalidOption(f"replicas takes 'read' or 'broadcast', not {self.replicas!r}")
-        if isinstance(self.keys, str):
-            raise InvalidOption(f"keys takes a sequence of patterns, such as [{self.keys!r}], not a single string")
+        check_flags(strict=self.strict, assign=self.assign, allow_pickle=self.allow_pickle)
+        check_keys(self.keys)
         if not (self.rename is None or callable(self.rename) or isinstance(self.rename, Mapping)):
             raise InvalidOption(
                 "rename takes a mapping of the checkpoint's names to the state's, such as {'net': 'model'}, or a "
@@ -64,6 +65,22 @@ class LoadOptions:
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
         return None if self.keys is None else key_pattern(self.keys)
+
+
+def check_keys(keys: Sequence[str] | None) -> None:
+    """``InvalidOption`` for ``keys`` that are no globs."""
+    if isinstance(keys, str):
+        raise InvalidOption(f"keys takes a sequence of patterns, such as [{keys!r}], not a single string")
+    if keys is not None and not all(isinstance(key, str) for key in keys):
+        raise InvalidOption(f"keys takes a sequence of patterns, such as ['model.*'], not {keys!r:.80}")
+
+
+def known_device(device: torch.device | str) -> torch.device:
+    """torch's device; ``InvalidOption`` for what it does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidOption(f"device takes a device of torch, such as 'cuda', not {device!r:.80}") from error
 
 
 def key_pattern(keys: Sequence[str]) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from asyncdcp.errors import InvalidOption
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.options import key_pattern
+from asyncdcp.state_dict.options import check_keys, key_pattern
 from asyncdcp.state_dict.subclasses import inner_names
 
 _KEYED = ("dict", "ordered", "defaultdict")
@@ -64,8 +64,7 @@ def select(flat: FlatState, keys: Sequence[str]) -> FlatState:
     """The part of a flattened state whose leaves match one of the globs ``keys``. A tied tensor is stored under the
     first name kept.
     """
-    if isinstance(keys, str):
-        raise InvalidOption(f"keys takes a sequence of patterns, such as [{keys!r}], not a single string")
+    check_keys(keys)
     pattern = key_pattern(keys)
     tree = prune(flat.tree, lambda name: pattern.fullmatch(name) is not None)
     if tree is None:

@@ -66,7 +66,7 @@ def open_storage(target: str | os.PathLike[str] | Storage) -> Storage:
             return storage
         return LocalStorage(os.path.expanduser(_path_of(path, "Storage")))
     if not hasattr(target, "claim"):
-        raise InvalidOption(f"target is a {type(target).__name__}; {_TAKES} Storage")
+        raise InvalidOption(f"target is {target!r:.80}; {_TAKES} Storage")
     return target
 
 
@@ -79,7 +79,7 @@ def open_place(target: str | os.PathLike[str] | Place) -> Place:
             return place
         return LocalPlace(os.path.expanduser(_path_of(path, "Place")))
     if not hasattr(target, "survey"):
-        raise InvalidOption(f"target is a {type(target).__name__}; {_TAKES} Place")
+        raise InvalidOption(f"target is {target!r:.80}; {_TAKES} Place")
     return target
 
 

@@ -55,11 +55,10 @@ class ProcessPipeline:
         kind = type(storage).__qualname__
         if spec_of(storage) is None:
             self._warn(f"a {kind} cannot be opened by the background process: saves to it run on a thread of this one")
-        if chain.specs is None:
-            names = ", ".join(chain.descriptors)
+        for name in chain.staying:
             self._warn(
-                f"of the extensions {names} one cannot be made in the background process (it has no travel(), or its "
-                "class is not at the top of an importable module): saves run on a thread of this one"
+                f"{name} cannot be made in the background process (it has no travel(), or its class is not at the top "
+                "of an importable module): saves run on a thread of this one"
             )
 
     def _warn(self, message: str) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import base64
 import warnings
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
 import pytest
 
-from asyncdcp import AESGCM, AsyncCheckpointer, BytePlanes, ExtensionRegistry, ZStandard
+from asyncdcp import (
+    AESGCM,
+    AsyncCheckpointer,
+    BytePlanes,
+    CheckpointManager,
+    ExtensionRegistry,
+    SyncCheckpointer,
+    ZStandard,
+)
 from asyncdcp.envelope import Seal
 from asyncdcp.errors import AsyncDCPError, ExtensionOrderWarning, InvalidOption, KeyUnavailable, UnsupportedFormat
 from asyncdcp.extensions import Chain, Seals, registry, spec_of
@@ -52,9 +61,44 @@ def test_registered_classes_and_entry_points(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_order_that_saves_nothing_warns() -> None:
     with pytest.warns(ExtensionOrderWarning, match=r"stream.zstd comes after encrypt.aesgcm.*put the encryption last"):
         AsyncCheckpointer(extensions=[AESGCM(KEY), ZStandard()], process=False).close()
+    with pytest.warns(ExtensionOrderWarning, match="stream.zstd comes after encrypt.aesgcm"):
+        Chain([AESGCM(KEY), Xor(), ZStandard()]).warn_of_order(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AsyncCheckpointer(extensions=[BytePlanes(), ZStandard(), AESGCM(KEY)], process=False).close()
+        Chain([AESGCM(KEY), Xor()]).warn_of_order(1)  # such as a code that corrects errors
+
+
+def test_what_is_no_registry() -> None:
+    kinds: list[Any] = [AsyncCheckpointer, SyncCheckpointer, partial(CheckpointManager, "run")]
+    for made in kinds:
+        with pytest.raises(InvalidOption, match="registry takes an ExtensionRegistry, not"):
+            made(registry=[Xor()], process=False)
+        with pytest.raises(InvalidOption, match="extensions takes a sequence"):
+            made(extensions=Xor(), process=False)
+    with pytest.raises(InvalidOption, match="ExtensionRegistry takes instances of extensions, not <class"):
+        ExtensionRegistry([Xor])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        (KeyError("5a"), UnsupportedFormat, "by xor@tests/5a, which is not readable here: KeyError: '5a'"),
+        (ValueError("too new"), UnsupportedFormat, "by xor@tests/5a, which is not readable here: too new"),
+        (None, InvalidOption, r"Odd.from_descriptor\('5a'\) returned no Extension, but None"),
+    ],
+)
+def test_a_class_that_makes_nothing_names_the_descriptor(answer: Any, error: type[Exception], says: str) -> None:
+    class Odd(Xor):
+        @staticmethod
+        def from_descriptor(version: str) -> Any:
+            if answer is not None:
+                raise answer
+
+    known = ExtensionRegistry()
+    known.register(Odd)
+    with pytest.raises(error, match=says):
+        known.from_descriptor("xor@tests/5a")
 
 
 def test_what_is_no_extension() -> None:
