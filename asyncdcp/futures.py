@@ -73,8 +73,10 @@ class CheckpointFuture(Generic[T]):
     {'weight': tensor([1., 1., 1.])} 12
     """
 
-    report: object | None
-    """What the owner attached: sizes and timings. None until then."""
+    report: Any
+    """Sizes and timings of what was done: a ``LoadReport`` of a load, a ``ReceiveReport`` of a transport. None until
+    then, and of verbs that have none.
+    """
 
     def __init__(self, host: FutureHost, name: str, cancel: Callable[[], object] | None) -> None:
         self.name = name

@@ -23,7 +23,7 @@ from asyncdcp.pipeline.verify import VerifyReport, verify
 from asyncdcp.ranks import Ranks
 from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
 from asyncdcp.state_dict.flatten import flatten
-from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.options import LoadOptions, known_device
 from asyncdcp.storage import Storage, open_storage
 from asyncdcp.trace import Trace
 
@@ -143,7 +143,7 @@ class ReadVerbs(Closing):
             cast=cast,
             keys=keys,
             rename=rename,
-            device=torch.device(device),
+            device=known_device(device),
             assign=assign,
             allow_pickle=allow_pickle,
             per_rank=per_rank,

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
+import torch
 
+from asyncdcp.checkpointer.read_verbs import OnProgress
 from asyncdcp.errors import InvalidOption
 from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.manager import CheckpointManager
+from asyncdcp.pipeline.descriptions import OtherWorld
 from asyncdcp.ranks import SoleRank
 from asyncdcp.runs import Checkpoint
 from asyncdcp.runs.layout import check_step
 from asyncdcp.storage import Place
+
+if TYPE_CHECKING:
+    from asyncdcp.manager.read_verbs import StateT
 
 
 class Published:
@@ -36,22 +42,26 @@ class Published:
 
     def load(  # noqa: PLR0913  # the vocabulary of loading
         self,
-        state: Any = None,
+        state: StateT | None = None,
         *,
         strict: bool = True,
         cast: Literal["error", "allow"] = "error",
         keys: Sequence[str] | None = None,
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
-    ) -> CheckpointFuture[Any]:
-        """Begins to load it, into ``state`` or as a new state of CPU tensors, as ``AsyncCheckpointer.load`` does, for
+        per_rank: OtherWorld = "error",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[StateT]:
+        """Begins to load it, into ``state`` or as a new state, as ``AsyncCheckpointer.load`` does, for
         this process alone.
 
         ``CheckpointGone`` if retention has deleted it, even if that happens while it is read: go on to the next one.
         """
-        load = partial(self._load, self.checkpoint, state, strict=strict, cast=cast, keys=keys)
-        return load(rename=rename, assign=assign, allow_pickle=allow_pickle)
+        load = partial(self._load, self.checkpoint, state, strict=strict, cast=cast, keys=keys, rename=rename)
+        load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
+        return load(per_rank=per_rank, on_progress=on_progress)
 
 
 async def follow(

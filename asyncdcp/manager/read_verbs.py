@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from asyncdcp.checkpointer import AsyncCheckpointer
-from asyncdcp.checkpointer.read_verbs import Replicas
+from asyncdcp.checkpointer.read_verbs import OnProgress, Replicas
 from asyncdcp.closing import Closing
 from asyncdcp.engine import Engine
 from asyncdcp.errors import Closed, InvalidOption
@@ -24,6 +24,11 @@ from asyncdcp.runs.layout import check_step
 from asyncdcp.runs.listing import Mode
 
 T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as DefaultTypeVar
+
+    StateT = DefaultTypeVar("StateT", default=Any)
+    """The type of the state that is loaded into; a new one can be anything."""
 
 
 class ReadVerbs(Closing):
@@ -49,19 +54,23 @@ class ReadVerbs(Closing):
         cast: Literal["error", "allow"] = "error",
         keys: Sequence[str] | None = None,
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
         per_rank: OtherWorld = "error",
         replicas: Replicas = "read",
+        on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Checkpoint | None]:
         """Loads the newest checkpoint on the line into ``state``, and resolves to it; to None where there is none yet.
 
         One that is damaged is passed over, with an error in the log and a "fallback" event, and an older one loaded;
-        the training then goes on from that. The options are those of ``AsyncCheckpointer.load``. On all ranks alike.
+        the training then goes on from that. Where one is whole and only cannot be read here, that is raised
+        (``KeyUnavailable``; ``UnsupportedFormat`` if an extension is missing). The options are those of
+        ``AsyncCheckpointer.load``. On all ranks alike.
         """
-        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
-        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
-        load = partial(load, per_rank=per_rank, replicas=replicas)
+        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, rename=rename)
+        load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
+        load = partial(load, per_rank=per_rank, replicas=replicas, on_progress=on_progress)
         restored: CheckpointFuture[Checkpoint | None] = self._restore(None, load)
         return restored
 
@@ -74,19 +83,21 @@ class ReadVerbs(Closing):
         cast: Literal["error", "allow"] = "error",
         keys: Sequence[str] | None = None,
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
         per_rank: OtherWorld = "error",
         replicas: Replicas = "read",
+        on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Checkpoint]:
         """Loads the checkpoint of ``step`` into ``state``, and resolves to it; ``CheckpointNotFound`` otherwise.
 
         For a writer this is a rollback: from now on the line goes on from that step, and those beyond it, which stay
         where they are, do not count any more and may be saved again.
         """
-        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys)
-        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
-        load = partial(load, per_rank=per_rank, replicas=replicas)
+        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, rename=rename)
+        load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
+        load = partial(load, per_rank=per_rank, replicas=replicas, on_progress=on_progress)
         restored: CheckpointFuture[Checkpoint] = self._restore(check_step(step), load)
         return restored
 
@@ -106,7 +117,7 @@ class ReadVerbs(Closing):
     def load(  # noqa: PLR0913  # the vocabulary of loading
         self,
         checkpoint: int | Checkpoint,
-        state: Any = None,
+        state: StateT | None = None,
         *,
         strict: bool = True,
         cast: Literal["error", "allow"] = "error",
@@ -115,7 +126,10 @@ class ReadVerbs(Closing):
         device: torch.device | str = "cpu",
         assign: bool = False,
         allow_pickle: bool = False,
-    ) -> CheckpointFuture[Any]:
+        per_rank: OtherWorld = "error",
+        replicas: Replicas = "read",
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointFuture[StateT]:
         """Loads a step, or a checkpoint of ``checkpoints``, into ``state`` or as a new state, and resolves to that.
 
         Unlike ``restore`` this changes nothing about the run. Several ranks load together, as by
@@ -123,8 +137,9 @@ class ReadVerbs(Closing):
         and ``process_group=SoleRank()``. ``CheckpointNotFound``; ``CheckpointGone`` if it is deleted meanwhile.
         """
         self._check_open()
-        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, device=device)
-        load = partial(load, rename=rename, assign=assign, allow_pickle=allow_pickle)
+        load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, rename=rename)
+        load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
+        load = partial(load, per_rank=per_rank, replicas=replicas, on_progress=on_progress)
         return self._engine.submit(self._session.load, checkpoint, load, name=f"load from {self.location}")
 
     def checkpoints(self) -> CheckpointFuture[list[Checkpoint]]:
