@@ -9,12 +9,15 @@ processes as its class name, message and fields.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
 from functools import partial
 from inspect import signature
 from traceback import clear_frames
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -219,6 +222,19 @@ class StorageFull(StorageError):
     """No space or quota is left (ENOSPC, EDQUOT)."""
 
 
+_FULL: Final = frozenset({ENOSPC, EDQUOT})
+
+
+def storage_error(message: str, path: str, number: int | None) -> StorageError:
+    """The error of a storage by the system's number, where it has one: ``StorageFull``, with the way out, if that says
+    so.
+    """
+    if number not in _FULL:
+        return StorageError(message, path=path, errno=number)
+    way_out = "make room (asyncdcp gc removes what cut-off saves have left)"
+    return StorageFull(f"{message}; {way_out}", path=path, errno=number)
+
+
 class CommitUnknown(StorageError):
     """Whether the save was committed cannot be told, since its Record could be neither won nor read.
 
@@ -242,7 +258,7 @@ class VolatileStorageWarning(UserWarning):
 
 
 class CorruptCheckpoint(AsyncDCPError):
-    """The bytes of a checkpoint are not what a save wrote. ``path`` names the file."""
+    """The bytes of a checkpoint are not what a save wrote. ``path`` names the file, with the checkpoint's location."""
 
 
 class ChecksumMismatch(CorruptCheckpoint):
@@ -259,6 +275,22 @@ class UnsupportedFormat(CorruptCheckpoint):
 
 class AmbiguousCheckpoint(CorruptCheckpoint):
     """Two saves blind to each other committed to one path; both are whole, and someone must choose."""
+
+
+@contextmanager
+def reading(location: str, way_out: str = "Load an earlier one") -> Iterator[None]:
+    """Around what reads the checkpoint at ``location``: what is said in here of one of its files, by the file's name
+    alone, comes out with the checkpoint that it is of, and with the way out of damage.
+    """
+    try:
+        yield
+    except (CorruptCheckpoint, KeyUnavailable) as error:
+        if not (error.path or "").startswith(location):
+            unread = isinstance(error, UnsupportedFormat | KeyUnavailable)
+            how, end = ("cannot be read", "") if unread else ("is damaged", f". {way_out}")
+            error.args = (f"the checkpoint at {location} {how}: {error}{end}",)
+            error.path = os.path.join(location, error.path or "").rstrip("/")
+        raise
 
 
 def first_error(group: BaseExceptionGroup[ErrorT]) -> ErrorT:

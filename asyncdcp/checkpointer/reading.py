@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import anyio
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, DeadlineExceeded
+from asyncdcp.errors import AsyncDCPError, Cancelled, DeadlineExceeded, reading
 from asyncdcp.futures import CheckpointFuture
 
 T = TypeVar("T")
@@ -35,7 +35,8 @@ class ReadTask(Generic[T]):
             with anyio.CancelScope() as self._scope:
                 if self._given_up:
                     self._scope.cancel()
-                value, self.future.report = await self._work()
+                with reading(self._path):
+                    value, self.future.report = await self._work()
                 self.future.resolve(value)
         except AsyncDCPError as error:
             self.future.fail(error)

@@ -7,11 +7,12 @@ import time
 from asyncdcp.errors import (
     AsyncDCPError,
     Cancelled,
+    CommitUnknown,
     PeerFailed,
     ReplicaMismatch,
     SaveSkipped,
-    StorageError,
     StructureChanged,
+    storage_error,
 )
 from asyncdcp.metadata import Record
 
@@ -33,10 +34,22 @@ def known_error(error: Exception, location: str) -> AsyncDCPError:
     """The error itself, or one of ours that carries it as its cause."""
     if isinstance(error, AsyncDCPError):
         return error
-    kind = StorageError if isinstance(error, OSError) else AsyncDCPError
-    known = kind(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
+    message = f"the save to {location} failed: {type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        known: AsyncDCPError = storage_error(message, location, error.errno)
+    else:
+        known = AsyncDCPError(message, path=location)
     known.__cause__ = error
     return known
+
+
+def commit_unknown(location: str) -> CommitUnknown:
+    """Neither a commit nor an abort could be seen to be the save's Record."""
+    return CommitUnknown(
+        f"whether the save to {location} was committed cannot be told; it is there whole, or not at all: load it once "
+        "the storage answers",
+        path=location,
+    )
 
 
 def peer_error(record: Record, location: str) -> AsyncDCPError:

@@ -10,7 +10,7 @@ import msgspec
 from anyio import to_thread
 
 from asyncdcp.envelope import Unseal, decode_index, decode_record, encode_record, trusting
-from asyncdcp.errors import CorruptCheckpoint, StateMismatch
+from asyncdcp.errors import CorruptCheckpoint, StateMismatch, reading
 from asyncdcp.extensions import ExtensionRegistry, Seals
 from asyncdcp.metadata import Index, Record
 from asyncdcp.names import index_name, record_name
@@ -77,14 +77,15 @@ async def with_commit(storage: Storage, work: Callable[[Record], Awaitable[T]], 
     """``work`` with the Record of the checkpoint at ``storage``; once more with the next one, if a new save has just
     replaced what was being read.
     """
-    record = await _resolve(storage, unseal)
-    while True:
-        try:
-            return await work(record)
-        except CorruptCheckpoint:
-            before, record = record, await _resolve(storage, unseal)
-            if record.save_id == before.save_id:
-                raise
+    with reading(storage.info.location):
+        record = await _resolve(storage, unseal)
+        while True:
+            try:
+                return await work(record)
+            except CorruptCheckpoint:
+                before, record = record, await _resolve(storage, unseal)
+                if record.save_id == before.save_id:
+                    raise
 
 
 async def describe(storage: Storage, registry: ExtensionRegistry | None = None) -> Description:

@@ -20,7 +20,7 @@ import anyio
 from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
-from asyncdcp.errors import KeyUnavailable, StorageError, UnsupportedFormat, UsageError, ungrouped
+from asyncdcp.errors import StorageError, UsageError, reading, ungrouped
 from asyncdcp.extensions import Chain, ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.metadata import Metadata, Record, StorageMeta
@@ -115,7 +115,7 @@ class RangeReader:
                     await self._close(file.name)
 
         try:
-            with ungrouped():
+            with reading(info.location), ungrouped():
                 async with anyio.create_task_group() as workers:
                     for _ in range(tasks):
                         workers.start_soon(work)
@@ -217,26 +217,22 @@ class CheckpointReader(RangeReader):
     ) -> CheckpointReader:
         """A reader of a checkpoint that is described already, as by ``describe``; its data files are not looked for."""
         known = registry or ExtensionRegistry()
-        seals = Seals(known)
-        record, indexes = await to_thread.run_sync(found.decoded, seals)
-        location = storage.info.location
-        union = await to_thread.run_sync(unite, indexes, viewer.looks_as(record.world_size, indexes, location))
-        meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
-        metadata = Metadata(union.tensors, union.storage, meta, union.aliases, union.tree, union.values, union.own)
-        reader = cls(storage, record, metadata, union.files)
-        if data:
-            await to_thread.run_sync(reader._find_extensions, known, seals)
+        seals, location = Seals(known), storage.info.location
+        with reading(location):
+            record, indexes = await to_thread.run_sync(found.decoded, seals)
+            union = await to_thread.run_sync(unite, indexes, viewer.looks_as(record.world_size, indexes, location))
+            meta = StorageMeta(location, record.save_id, record.world_size, record.time, record.metadata)
+            metadata = Metadata(union.tensors, union.storage, meta, union.aliases, union.tree, union.values, union.own)
+            reader = cls(storage, record, metadata, union.files)
+            if data:
+                await to_thread.run_sync(reader._find_extensions, known, seals)
         return reader
 
     def _find_extensions(self, registry: ExtensionRegistry, seals: Seals) -> None:
         """What an encrypting extension has written is only taken with a Record and indexes that it vouches for."""
         record = self.record
         for transforms in {file.transforms for file in self._files.values() if file.transforms}:
-            try:
-                chain = self._chains[transforms] = Chain(registry.from_descriptor_list(transforms))
-            except (KeyUnavailable, UnsupportedFormat) as error:
-                location = self._storage.info.location
-                raise type(error)(f"the checkpoint at {location} cannot be read: {error}", path=location) from error
+            chain = self._chains[transforms] = Chain(registry.from_descriptor_list(transforms))
             if chain.seals:
                 seals.require([record_name(record.save_id), *(ref.name for ref in record.indexes)])
 

@@ -115,7 +115,7 @@ def choose_commit(records: Sequence[Record], location: str) -> Record:
     circle = [record_name(record.save_id) for record in records if record.outcome == "commit"]
     if not commits and circle:
         raise CorruptCheckpoint(
-            f"the Records at {location} replace each other in a circle: {circle[:8]}", path=circle[0]
+            f"the Records at {location} replace each other in a circle: {circle[:8]}", path=location
         )
     if not commits:
         aborts = [f"rank {record.rank}: {record.cause}" for record in records if record.outcome == "abort"]

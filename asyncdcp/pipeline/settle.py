@@ -22,6 +22,7 @@ from asyncdcp.errors import (
     Fenced,
     StorageError,
     StructureChanged,
+    reading,
 )
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Index, IndexRef, Record, Summary
@@ -240,8 +241,8 @@ class Settlement:
         if self.record.outcome == "abort":
             return Event.FOUND_ABORT
         if self._own not in self.record.indexes:
-            name = record_name(self._job.save_id)
-            raise CorruptCheckpoint(f"{name} commits something else than what this rank wrote", path=name)
+            path = f"{self._storage.info.location}/{record_name(self._job.save_id)}"
+            raise CorruptCheckpoint(f"{path} commits something else than what this rank wrote", path=path)
         return Event.FOUND_COMMIT
 
     async def _publish(self) -> Event:
@@ -287,8 +288,9 @@ async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trus
         )
     others = [name for name in names if name != record_name(job.save_id)]
     destroyed = [] if job.run is None else await destroyed_records(storage, others)
-    records = await read_records(storage, [name for name in names if record_save_id(name) not in destroyed], unseal)
     term = job.run.term if job.run else 0
+    with reading(location, "Save to another path"):
+        records = await read_records(storage, [name for name in names if record_save_id(name) not in destroyed], unseal)
     live = live_commits(records)
     later = [record.term for record in live if record.term is not None and record.term > term]
     if job.run is not None and later:

@@ -30,7 +30,7 @@ from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import FileTable, IndexRef
 from asyncdcp.names import belongs_to, index_name, record_name
-from asyncdcp.pipeline.causes import known_error, peer_error
+from asyncdcp.pipeline.causes import commit_unknown, known_error, peer_error
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import Saved, SaveJob
@@ -104,7 +104,8 @@ class CheckpointWriter:
         seconds = self._job.deadline
         await anyio.sleep(seconds)
         error = DeadlineExceeded(
-            f"the save to {self._storage.info.location} was not durable within {seconds:g} s (option save_deadline)"
+            f"the save to {self._storage.info.location} was not durable within {seconds:g} s (option save_deadline)",
+            path=self._storage.info.location,
         )
         self.give_up.set(Reason("deadline", error))
 
@@ -195,7 +196,7 @@ class CheckpointWriter:
             raise
         except CommitUnknown as error:  # whether the Index is there; nothing was committed yet
             message = f"the index of the save to {self._storage.info.location} could not be stored: {error}"
-            raise StorageError(message, path=own.name, errno=error.errno) from error
+            raise StorageError(message, path=error.path, errno=error.errno) from error
 
     async def _saved(self, settlement: Settlement) -> Saved:
         record = settlement.record
@@ -236,9 +237,7 @@ class CheckpointWriter:
         location, reason, record = self._storage.info.location, self.give_up.reason, settlement.record
         peers = state is State.ABORTED and record is not None and record.rank not in (None, self._job.rank)
         if state is State.UNKNOWN:
-            error: AsyncDCPError = CommitUnknown(
-                f"whether the save to {location} was committed cannot be told", path=location
-            )
+            error: AsyncDCPError = commit_unknown(location)
         elif record is not None and peers and (reason is None or reason.kind == "deadline"):
             error = peer_error(record, location)  # a deadline is somebody's fault, and the Record says whose
         elif reason is not None and not isinstance(reason.error, CommitUnknown):

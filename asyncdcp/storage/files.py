@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Final
 
-from asyncdcp.errors import Closed, StorageError, StorageFull
+from asyncdcp.errors import Closed, StorageError, storage_error
 from asyncdcp.storage.port import Buffer
 from asyncdcp.storage.posix import Posix
 
@@ -28,9 +28,7 @@ def translated(operation: str, path: str, *passing: type[OSError]) -> Iterator[N
     except OSError as error:
         if isinstance(error, (StorageError, *passing)):
             raise
-        kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        message = f"cannot {operation} {path}: {error.strerror or error}"
-        raise kind(message, path=path, errno=error.errno) from error
+        raise storage_error(f"cannot {operation} {path}: {error.strerror or error}", path, error.errno) from error
 
 
 class Descriptor:

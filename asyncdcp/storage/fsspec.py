@@ -29,6 +29,7 @@ from asyncdcp.errors import (
     MissingDependency,
     StorageError,
     UsageError,
+    storage_error,
 )
 from asyncdcp.storage.port import NAME_PATTERN, Buffer, Fetch, StorageInfo, check_name, check_use
 from asyncdcp.threads import on_executor, on_thread
@@ -309,11 +310,8 @@ def _translated(operation: str, path: str) -> Iterator[None]:
     except (AsyncDCPError, FileNotFoundError, EOFError):
         raise
     except Exception as error:
-        raise StorageError(
-            f"cannot {operation} {path}: {error or type(error).__name__}",
-            path=path,
-            errno=getattr(error, "errno", None),
-        ) from error
+        message = f"cannot {operation} {path}: {error or type(error).__name__}"
+        raise storage_error(message, path, getattr(error, "errno", None)) from error
 
 
 def _exists(path: str) -> FileExistsError:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 
-from asyncdcp.errors import AsyncDCPError, CommitUnknown, StorageError
+from asyncdcp.errors import AsyncDCPError, StorageError
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Record
 from asyncdcp.names import index_name, record_name
-from asyncdcp.pipeline.causes import peer_error
+from asyncdcp.pipeline.causes import commit_unknown, peer_error
 from asyncdcp.pipeline.commit import CommitMachine, State
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.records import read_record
@@ -45,9 +45,7 @@ async def settle_without_worker(
     if state is State.COMMITTED and settlement.record is not None:
         return _saved(settlement.record, storage)
     if state is State.UNKNOWN:
-        location = storage.info.location
-        unknown = CommitUnknown(f"whether the save to {location} was committed cannot be told", path=location)
-        raise unknown from reason.error
+        raise commit_unknown(storage.info.location) from reason.error
     if dead:
         await _discard(job, storage)
     raise _error(job, storage, settlement.record) or reason.error

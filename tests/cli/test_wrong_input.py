@@ -75,13 +75,17 @@ def test_a_run_whose_folders_have_other_names(call: Call, run: Path) -> None:
 def test_a_damaged_record(call: Call, checkpoint: Path) -> None:
     record = _record(checkpoint)
     record.write_bytes(record.read_bytes()[:-10])
-    assert call("inspect", checkpoint).error.startswith(f"{record.name}: not a JSON envelope of asyncdcp")
+    assert call("inspect", checkpoint).error.startswith(
+        f"the checkpoint at {checkpoint} is damaged: {record.name}: not a JSON envelope of asyncdcp"
+    )
 
 
 def test_a_missing_data_file(call: Call, checkpoint: Path) -> None:
     (data,) = checkpoint.glob("*.safetensors")
     data.unlink()
-    assert call("inspect", checkpoint).error.startswith(f"the data file {data.name} is missing")
+    assert call("inspect", checkpoint).error.startswith(
+        f"the checkpoint at {checkpoint} is damaged: the data file {data.name} is missing"
+    )
 
 
 def test_damaged_bytes(call: Call, checkpoint: Path) -> None:

@@ -42,7 +42,7 @@ async def test_what_was_written_is_read() -> None:
 async def test_truncated_data(length: int) -> None:
     forged = await forger()
     forged.objects[forged.data] = forged.objects[forged.data][:length]
-    assert (await refused(forged, CorruptCheckpoint, forged.data, tensor="w")).path == forged.data
+    assert (await refused(forged, CorruptCheckpoint, forged.data, tensor="w")).path == f"here/{forged.data}"
 
 
 async def test_extended_data() -> None:
@@ -65,7 +65,7 @@ async def test_truncated_or_extended_json(kind: str, change: Callable[[bytes], b
     forged = await forger()
     name = forged.names[kind]
     forged.objects[name] = change(forged.objects[name])
-    assert (await refused(forged, CorruptCheckpoint, name)).path == name
+    assert (await refused(forged, CorruptCheckpoint, name)).path == f"here/{name}"
 
 
 async def test_missing_index() -> None:
@@ -107,7 +107,7 @@ async def test_a_flipped_bit_in_data() -> None:
         with pytest.raises(ChecksumMismatch, match=forged.data) as caught:
             await read_all(forged.storage)
         assert caught.value.block == position // 4096 and tensor in caught.value.tensors
-        assert caught.value.path == forged.data and tensor in str(caught.value)
+        assert caught.value.path == f"here/{forged.data}" and tensor in str(caught.value)
 
 
 # ── envelopes ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,7 +220,7 @@ def ref(**changes: Any) -> Change:
 async def test_records(change: Change, name: str) -> None:
     forged = await forger()
     forged.record(change)
-    assert (await refused(forged, CorruptCheckpoint, name)).path == name
+    assert (await refused(forged, CorruptCheckpoint, name)).path == f"here/{name}"
 
 
 async def test_an_index_larger_than_any_may_be_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def added(column: str, *values: Any) -> Change:
 async def test_indexes(change: Change, word: str, tensor: str | None) -> None:
     forged = await forger()
     forged.index(change)
-    assert (await refused(forged, CorruptCheckpoint, INDEX, word, tensor=tensor)).path == INDEX
+    assert (await refused(forged, CorruptCheckpoint, INDEX, word, tensor=tensor)).path == f"here/{INDEX}"
 
 
 async def test_a_file_listed_twice() -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
-from asyncdcp.errors import AsyncDCPError, StorageError, StorageFull
+from asyncdcp.errors import AsyncDCPError, StorageError, storage_error
 from asyncdcp.storage.object_store.url import ObjectURL
 
 _STATUS: Final = re.compile(r"status code: (\d{3})")
@@ -85,7 +85,7 @@ def known(operation: str, url: ObjectURL, name: str, error: BaseException) -> OS
         way = f"credentials come from {_CREDENTIALS.get(url.scheme, 'the environment')}"
         return _storage_error(operation, path, f"access was denied ({said(error)}); {way}", errno.EACCES)
     if status == 507 or "QuotaExceeded" in text:
-        return StorageFull(f"cannot {operation} {path}: {said(error)}", path=path, errno=errno.ENOSPC)
+        return _storage_error(operation, path, said(error), errno.ENOSPC)
     if status is None and any(sign in text for sign in _NOT_SENT):
         way = f"{said(error)}; look at {_ENDPOINT.get(url.scheme, 'the endpoint')}"
         return _storage_error(operation, path, way, errno.ECONNREFUSED)
@@ -105,4 +105,4 @@ def said(error: BaseException) -> str:
 
 
 def _storage_error(operation: str, path: str, why: str, number: int | None) -> StorageError:
-    return StorageError(f"cannot {operation} {path}: {why}", path=path, errno=number)
+    return storage_error(f"cannot {operation} {path}: {why}", path, number)
