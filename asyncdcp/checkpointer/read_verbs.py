@@ -19,9 +19,9 @@ from asyncdcp.errors import Closed
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.pipeline.descriptions import OtherWorld
-from asyncdcp.pipeline.verify import VerifyReport, verify
+from asyncdcp.pipeline.verify import verify
 from asyncdcp.ranks import Ranks
-from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter
+from asyncdcp.results import PROGRESS_STAGES, Progress, ProgressMeter, VerifyReport
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.options import LoadOptions, known_device
 from asyncdcp.storage import Storage, open_storage

@@ -64,7 +64,10 @@ def check_index(index: Index, *, listing: Listing | None = None) -> Chunks:
         _check_list(plan, name)
         listing = listing_of(plan)
     _check_aliases(index, name)
-    _check_tables(index, name)
+    if len(index.files) != len(plan.images):
+        corrupt(name, "files and images differ in number")
+    for number in range(len(index.files)):
+        check_file(index, number)
     # what is written covers all of every tensor, so what is held, too: that needs only to lie within the shapes
     sound = plan.held is None or chunk_rows(plan.held, listing) is not None
     chunks = _written(index, listing) if sound else None
@@ -172,19 +175,18 @@ def _chunks(index: Index, name: str) -> Iterator[_Chunk]:
         yield _Chunk(tensor, box, file, begin, box.volume * itemsize)
 
 
-def _check_tables(index: Index, name: str) -> None:
+def check_file(index: Index, number: int) -> None:
+    """That a data file's name, sizes and blocks fit together; ``CorruptCheckpoint`` otherwise."""
+    name, file, image = index_name(index.save_id, index.rank), index.files[number], index.plan.images[number]
     if not _BLOCK_LIMITS[0] <= index.block_bytes <= _BLOCK_LIMITS[1] or index.block_bytes % 4096:
         corrupt(name, f"blocks of {index.block_bytes} bytes are out of range")
-    if len(index.files) != len(index.plan.images):
-        corrupt(name, "files and images differ in number")
-    for number, (file, image) in enumerate(zip(index.files, index.plan.images, strict=True)):
-        if file.name != data_name(index.save_id, index.rank, number, index.transforms):
-            corrupt(name, f"its data file number {number} cannot be named {file.name[:80]!r}")
-        if not 8 < image.data_start <= image.size < _LIMIT:
-            corrupt(name, f"{file.name} has an impossible size or header")
-        _check_lengths(index, file, image, name)
-        if len(file.checksums) != 8 * block_count(image.size, index.block_bytes):
-            corrupt(name, f"the checksums of {file.name} are not as many as its blocks")
+    if file.name != data_name(index.save_id, index.rank, number, index.transforms):
+        corrupt(name, f"its data file number {number} cannot be named {file.name[:80]!r}")
+    if not 8 < image.data_start <= image.size < _LIMIT:
+        corrupt(name, f"{file.name} has an impossible size or header")
+    _check_lengths(index, file, image, name)
+    if len(file.checksums) != 8 * block_count(image.size, index.block_bytes):
+        corrupt(name, f"the checksums of {file.name} are not as many as its blocks")
 
 
 def _check_lengths(index: Index, file: FileTable, image: ImageShape, name: str) -> None:

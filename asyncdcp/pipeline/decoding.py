@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -56,13 +55,13 @@ def decoded_blocks(
         try:
             yield begin, chain.decode(stored, context, end - begin)
         except CorruptCheckpoint as error:
-            error.tensors = _tensors(file, block)
+            error.tensors = file.tensors_in(block)
             raise
 
 
 def mismatch(file: FileMap, block: int) -> ChecksumMismatch:
     """The error of a block that does not match its checksum."""
-    begin, tensors = block * file.block_bytes, _tensors(file, block)
+    begin, tensors = block * file.block_bytes, file.tensors_in(block)
     return ChecksumMismatch(
         f"{file.name}: block {block} (bytes {begin} to {min(begin + file.block_bytes, file.size)}) does not match its "
         f"checksum; it holds {enumerated(tensors)}. Tensors loaded in place may be partly written",
@@ -70,10 +69,3 @@ def mismatch(file: FileMap, block: int) -> ChecksumMismatch:
         block=block,
         tensors=tensors,
     )
-
-
-def _tensors(file: FileMap, block: int) -> tuple[str, ...]:
-    begin = block * file.block_bytes
-    first = max(bisect.bisect_right(file.begins, begin) - 1, 0)
-    last = bisect.bisect_left(file.begins, begin + file.block_bytes)
-    return tuple(file.tensors[first:last])

@@ -6,6 +6,7 @@ per name, every tensor covered exactly. What passes can be read without further 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
@@ -62,6 +63,15 @@ class FileMap(NamedTuple):
     def stored_size(self) -> int:
         """The bytes of the file itself."""
         return self.bounds[-1] if self.transforms else self.size
+
+    def bound(self, block: int) -> int:
+        """Where a block is stored; after the last one, where that ends."""
+        return self.bounds[block] if self.transforms else min(block * self.block_bytes, self.size)
+
+    def tensors_in(self, block: int) -> tuple[str, ...]:
+        """The tensors of which something lies in a block."""
+        first = max(bisect.bisect_right(self.begins, block * self.block_bytes) - 1, 0)
+        return tuple(self.tensors[first : bisect.bisect_left(self.begins, (block + 1) * self.block_bytes)])
 
 
 @dataclass
@@ -221,22 +231,20 @@ def _lists_alike(before: IndexPlan, plan: IndexPlan) -> bool:
 
 
 def _file_maps(index: Index, chunks: Chunks) -> Iterator[FileMap]:
-    for number, (file, image) in enumerate(zip(index.files, index.plan.images, strict=True)):
+    for number in range(len(index.files)):
         placed = chunks.placed[chunks.file[chunks.placed] == number] if len(index.files) > 1 else chunks.placed
-        tensors = chunks.rows.tensor[placed].tolist()
-        found = FileMap(
-            file.name,
-            image.size,
-            index.block_bytes,
-            unpack_checksums(file.checksums),
-            chunks.begin[placed].tolist(),
-            [index.plan.names[tensor] for tensor in tensors],
-        )
-        if file.lengths is not None:
+        tensors, begins = chunks.rows.tensor[placed].tolist(), chunks.begin[placed].tolist()
+        found = stored_file(index, number)._replace(begins=begins, tensors=[index.plan.names[n] for n in tensors])
+        if found.transforms:
             sizes = (DTYPE_SIZES[index.plan.dtypes[tensor]] for tensor in tensors)
-            found = found._replace(
-                transforms=tuple(index.transforms),
-                bounds=list(accumulate(file.lengths, initial=0)),
-                elements=element_runs(zip(found.begins, sizes, strict=True)),
-            )
+            found = found._replace(elements=element_runs(zip(begins, sizes, strict=True)))
         yield found
+
+
+def stored_file(index: Index, number: int) -> FileMap:
+    """A data file that is sound by ``checking.check_file``, without what lies in it."""
+    file, image = index.files[number], index.plan.images[number]
+    found = FileMap(file.name, image.size, index.block_bytes, unpack_checksums(file.checksums), [], [])
+    if file.lengths is None:
+        return found
+    return found._replace(transforms=tuple(index.transforms), bounds=list(accumulate(file.lengths, initial=0)))

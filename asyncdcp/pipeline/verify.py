@@ -6,10 +6,8 @@ pass the page cache where the storage can; several at once.
 
 from __future__ import annotations
 
-import bisect
 import time
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import anyio
@@ -19,47 +17,33 @@ from asyncdcp.buffers import io_buffer
 from asyncdcp.envelope import Unseal
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StorageError, UnsupportedFormat
 from asyncdcp.extensions import ExtensionRegistry, Seals
-from asyncdcp.format.blocks import SLAB_BYTES, block_count, checksum, unpack_checksums
-from asyncdcp.metadata import FileTable, Index, Record
+from asyncdcp.format.blocks import SLAB_BYTES, checksum
+from asyncdcp.metadata import Index, Record
 from asyncdcp.names import index_name, record_name, record_save_id
+from asyncdcp.pipeline.checking import check_file
 from asyncdcp.pipeline.descriptions import read_listed
 from asyncdcp.pipeline.records import choose_commit, read_record
-from asyncdcp.pipeline.union import FileMap, enumerated, unite
+from asyncdcp.pipeline.union import FileMap, check_sizes, enumerated, stored_file, unite
 from asyncdcp.results import Damage, DamageKind, VerifyReport
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 
-__all__ = ["Damage", "VerifyReport", "verify"]
-
 READS_IN_FLIGHT = 4
-_BLOCK_LIMIT = SLAB_BYTES + (1 << 20)
-"""The most bytes that a block may be stored in: a transform that cannot shrink one may add a little."""
-
-
-class _Table(NamedTuple):
-    """The blocks of a data file as stored: where each begins, and after the last one where that ends."""
-
-    name: str
-    size: int
-    bounds: Sequence[int]
-    checksums: Sequence[int]
-    begins: Sequence[int]
-    tensors: Sequence[str]
-    block_bytes: int
-
-    def tensors_of(self, block: int) -> tuple[str, ...]:
-        """What lies in a block, by its place in the decoded file."""
-        first = max(bisect.bisect_right(self.begins, block * self.block_bytes) - 1, 0)
-        return tuple(self.tensors[first : bisect.bisect_left(self.begins, (block + 1) * self.block_bytes)])
 
 
 class _Run(NamedTuple):
-    """Blocks ``first <= i < last`` of a file, read at once."""
+    """Blocks ``first <= i < last`` of a file, read at once: bytes ``begin`` to ``end`` as stored."""
 
-    table: _Table
+    file: FileMap
     first: int
     last: int
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, file: FileMap, first: int, last: int) -> _Run:
+        return cls(file, first, last, file.bound(first), file.bound(last))
 
 
 async def verify(storage: Storage, trace: Trace, registry: ExtensionRegistry | None = None) -> VerifyReport:
@@ -80,7 +64,7 @@ async def verify(storage: Storage, trace: Trace, registry: ExtensionRegistry | N
         if not pass_.damages or record is None or not await pass_.is_replaced(record):
             save_id = record.save_id if record else None
             seconds = time.monotonic() - started
-            counts = (len(pass_.tables), pass_.blocks, pass_.bytes)
+            counts = (len(pass_.files), pass_.blocks, pass_.bytes)
             return VerifyReport(storage.info.location, save_id, *counts, seconds, tuple(pass_.damages))
 
 
@@ -93,7 +77,7 @@ class _Pass:
         self._trace = trace
         self._limiter = anyio.CapacityLimiter(READS_IN_FLIGHT)
         self.damages: list[Damage] = []
-        self.tables: list[_Table] = []
+        self.files: list[FileMap] = []
         self.blocks = 0
         self.bytes = 0
 
@@ -129,10 +113,10 @@ class _Pass:
             self.damages.append(Damage("record", name, message))
         indexes = await self._indexes(record)
         maps = await self._maps(indexes)
-        self.tables = [table for index in indexes for table in self._tables(index, maps)]
-        self._trace.total = sum(table.size for table in self.tables)
+        self.files = [file for index in indexes for file in self._stored_files(index, maps)]
+        self._trace.total = sum(file.stored_size for file in self.files)
         sizes = await self._storage.list()
-        runs = iter([run for table in self.tables if self._fits(table, sizes) for run in _runs(table)])
+        runs = iter([run for file in self.files if self._fits(file, sizes) for run in _runs(file)])
         async with anyio.create_task_group() as workers:
             for _ in range(READS_IN_FLIGHT):
                 workers.start_soon(self._work, runs)
@@ -158,44 +142,40 @@ class _Pass:
             self._found("index", error.path or "", error)
             return {}
 
-    def _tables(self, index: Index, maps: dict[str, FileMap]) -> Iterator[_Table]:
-        """The data files of an Index whose numbers make sense."""
-        for file, image in zip(index.files, index.plan.images, strict=False):
-            bounds = list(_bounds(file, image.size, index.block_bytes))
-            known = maps.get(file.name)
-            if len(file.checksums) == 8 * (len(bounds) - 1) and bounds[-1] == file.stored_size and _readable(bounds):
-                begins, tensors = (known.begins, known.tensors) if known else ([], [])
-                checksums = unpack_checksums(file.checksums)
-                yield _Table(file.name, file.stored_size, bounds, checksums, begins, tensors, index.block_bytes)
-            else:
-                name = index_name(index.save_id, index.rank)
-                message = f"{name}: its table of the blocks of {file.name[:80]!r} makes no sense"
-                self.damages.append(Damage("index", name, message))
+    def _stored_files(self, index: Index, maps: dict[str, FileMap]) -> Iterator[FileMap]:
+        """The data files of an Index; where they are not united, those whose blocks make sense."""
+        for number in range(min(len(index.files), len(index.plan.images))):
+            found = maps.get(index.files[number].name)
+            if found is None:
+                try:
+                    check_file(index, number)
+                except CorruptCheckpoint as error:
+                    self._found("index", index_name(index.save_id, index.rank), error)
+                    continue
+                found = stored_file(index, number)
+            yield found
 
-    def _fits(self, table: _Table, sizes: dict[str, int]) -> bool:
-        size = sizes.get(table.name)
-        if size == table.size:
-            return True
-        what = "is missing" if size is None else f"has {size} bytes"
-        message = f"{table.name} {what}, and had {table.size} bytes; it holds {enumerated(table.tensors)}"
-        kind: DamageKind = "missing" if size is None else "size"
-        self.damages.append(Damage(kind, table.name, message, None, tuple(table.tensors)))
-        return False
+    def _fits(self, file: FileMap, sizes: dict[str, int]) -> bool:
+        try:
+            check_sizes([file], sizes)
+        except CorruptCheckpoint as error:
+            self._found("size" if file.name in sizes else "missing", file.name, error)
+            return False
+        return True
 
     async def _work(self, runs: Iterator[_Run]) -> None:
         """Takes runs until there are none. A file is opened for each: that costs little beside reading one."""
         buffer = io_buffer(2 * SLAB_BYTES)
         for run in runs:
-            begin, end = run.table.bounds[run.first], run.table.bounds[run.last]
-            with self._trace.span("verify", end - begin):
+            with self._trace.span("verify", run.end - run.begin):
                 await self._read(run, buffer)
 
     async def _read(self, run: _Run, buffer: memoryview) -> None:
-        table = run.table
+        file = run.file
         try:
-            source = await self._storage.open(table.name)
+            source = await self._storage.open(file.name)
             try:
-                data = await _stored(source, table.bounds[run.first], table.bounds[run.last], buffer)
+                data = await _stored(source, run.begin, run.end, buffer)
             finally:
                 await source.aclose()
         except (OSError, EOFError, AsyncDCPError) as error:
@@ -205,45 +185,33 @@ class _Pass:
         self.blocks += run.last - run.first
         self.bytes += len(data)
         for block in wrong:
-            place = f"bytes {table.bounds[block]} to {table.bounds[block + 1]} as stored"
-            self._block("checksum", table, block, f"block {block} ({place}) does not match its checksum")
+            place = f"bytes {file.bound(block)} to {file.bound(block + 1)} as stored"
+            self._block("checksum", file, block, f"block {block} ({place}) does not match its checksum")
 
     async def _unread(self, run: _Run, buffer: memoryview, error: Exception) -> None:
         """Looks for the blocks that cannot be read, one by one; the others are verified all the same."""
         if run.last - run.first > 1:
             for block in range(run.first, run.last):
-                await self._read(_Run(run.table, block, block + 1), buffer)
+                await self._read(_Run.of(run.file, block, block + 1), buffer)
         else:
-            self._block("unreadable", run.table, run.first, f"block {run.first} cannot be read: {error}")
+            self._block("unreadable", run.file, run.first, f"block {run.first} cannot be read: {error}")
 
-    def _block(self, kind: DamageKind, table: _Table, block: int, what: str) -> None:
-        tensors = table.tensors_of(block)
-        message = f"{table.name}: {what}; it holds {enumerated(tensors)}"
-        self.damages.append(Damage(kind, table.name, message, block, tensors))
+    def _block(self, kind: DamageKind, file: FileMap, block: int, what: str) -> None:
+        tensors = file.tensors_in(block)
+        message = f"{file.name}: {what}; it holds {enumerated(tensors)}"
+        self.damages.append(Damage(kind, file.name, message, block, tensors))
 
     def _found(self, kind: DamageKind, file: str, error: AsyncDCPError) -> None:
         self.damages.append(Damage(kind, file, str(error), None, error.tensors))
 
 
-def _bounds(file: FileTable, size: int, block_bytes: int) -> Iterator[int]:
-    if file.lengths is not None:
-        return accumulate(file.lengths, initial=0)
-    blocks = block_count(size, block_bytes) if block_bytes > 0 and len(file.checksums) * block_bytes >= size else 0
-    return (min(block * block_bytes, size) for block in range(blocks + 1))
-
-
-def _readable(bounds: Sequence[int]) -> bool:
-    """Whether every block fits into the buffer that it is to be read into."""
-    return all(0 <= end - begin <= _BLOCK_LIMIT for begin, end in pairwise(bounds))
-
-
-def _runs(table: _Table) -> Iterator[_Run]:
-    """Neighbouring blocks, up to a slab together."""
-    first = 0
-    for last in range(1, len(table.bounds)):
-        full = last + 1 == len(table.bounds) or table.bounds[last + 1] - table.bounds[first] > SLAB_BYTES
-        if full:
-            yield _Run(table, first, last)
+def _runs(file: FileMap) -> Iterator[_Run]:
+    """Neighbouring blocks, up to a slab together, or one; a block is no longer than ``stored_limit``."""
+    assert file.checksums is not None
+    first, blocks = 0, len(file.checksums)
+    for last in range(1, blocks + 1):
+        if last == blocks or file.bound(last + 1) - file.bound(first) > SLAB_BYTES:
+            yield _Run.of(file, first, last)
             first = last
 
 
@@ -257,9 +225,10 @@ async def _stored(source: ObjectReader, begin: int, end: int, buffer: memoryview
 
 
 def _mismatches(run: _Run, data: memoryview) -> list[int]:
-    bounds, origin = run.table.bounds, run.table.bounds[run.first]
+    file = run.file
+    assert file.checksums is not None
     return [
         block
         for block in range(run.first, run.last)
-        if checksum(data[bounds[block] - origin : bounds[block + 1] - origin]) != run.table.checksums[block]
+        if checksum(data[file.bound(block) - run.begin : file.bound(block + 1) - run.begin]) != file.checksums[block]
     ]

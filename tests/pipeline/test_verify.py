@@ -11,7 +11,8 @@ import pytest
 
 from asyncdcp.errors import AmbiguousCheckpoint, CheckpointNotFound
 from asyncdcp.pipeline.union import enumerated
-from asyncdcp.pipeline.verify import Damage, verify
+from asyncdcp.pipeline.verify import verify
+from asyncdcp.results import Damage
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from asyncdcp.storage.memory import MemoryReader
 from asyncdcp.storage.posix import OS

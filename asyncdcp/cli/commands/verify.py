@@ -14,7 +14,8 @@ from asyncdcp.cli.progress import shown_progress
 from asyncdcp.cli.targets import AS_JSON, PLACE, open_storage_at, run
 from asyncdcp.cli.text import bad, count_text, dim, good, say, say_json, seconds_text, shown, size_text
 from asyncdcp.errors import CheckpointNotFound
-from asyncdcp.pipeline.verify import VerifyReport, verify
+from asyncdcp.pipeline.verify import verify
+from asyncdcp.results import VerifyReport
 from asyncdcp.storage import LocalStorage
 
 _SHOWN = 20
