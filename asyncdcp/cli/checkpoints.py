@@ -10,19 +10,21 @@ import click
 from click.shell_completion import CompletionItem
 
 from asyncdcp.cli.targets import open_storage_at, run
-from asyncdcp.errors import CheckpointNotFound
+from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint
 from asyncdcp.metadata import Metadata, Record
 from asyncdcp.names import record_save_id
 from asyncdcp.pipeline import formats
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.reader import CheckpointReader
+from asyncdcp.pipeline.union import check_sizes
 from asyncdcp.runs.layout import step_of
 from asyncdcp.storage import LocalStorage, Storage, open_place
 
 
 async def open_checkpoint(target: str, *, data: bool = True) -> ReadableCheckpoint:
     """Opens a checkpoint of any format that is known; everything that describes it is checked. ``data=False`` is for
-    who reads no tensor: an encrypted checkpoint needs no key for that, unless its names are encrypted too.
+    who reads no tensor: its data files may be gone, and an encrypted checkpoint needs no key, unless its names are
+    encrypted too.
     """
     storage = open_storage_at(target)
     try:
@@ -44,6 +46,16 @@ async def opened(target: str, *, data: bool = True) -> AsyncIterator[ReadableChe
 def record_of(reader: ReadableCheckpoint) -> Record | None:
     """The Record of a checkpoint of asyncdcp's own format; None for another."""
     return reader.record if isinstance(reader, CheckpointReader) else None
+
+
+async def damage_of(target: str, reader: ReadableCheckpoint) -> str | None:
+    """What of an open checkpoint's data files is missing, or too short; None where none is, or nobody can tell."""
+    if isinstance(reader, CheckpointReader):
+        try:
+            check_sizes(reader.files, await open_storage_at(target).list())
+        except CorruptCheckpoint as error:
+            return str(error)
+    return None
 
 
 async def hint(target: str, storage: Storage) -> str:

@@ -12,7 +12,7 @@ import pickle
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +33,10 @@ from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
 from asyncdcp.interop.huggingface import INDEX_SUFFIX, encode_weight_index, shard_names
 from asyncdcp.interop.selection import Selection
 from asyncdcp.interop.streaming import Digests, Fill, known_dtype, read_ahead, whole_tensor, write_plan
-from asyncdcp.names import make_save_id
+from asyncdcp.names import make_save_id, record_name
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.messages import SlabReady
+from asyncdcp.pipeline.records import read_record
 from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
@@ -49,6 +50,8 @@ from asyncdcp.trace import Trace
 SHARD_BYTES: Final = 5 * 10**9
 """The size of a shard where none is asked for: Hugging Face's own default."""
 _SLOTS: Final = 6
+_FORGETTING: Final = 10.0
+"""Seconds for the last traces of what failed."""
 
 Written = dict[str, bytes]
 """XXH3-128 of the bytes of each tensor that was written, by its name."""
@@ -68,7 +71,7 @@ class _Ring:
 async def write_native(
     reader: ReadableCheckpoint, selection: Selection, storage: Storage, metadata: dict[str, Any]
 ) -> Written:
-    """Commits a checkpoint of one rank. Raises as a save does."""
+    """Commits a checkpoint of one rank. Raises as a save does, and leaves nothing then."""
     plan = _plan(selection, None)
     location = storage.info.location
     job = make_job(
@@ -97,9 +100,23 @@ async def write_native(
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(feed)
                 await session.run()
+    except BaseException:
+        await _forget(storage, job.save_id)
+        raise
     finally:
         ring.arena.close()
     return _by_name(plan, found[0])
+
+
+async def _forget(storage: Storage, save_id: str) -> None:
+    """Takes the abort of a conversion away, and the folder that is empty then. An abort tells those who take part in a
+    save; here it was this process alone, and it has ended the save.
+    """
+    with anyio.move_on_after(_FORGETTING, shield=True), suppress(OSError, AsyncDCPError):
+        if (await read_record(storage, save_id)).outcome == "abort":
+            await storage.delete([record_name(save_id)])
+            if isinstance(storage, LocalStorage):
+                await anyio.Path(storage.info.location).rmdir()
 
 
 class _SessionSink:

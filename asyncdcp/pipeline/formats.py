@@ -64,7 +64,8 @@ async def open_checkpoint(
     data: bool = True,
 ) -> ReadableCheckpoint:
     """Opens the checkpoint at ``storage``: asyncdcp's own if there is one, else the first that a reader knows.
-    ``registry`` finds the extensions that its data needs; with ``data=False`` they are not looked for.
+    ``registry`` finds the extensions that its data needs; with ``data=False`` neither they nor the data
+    files are looked for.
 
     Raises as ``CheckpointReader.open`` does, which says what ``viewer`` is; ``CheckpointNotFound`` names readers that
     could not be loaded.

@@ -192,7 +192,8 @@ class CheckpointReader(RangeReader):
         for themselves, the reader has what ``viewer`` says, by default rank 0's.
 
         ``registry`` finds the extensions and their keys. With ``data=False`` only what describes the data is opened:
-        extensions are not needed, nor keys unless that is encrypted too, and ``read`` raises for transformed data.
+        its files may be gone, extensions are not needed, nor keys unless that is encrypted too, and ``read`` raises for
+        transformed data.
         """
         known = registry or ExtensionRegistry()
         seals = Seals(known)
@@ -200,7 +201,8 @@ class CheckpointReader(RangeReader):
         async def opened(record: Record) -> CheckpointReader:
             found = await read_description(storage, record, seals)
             reader = await cls.of(storage, found, viewer or Viewer(), known, data=data)
-            check_sizes(reader.files, await storage.list())
+            if data:
+                check_sizes(reader.files, await storage.list())
             return reader
 
         return await with_commit(storage, opened, seals)

@@ -102,6 +102,8 @@ def test_a_listing_names_the_key(call: Call, run: Path, kind: str, monkeypatch: 
         return
     assert [(each["state"], each["latest"]) for each in listed] == [("encrypted", False)] * 2
     assert all(_UNSET in each["cause"] for each in listed)
+    table = call("ls", run).out
+    assert table.count(_UNSET) == 1 and "encrypted (1, 2): the data is encrypted with the key" in table
     assert call("gc", run, "--older-than", 0, "--off-line", "--delete").out.startswith("nothing to delete")
 
 

@@ -83,9 +83,13 @@ def test_a_damaged_record(call: Call, checkpoint: Path) -> None:
 def test_a_missing_data_file(call: Call, checkpoint: Path) -> None:
     (data,) = checkpoint.glob("*.safetensors")
     data.unlink()
-    assert call("inspect", checkpoint).error.startswith(
-        f"the checkpoint at {checkpoint} is damaged: the data file {data.name} is missing"
-    )
+    shown = call("inspect", checkpoint)
+    assert shown.status == 1 and f"\n  damaged   the data file {data.name} is missing, and had " in shown.out
+    assert "embed.weight" in shown.out, "what it held is told by its index"
+    assert call("inspect", checkpoint, "--json").json["damage"].startswith(f"the data file {data.name} is missing")
+    damaged = f"the checkpoint at {checkpoint} is damaged: the data file {data.name} is missing"
+    assert call("inspect", checkpoint, "--tensor", "*").error.startswith(damaged)
+    assert call("diff", checkpoint, checkpoint).status == 0
 
 
 def test_damaged_bytes(call: Call, checkpoint: Path) -> None:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.from_thread
 import pytest
 import safetensors.torch
 import torch
@@ -254,9 +256,18 @@ async def test_damage_of_the_source_leaves_nothing(tmp_path: Path, to: Format) -
     data.write_bytes(content)
     with pytest.raises(CorruptCheckpoint):
         await convert(source, tmp_path / "target", to)
-    left = [path.name for path in (tmp_path / "target").glob("*")] if (tmp_path / "target").exists() else []
-    assert [name for name in left if not name.endswith(".json")] == [], "of a native save its abort stays, and no data"
-    assert [name for name in os.listdir(tmp_path) if "partial" in name] == []
+    assert os.listdir(tmp_path) == ["source"]
+
+
+async def test_a_native_one_that_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write_source("native", tmp_path / "source"), tmp_path / "target"
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").touch()
+
+    with anyio.CancelScope() as scope:
+        monkeypatch.setattr(streaming, "_fill", lambda *_: anyio.from_thread.run_sync(scope.cancel))
+        await convert(source, target)
+    assert scope.cancelled_caught and os.listdir(target) == ["mine"]
 
 
 async def test_what_is_written_wrongly_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
-from asyncdcp.cli.checkpoints import complete_entry, opened, record_of
+from asyncdcp.cli.checkpoints import complete_entry, damage_of, opened, record_of
 from asyncdcp.cli.entries import Entry, chosen, entries_of
+from asyncdcp.cli.errors import DIFFERENT
 from asyncdcp.cli.plain import plain_text
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
+    bad,
     count_text,
     dim,
     iso_text,
@@ -65,29 +67,33 @@ _STATISTICS = (
 @click.option("--depth", type=click.IntRange(min=1), help=f"Levels of the tree; by default what fits {_LINES} lines.")
 @click.option("-a", "--all", "everything", is_flag=True, help="The whole tree, a line for each tensor.")
 @AS_JSON
-def command(checkpoint: str, globs: tuple[str, ...], depth: int | None, *, everything: bool, as_json: bool) -> None:
+def command(checkpoint: str, globs: tuple[str, ...], depth: int | None, *, everything: bool, as_json: bool) -> int:
     """Show what a checkpoint holds: names, dtypes, shapes, sizes, chunks, files and plain values.
 
-    Layers that are alike stand as one line. --tensor 'model.*.weight' reads tensors, and verifies them.
+    Layers that are alike stand as one line. --tensor 'model.*.weight' reads tensors, and verifies them. The exit status
+    is 1 if a data file is missing or too short.
     """
     if globs:
         run(_show_statistics, checkpoint, globs, as_json=as_json)
-    else:
-        run(_show_tree, checkpoint, depth, everything=everything, as_json=as_json)
+        return 0
+    return run(_show_tree, checkpoint, depth, everything=everything, as_json=as_json)
 
 
 # ── the tree ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _show_tree(checkpoint: str, depth: int | None, *, everything: bool, as_json: bool) -> None:
+async def _show_tree(checkpoint: str, depth: int | None, *, everything: bool, as_json: bool) -> int:
     async with opened(checkpoint, data=False) as reader:
-        entries = entries_of(reader)
+        entries, damage = entries_of(reader), await damage_of(checkpoint, reader)
         if as_json:
-            say_json(_as_json(reader, entries))
-            return
-        say(_header(checkpoint, reader, entries))
-        say("")
-        say(_tree(entries, depth, everything=everything))
+            say_json({**_as_json(reader, entries), "damage": damage})
+        else:
+            say(_header(checkpoint, reader, entries))
+            if damage is not None:
+                say(f"  {bad('damaged')}   {shown(damage)}; asyncdcp verify shows all")
+            say("")
+            say(_tree(entries, depth, everything=everything))
+    return 0 if damage is None else DIFFERENT
 
 
 def _header(checkpoint: str, reader: ReadableCheckpoint, entries: list[Entry]) -> Iterator[str]:

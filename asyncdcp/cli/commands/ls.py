@@ -25,8 +25,10 @@ from asyncdcp.cli.text import (
     time_text,
     warned,
 )
+from asyncdcp.names import record_name
 from asyncdcp.runs import Checkpoint, Run
 
+_NAMED = 5
 _STYLES = {"committed": good, "partial": warned, "aborted": dim, "damaged": bad, "encrypted": warned}
 
 
@@ -72,6 +74,7 @@ def _table(found: Run) -> Iterator[str]:
     ]
     yield from table(columns, [_row(found, checkpoint, metrics, terms=terms) for checkpoint in checkpoints])
     good_ones = found.good()
+    yield from map(warned, _sealed(checkpoints))
     if good_ones:
         total = size_text(sum(checkpoint.size for checkpoint in checkpoints))
         latest = f"the latest is step {good_ones[-1].step}"
@@ -94,7 +97,21 @@ def _row(found: Run, checkpoint: Checkpoint, metrics: Sequence[str], *, terms: b
     ]
 
 
+def _sealed(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    """Why some are encrypted, said once for all that lack the same key."""
+    steps: dict[str, list[str]] = {}
+    for each in checkpoints:
+        if each.state == "encrypted":
+            why = (each.cause or "").removeprefix(f"{record_name(each.save_id or '')} is encrypted: ")
+            steps.setdefault(why, []).append(str(each.step))
+    for why, named in steps.items():
+        more = ", …" if len(named) > _NAMED else ""
+        yield f"encrypted ({', '.join(named[:_NAMED])}{more}): {shown(why)}"
+
+
 def _note(found: Run, checkpoint: Checkpoint) -> str:
+    if checkpoint.state == "encrypted":
+        return ""
     if checkpoint.cause is not None:
         return shown(checkpoint.cause)
     if checkpoint.state == "partial":
