@@ -89,6 +89,14 @@ class StoredFile:
         return cls(file, awaited, checksums, None, file.size, slabs)
 
 
+class Turn(NamedTuple):
+    """A slab, what to wait for before it goes on, and what to set after that."""
+
+    slab: SlabReady
+    before: anyio.Event
+    after: anyio.Event
+
+
 class Intake:
     """Takes slabs from the source. Every slab must come once, and whole; anything else would make a checkpoint that
     cannot be loaded.
@@ -101,9 +109,22 @@ class Intake:
         counts = [len(file.awaited) for file in files]
         self._order = ((file, number) for file, count in enumerate(counts) for number in range(count))
         self._early: dict[tuple[int, int], SlabReady] = {}
+        self._taking = anyio.Lock()
+        self._last = anyio.Event()
+        self._last.set()
 
-    async def next(self) -> SlabReady:
-        """Some slab; ``anyio.EndOfStream`` after the last."""
+    async def next(self, *, in_order: bool) -> Turn:
+        """Some slab, which may go on at once; or ``in_order`` the one that follows the last in its file, or the first
+        of the next file, and goes on after that. ``anyio.EndOfStream`` after the last.
+        """
+        if not in_order:
+            return Turn(await self._any(), self._last, self._last)
+        async with self._taking:
+            slab, before = await self._following(), self._last
+            self._last = anyio.Event()
+            return Turn(slab, before, self._last)
+
+    async def _any(self) -> SlabReady:
         slab = await self._slabs.receive()
         size = self._job.slab_bytes
         if 0 <= slab.file < len(self._files):
@@ -114,16 +135,13 @@ class Intake:
                 return slab
         raise AsyncDCPError(f"{slab} is not a slab of this save, or came before")
 
-    async def next_in_order(self) -> SlabReady:
-        """The slab that follows the last one in its file, or the first of the next file. For one caller at a time.
-
-        Those that come early wait in their slots. They are few: slots are filled in order, several at once.
-        """
+    async def _following(self) -> SlabReady:
+        """Those that come early wait in their slots. They are few: slots are filled in order, several at once."""
         wanted = next(self._order, None)
         if wanted is None:
             raise anyio.EndOfStream
         while wanted not in self._early:
-            slab = await self.next()
+            slab = await self._any()
             self._early[slab.file, slab.number] = slab
         return self._early.pop(wanted)
 
@@ -149,24 +167,12 @@ async def checksum_slabs(stage: Stage, *, in_order: bool = False) -> None:
     With ``in_order`` they go on in the order of the image. Those that come early wait in their slots, which delays
     nobody for long: slots are filled in order, so the one that is waited for has its own already.
     """
-    job, limiter, taking = stage.job, anyio.CapacityLimiter(CHECKSUMS_IN_FLIGHT), anyio.Lock()
-    last = anyio.Event()
-    last.set()
-
-    async def take() -> tuple[SlabReady, anyio.Event, anyio.Event]:
-        """A slab, what to wait for before it goes on, and what to set after that."""
-        nonlocal last
-        if not in_order:
-            return await stage.intake.next(), last, last
-        async with taking:
-            slab, before = await stage.intake.next_in_order(), last
-            last = anyio.Event()
-            return slab, before, last
+    job, limiter = stage.job, anyio.CapacityLimiter(CHECKSUMS_IN_FLIGHT)
 
     async def work() -> None:
         while True:
             try:
-                slab, before, sent = await take()
+                slab, before, sent = await stage.intake.next(in_order=in_order)
             except anyio.EndOfStream:
                 return
             view = stage.slabs.view(slab.slot)
@@ -190,24 +196,17 @@ async def encode_slabs(stage: Stage, chain: Chain) -> None:
     """With extensions: slabs are taken in order, encoded several at once, and packed in order again."""
     limiter = anyio.CapacityLimiter(slabs_at_once())
     packer = _Packer(stage, limiter)
-    taking = anyio.Lock()
-    before = anyio.Event()
-    before.set()
 
     async def work() -> None:
-        nonlocal before
         while True:
-            async with taking:
-                try:
-                    slab = await stage.intake.next_in_order()
-                except anyio.EndOfStream:
-                    return
-                turn, before = before, anyio.Event()
-                packed = before
+            try:
+                slab, before, packed = await stage.intake.next(in_order=True)
+            except anyio.EndOfStream:
+                return
             data = stage.slabs.view(slab.slot)[: slab.length]
             with stage.trace.span("transform", slab.length):
                 blocks = await on_thread(limiter, _encode_blocks, stage, chain, slab, data)
-            await turn.wait()
+            await before.wait()
             await packer.add(slab, blocks)
             stage.slabs.done(slab.slot)  # not before: an extension may have returned a view of it
             packed.set()
