@@ -111,7 +111,7 @@ class Engine:
         return future
 
     def future(self, name: str, *, cancel: Callable[[], object] | None = None) -> CheckpointFuture[Any]:
-        """A future that the owner resolves with ``set_result`` or ``set_exception``.
+        """A future that the owner resolves with ``resolve`` or ``fail``.
 
         ``close`` does not wait for it, but resolves it to ``Cancelled`` if nobody else has.
         """
@@ -197,11 +197,12 @@ class Engine:
         del self._tasks[future]
         self._scopes.pop(future, None)
         if task.cancelled():
-            future._resolve(None, Cancelled(f"{future.name} was cancelled"))
+            future.fail(Cancelled(f"{future.name} was cancelled"))
         elif (error := task.exception()) is not None:
-            future._resolve(None, error.__cause__ if isinstance(error, _Stop) else error)
+            stop = error.__cause__ if isinstance(error, _Stop) else None
+            future.fail(stop or error)
         else:
-            future._resolve(task.result(), None)
+            future.resolve(task.result())
 
     async def _work(self, future: CheckpointFuture[T], fn: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
         with anyio.CancelScope() as self._scopes[future]:
@@ -267,7 +268,7 @@ class Engine:
             self._closing = self._ended = True
             left = list(self._pending)
         for future in left:
-            future._resolve(None, error or Cancelled(f"{future.name} was not done when {self.name} closed"))
+            future.fail(error or Cancelled(f"{future.name} was not done when {self.name} closed"))
         self._drain = None
         exit_hook.remove(self)
 

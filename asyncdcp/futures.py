@@ -11,7 +11,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
@@ -241,26 +240,17 @@ class CheckpointFuture(Generic[T]):
 
     # ── the owner's side ──
 
-    def set_result(self, value: T) -> None:
-        """Resolve it. For the owner, from any thread; ``InvalidStateError`` if it is done, which changes nothing."""
-        if not self._resolve(value, None):
-            raise InvalidStateError(f"{self.name} is done already")
-
-    def set_exception(self, error: BaseException) -> None:
-        """Resolve it with an error. For the owner, from any thread; ``InvalidStateError`` if it is done."""
-        if not self._resolve(None, error):
-            raise InvalidStateError(f"{self.name} is done already")
-
     def resolve(self, value: T) -> bool:
-        """``set_result`` unless it is done; whether it was resolved here."""
+        """Resolve it unless it is done; whether it was resolved here. For the owner, from any thread; blocks for
+        nobody's loop.
+        """
         return self._resolve(value, None)
 
     def fail(self, error: BaseException) -> bool:
-        """``set_exception`` unless it is done; whether it was resolved here."""
+        """As ``resolve``, with an error."""
         return self._resolve(None, error)
 
     def _resolve(self, value: T | None, failure: BaseException | None) -> bool:
-        """Resolve it unless it is done; whether it was resolved here. Blocks for nobody's loop."""
         with self._lock:
             if self._done:
                 return False

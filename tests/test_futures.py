@@ -10,7 +10,6 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any
 
@@ -68,7 +67,7 @@ def test_blocking_on_the_engines_loop_is_refused(engine: Engine) -> None:
     async def block_on_done() -> Any:
         return other.result()
 
-    other.set_result(1)
+    other.resolve(1)
     assert engine.submit(block_on_done).result(LONG) == 1
 
 
@@ -79,7 +78,7 @@ def test_blocking_in_a_done_callback_is_refused(engine: Engine) -> None:
         try:
             other.exception()
         except WouldDeadlock as error:
-            seen.set_result(error)
+            seen.resolve(error)
 
     engine.submit(add, 1, 2).add_done_callback(callback)
     assert isinstance(seen.result(LONG), WouldDeadlock)
@@ -87,11 +86,8 @@ def test_blocking_in_a_done_callback_is_refused(engine: Engine) -> None:
 
 def test_resolved_exactly_once(engine: Engine) -> None:
     future = engine.future("it")
-    future.set_result(1)
-    with pytest.raises(InvalidStateError):
-        future.set_result(2)
-    with pytest.raises(InvalidStateError):
-        future.set_exception(ValueError())
+    assert future.resolve(1)
+    assert not future.resolve(2) and not future.fail(ValueError())
     assert future.result() == 1
 
 
@@ -211,7 +207,7 @@ def test_the_owner_is_asked_once_on_the_loop(engine: Engine) -> None:
     engine.submit(add, 1, 2).result(LONG)
     assert asked == [True]
     assert not future.done()
-    future.set_result(1)
+    future.resolve(1)
     assert not future.cancel()
     assert not future.cancelled()
 
@@ -238,7 +234,7 @@ def test_callbacks_in_order_in_their_context_off_the_loop(engine: Engine) -> Non
 
     for n in range(3):
         contextvars.copy_context().run(add_in_context, n)
-    engine.call(future.set_result, 1)
+    engine.call(future.resolve, 1)
     future.result(LONG)
     future.add_done_callback(callback(3))
     future.add_done_callback(lambda _: end.set())
@@ -256,7 +252,7 @@ def test_a_failing_callback_is_logged_and_the_next_one_runs(
     future, end = engine.future("it"), threading.Event()
     future.add_done_callback(callback)
     future.add_done_callback(lambda _: end.set())
-    future.set_result(1)
+    future.resolve(1)
     assert end.wait(LONG)
     (record,) = caplog.records
     assert record.levelno == logging.ERROR

@@ -56,7 +56,7 @@ def test_resolved_by_another_thread_while_awaited(engine: Engine, run: Any) -> N
             group.start_soon(wait)
             await anyio.wait_all_tasks_blocked()
             assert len(future._wakers) == 2
-            await anyio.to_thread.run_sync(future.set_result, 7)
+            await anyio.to_thread.run_sync(future.resolve, 7)
         assert got == [7, 7]
 
     run(main)
@@ -74,7 +74,7 @@ def test_a_cancelled_waiter_leaves_the_work_and_nothing_behind(engine: Engine, r
             group.cancel_scope.cancel()
         assert not future._wakers
         assert not future.done()
-        future.set_result(1)
+        future.resolve(1)
         assert await future == 1
 
     run(main)
@@ -99,7 +99,7 @@ def test_tasks_on_three_loops_await_one_future(engine: Engine) -> None:
         thread.start()
     for _ in threads:
         ready.acquire()
-    future.set_result(5)
+    future.resolve(5)
     for thread in threads:
         thread.join()
     assert got == [5, 5, 5]
@@ -121,7 +121,7 @@ def test_an_asyncio_loop_closed_meanwhile_does_no_harm(engine: Engine, new_loop:
     loop.run_until_complete(main())
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
-    future.set_result(1)
+    future.resolve(1)
     assert future.result() == 1
     assert not caplog.records
 
@@ -133,7 +133,7 @@ def test_a_trio_loop_over_meanwhile_does_no_harm(engine: Engine) -> None:
         future._wakers[anyio.Event()] = trio.lowlevel.current_trio_token()
 
     trio.run(main)
-    future.set_result(1)
+    future.resolve(1)
     assert future.result() == 1
 
 

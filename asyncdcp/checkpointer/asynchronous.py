@@ -291,8 +291,8 @@ class AsyncCheckpointer(ReadVerbs):
             f"the save to {location} was skipped: an earlier one is under way, and when_busy='skip'", path=location
         )
         self._tell_peers(name, storage, skipped)
-        handle.staged.set_exception(skipped)
-        handle.committed.set_exception(skipped)
+        handle.staged.fail(skipped)
+        handle.committed.fail(skipped)
         return handle
 
     def _warn_volatile(self, storage: Storage) -> None:
