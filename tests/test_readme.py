@@ -65,6 +65,27 @@ def test_there_are_programs_and_both_commands() -> None:
         assert "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e " in command
 
 
+def test_every_block_of_code_is_run() -> None:
+    """Programs by ``test_programs_run``; commands by ``tests/cli/test_documented.py``, or as examples; what needs
+    somebody else's trainer, ``py``, by its tests in ``tests/interop``; an extension's ``toml`` by ``test_own.py``.
+    """
+    elsewhere = {"console": "cli", "py": "interop", "toml": "extensions"}
+    for page, text in _TEXTS.items():
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            if kind in elsewhere:
+                assert page.parent.name == elsewhere[kind], block
+            elif kind == "sh" and block not in _COMMANDS.values():
+                assert all(line.startswith(("asyncdcp ", "torchrun ")) for line in block.splitlines()), block
+            else:
+                assert kind in ("python", "sh", "text", "mermaid"), block
+
+
+def test_torchrun_calls_the_example_that_is_resharded() -> None:
+    """``tests/examples/test_train_fsdp.py`` runs it: killed on two ranks, resumed on another number of them."""
+    calls = re.findall(r"^torchrun --nproc-per-node \d (examples/\S+)(.*?) *#", _README, re.MULTILINE)
+    assert calls == [("examples/train_fsdp.py", " --kill-at 7"), ("examples/train_fsdp.py", "")]
+
+
 def test_the_train_command_calls_the_example_that_dies_and_resumes() -> None:
     """``tests/examples/test_train_small.py`` runs that: killed in the middle of a save, and resumed bit for bit."""
     calls = re.findall(r"^  \.venv/bin/python (examples/\S+)(.*)$", _COMMANDS["train"], re.MULTILINE)

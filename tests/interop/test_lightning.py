@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import anyio
 import pytest
 import torch
 
+from asyncdcp import SyncCheckpointer
 from asyncdcp.errors import CheckpointNotFound, InvalidOption
+from tests.interop.page import example
 
 if find_spec("lightning") is None:
     pytest.skip("needs Lightning", allow_module_level=True)
@@ -116,6 +118,20 @@ def test_removed_from_an_object_store(tmp_path: Path) -> None:
     anyio.run(in_a_notebook)
     with pytest.raises(CheckpointNotFound, match="there is no memory://"):
         plugin.remove_checkpoint(f"{folder}/1")
+
+
+def test_the_example_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    monkeypatch.chdir(tmp_path)
+    short = partial(Trainer, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
+    exec(
+        example("lightning"),
+        {"Trainer": short, "ModelCheckpoint": ModelCheckpoint, "model": net_class()(), "data": data()},
+    )
+    with SyncCheckpointer(process=False) as checkpointer:
+        assert checkpointer.load(tmp_path / "checkpoints" / "last.ckpt", keys=["epoch"]) == {"epoch": 0}
 
 
 def test_a_link_to_the_last_one_can_be_made_before_it_is_written(

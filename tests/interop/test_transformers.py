@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from asyncdcp.manager import CheckpointManager, EverySteps
+from asyncdcp.runs import KeepLast
+from tests.interop.page import example
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -25,14 +27,12 @@ class Net(torch.nn.Module):
         return {"loss": (self.layer(x).squeeze(-1) - labels).square().mean()}
 
 
-def trainer(folder: Path, manager: CheckpointManager, steps: int) -> Any:
-    from asyncdcp.interop.transformers import AsyncDCPCallback
+ROWS = [{"x": torch.full((3,), 0.5), "labels": torch.tensor(1.0)} for _ in range(8)]
+"""Alike: their order is no matter."""
 
-    torch.manual_seed(0)
-    rows = [
-        {"x": torch.full((3,), 0.5), "labels": torch.tensor(1.0)} for _ in range(8)
-    ]  # alike: their order is no matter
-    args = transformers.TrainingArguments(
+
+def arguments(folder: Path, steps: int) -> Any:
+    return transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=2,
@@ -44,7 +44,14 @@ def trainer(folder: Path, manager: CheckpointManager, steps: int) -> Any:
         lr_scheduler_type="constant",
         logging_steps=1,
     )
-    return transformers.Trainer(model=Net(), args=args, train_dataset=rows, callbacks=[AsyncDCPCallback(manager)])
+
+
+def trainer(folder: Path, manager: CheckpointManager, steps: int) -> Any:
+    from asyncdcp.interop.transformers import AsyncDCPCallback
+
+    torch.manual_seed(0)
+    callbacks = [AsyncDCPCallback(manager)]
+    return transformers.Trainer(model=Net(), args=arguments(folder, steps), train_dataset=ROWS, callbacks=callbacks)
 
 
 def test_a_training_resumes_bit_by_bit(tmp_path: Path) -> None:
@@ -66,3 +73,19 @@ def test_a_training_resumes_bit_by_bit(tmp_path: Path) -> None:
         assert manager.steps().result() == [2, 4, 6]
     assert torch.equal(second.model.layer.weight, whole.model.layer.weight)
     assert second.state.global_step == 6
+
+
+def test_the_example_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def few(*, save_strategy: str, max_steps: int) -> Any:
+        assert (save_strategy, max_steps) == ("no", 10_000)
+        return arguments(tmp_path, 2)
+
+    own = {"Trainer": transformers.Trainer, "TrainingArguments": few, "model": Net(), "data": ROWS}
+    exec(
+        example("transformers"),
+        {"CheckpointManager": CheckpointManager, "KeepLast": KeepLast, "EverySteps": EverySteps, **own},
+    )
+    with CheckpointManager("runs/bert", read_only=True, process=False) as manager:
+        assert manager.steps().result() == [2]
