@@ -18,7 +18,7 @@ _logger = logging.getLogger("asyncdcp")
 
 
 class StagingArena:
-    """An arena, its ring of slots, and how many saves use it. ``bytes`` is the arena as a tensor.
+    """An arena, its ring of slots, and how many saves use it.
 
     ``abandoned`` arenas have slots that will never be given back: no save begins to use one, and whoever waits for a
     slot goes elsewhere.
@@ -27,7 +27,6 @@ class StagingArena:
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.arena = Arena(slots, slot_bytes)
         self.ring = SlotRing(slots)
-        self.bytes: Tensor = torch.frombuffer(self.arena.buffer, dtype=torch.uint8)
         self.users = 0
         self.abandoned = False
         self._prefaulted = bytearray(slots)
@@ -42,9 +41,8 @@ class StagingArena:
         return self.arena.slots
 
     def slot(self, number: int) -> Tensor:
-        """A slot's bytes."""
-        size = self.arena.slot_bytes
-        return self.bytes[number * size : (number + 1) * size]
+        """A slot's bytes; ``Closed`` after the end."""
+        return torch.frombuffer(self.arena.slot(number), dtype=torch.uint8)
 
     def prefault(self, number: int) -> None:
         """Takes a slot's memory before its first use. Called by one thread for a slot."""
@@ -68,7 +66,6 @@ class StagingArena:
         if self._unpin is not None:
             self._unpin()
             self._unpin = None
-        self.bytes = torch.empty(0, dtype=torch.uint8)
         self.arena.close()
 
 
@@ -108,10 +105,13 @@ class Arenas:
             self.release(arena)
 
     def release(self, arena: StagingArena) -> None:
-        """Ends a save's use. An arena that was replaced goes with its last user."""
+        """Ends a save's use. An arena that was replaced goes with its last user; after ``close`` all do."""
         arena.users -= 1
-        if not arena.users and (self._closed or arena is not self._current):
-            arena.close()
+        if arena.users or (arena is self._current and not self._closed):
+            return
+        if arena is self._current:
+            self._current = None
+        arena.close()
 
     def abandon(self, arena: StagingArena) -> None:
         """Never gives this arena's memory to another save: who holds its slots may still read them, and never says when

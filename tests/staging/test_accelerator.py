@@ -180,11 +180,11 @@ def test_the_arena_is_pinned_and_given_back(cuda: torch.device, monkeypatch: pyt
 
     monkeypatch.setattr(arenas, "register_host_memory", register)
     arena = StagingArena(2, MIB)
-    assert not arena.bytes.is_pinned()
+    assert not arena.slot(1).is_pinned()
     arena.pin(cuda)
     arena.pin(cuda)
     assert arena.bounce is None
-    assert arena.bytes.is_pinned()
+    assert arena.slot(1).is_pinned()
     arena.close()
     assert len(undone) == 1
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncdcp.errors import MemoryLimit
+from asyncdcp.errors import Closed, MemoryLimit
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab, plan_save
 from asyncdcp.staging import Arenas, CheckpointStager, EagerBudget, SlabCopier, Sources, StagingArena
@@ -52,7 +52,7 @@ async def test_every_slab_is_announced_once_in_order_of_slots(arenas: Arenas) ->
     assert all(slab.slot == slab.number for slab in announced)
     assert stager.held == set(range(len(plan.slabs)))
     assert trace.bytes() == {"stage": plan.images[0].size}
-    image = arena.bytes[: plan.images[0].size]
+    image = torch.cat([arena.slot(number) for number in range(arena.slots)])[: plan.images[0].size]
     assert torch.equal(image[len(plan.images[0].header) :].view(torch.int64), torch.arange(100_000))
     for slot in stager.held:
         arena.ring.release(slot)
@@ -194,9 +194,13 @@ async def test_kept_grown_and_given_back(arenas: Arenas) -> None:
 
 async def test_what_was_pending_at_the_close_gives_its_arena_back(arenas: Arenas) -> None:
     arenas.close()
-    late = arenas.acquire(1)
-    arenas.release(late)
-    assert late.arena.closed
+    for _ in range(2):  # the second must not get the first one's, which is closed
+        late = arenas.acquire(1)
+        late.slot(0).fill_(1)
+        arenas.release(late)
+        assert late.arena.closed
+        with pytest.raises(Closed):
+            late.slot(0)
 
 
 @pytest.mark.parametrize(("limit", "slabs", "slots"), [(1, 5, 1), (3 * SLAB, 5, 3), (3 * SLAB + 1, 2, 2), (None, 5, 5)])
