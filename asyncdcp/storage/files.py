@@ -18,6 +18,7 @@ MIN_ALIGNMENT: Final = 4096
 
 REFUSED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 """How a system says that it does not do such a thing, as opposed to having failed."""
+NOTHING_WRITTEN: Final = "the system wrote nothing and gave no reason"
 
 
 @contextmanager
@@ -80,6 +81,16 @@ class Descriptor:
                 return
             fd, self._fd = self._fd, -1
         self._posix.close(fd)
+
+
+def write_all(posix: Posix, fd: int, data: bytes, offset: int = 0) -> None:
+    """Writes all of ``data``, in as many calls as that takes."""
+    done = 0
+    while done < len(data):
+        count = posix.pwrite(fd, memoryview(data)[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, NOTHING_WRITTEN)
+        done += count
 
 
 @contextmanager

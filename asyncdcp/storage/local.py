@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import secrets
 import stat
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ from typing import Final
 from anyio import CapacityLimiter
 
 from asyncdcp.errors import CommitUnknown, InvalidOption, StorageError
-from asyncdcp.storage.files import Descriptor, translated
+from asyncdcp.storage.files import Descriptor, translated, write_all
 from asyncdcp.storage.local_directory import LocalDirectory
 from asyncdcp.storage.local_reader import LocalReader
 from asyncdcp.storage.local_writer import LocalWriter
-from asyncdcp.storage.port import NAME_PATTERN, StorageInfo, check_name
+from asyncdcp.storage.port import TEMPORARY, StorageInfo, already_there, check_name, check_removable
 from asyncdcp.storage.posix import SYSTEM, FileStatus, Posix
 from asyncdcp.storage.spec import LocalSpec, StorageSpec
 from asyncdcp.threads import on_executor
@@ -32,8 +31,6 @@ from asyncdcp.threads import on_executor
 TRANSFERS: Final = 8
 """How many reads and writes of one LocalStorage are on threads at once."""
 
-_TEMPORARY: Final = re.compile(rf"\.({NAME_PATTERN})\.[0-9a-f]{{16}}")
-"""A temporary's name; the group is the name that it is to get."""
 _VOLATILE: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _NO_RENAME: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
@@ -103,7 +100,7 @@ class LocalStorage:
         with translated("write", path):
             made = await on_executor(self._publish, path, data)
         if not made:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            raise already_there(path)
 
     async def claim(self, name: str, data: bytes) -> bool:
         path = self._join(name)
@@ -117,7 +114,7 @@ class LocalStorage:
     async def get(self, name: str, limit: int) -> bytes:
         path = self._join(name)
         with translated("read", path, FileNotFoundError):
-            return await on_executor(self._get, path, limit)
+            return await on_executor(self.load, path, limit)
 
     async def open(self, name: str) -> LocalReader:
         path = self._join(name)
@@ -135,7 +132,7 @@ class LocalStorage:
         return {name: status.size for name, status in (await self._scan()).items() if not name.startswith(".")}
 
     async def temporaries(self) -> dict[str, str]:
-        found = ((name, _TEMPORARY.fullmatch(name)) for name in await self._scan())
+        found = ((name, TEMPORARY.fullmatch(name)) for name in await self._scan())
         return {name: match[1] for name, match in found if match is not None}
 
     async def _scan(self) -> dict[str, FileStatus]:
@@ -145,13 +142,22 @@ class LocalStorage:
         return {name: status for name, status in found.items() if stat.S_ISREG(status.mode)}
 
     async def delete(self, names: Sequence[str]) -> None:
-        paths = [os.path.join(self._path, name) if _TEMPORARY.fullmatch(name) else self._join(name) for name in names]
+        paths = [os.path.join(self._path, check_removable(name)) for name in names]
         with translated("delete from", self._path):
             await on_executor(self._delete, paths)
 
     def make(self) -> None:
         """Makes the directory with its ancestors, which the next ``barrier`` makes durable. Blocks; not of the port."""
         self._directory.make()
+
+    def load(self, path: str, limit: int) -> bytes:
+        """A whole small file, by its path; as ``get``. Blocks; not of the port."""
+        reader = LocalReader(path, self._posix, self._limiter)
+        try:
+            reader.begin(direct_io=False)
+            return reader.load(limit)
+        finally:
+            reader.close()
 
     def _join(self, name: str) -> str:
         return os.path.join(self._path, check_name(name))
@@ -161,14 +167,6 @@ class LocalStorage:
     def _begin(self, writer: LocalWriter, length_hint: int) -> None:
         self._directory.make()
         writer.begin(length_hint, direct_io=self._direct_io)
-
-    def _get(self, path: str, limit: int) -> bytes:
-        reader = LocalReader(path, self._posix, self._limiter)
-        try:
-            reader.begin(direct_io=False)
-            return reader.load(limit)
-        finally:
-            reader.close()
 
     def _delete(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -207,12 +205,7 @@ class LocalStorage:
         file = Descriptor(self._posix, path)
         fd = file.open(os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         try:
-            done = 0
-            while done < len(data):
-                count = self._posix.pwrite(fd, memoryview(data)[done:], done)
-                if count == 0:
-                    raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
-                done += count
+            write_all(self._posix, fd, data)
             self._posix.fsync(fd)
         finally:
             file.close()

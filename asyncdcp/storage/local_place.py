@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from asyncdcp.errors import CorruptCheckpoint, InvalidOption, StorageError
-from asyncdcp.storage.files import Descriptor, translated
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption
+from asyncdcp.storage.files import Descriptor, translated, write_all
 from asyncdcp.storage.local import LocalStorage
 from asyncdcp.storage.place import Contents, Found, Selects, Survey
 from asyncdcp.storage.port import check_name
@@ -98,27 +98,11 @@ class LocalPlace:
     def _read(self, contents: Contents, path: str, limit: int) -> None:
         name = os.path.basename(path)
         try:
-            contents.read[name] = self._load(path, limit)
+            contents.read[name] = self._storage.load(path, limit)
         except FileNotFoundError:
             del contents.objects[name]
-        except (OSError, CorruptCheckpoint) as error:
+        except (OSError, EOFError, CorruptCheckpoint) as error:
             contents.unread[name] = str(error)
-
-    def _load(self, path: str, limit: int) -> bytes:
-        fd = self._posix.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            size = self._posix.fstat(fd).size
-            if size > limit:
-                raise CorruptCheckpoint(f"{path} has {size} bytes, more than the {limit} that it may have", path=path)
-            data, done = bytearray(size), 0
-            while done < size:
-                count = self._posix.preadv(fd, [memoryview(data)[done:]], done, 0)
-                if count == 0:
-                    raise StorageError(f"{path} has become shorter", path=path)
-                done += count
-            return bytes(data)
-        finally:
-            self._posix.close(fd)
 
     def _append(self, path: str, line: bytes) -> bool:
         """Whether the file was made by this call."""
@@ -130,9 +114,7 @@ class LocalPlace:
             last = bytearray(1)
             if size and self._posix.preadv(fd, [memoryview(last)], size - 1, 0) and last != b"\n":
                 line = b"\n" + line  # a crash has cut the last line off
-            data, done = memoryview(line + b"\n"), 0
-            while done < len(data):
-                done += self._posix.pwrite(fd, data[done:], size + done)  # O_APPEND: at the end, whatever the offset
+            write_all(self._posix, fd, line + b"\n", size)  # O_APPEND: at the end, whatever the offset
             self._posix.fsync(fd)
             return not size
         finally:

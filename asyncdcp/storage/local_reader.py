@@ -12,9 +12,9 @@ from typing import Final
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import CorruptCheckpoint, StorageError
+from asyncdcp.errors import StorageError
 from asyncdcp.storage.files import MIN_ALIGNMENT, REFUSED, Descriptor, aligned, tolerated, translated
-from asyncdcp.storage.port import Buffer, Fetch, check_use
+from asyncdcp.storage.port import Buffer, Fetch, check_length, check_use
 from asyncdcp.storage.posix import IOV_MAX, PAGE, Posix
 from asyncdcp.threads import on_executor, on_thread
 
@@ -96,9 +96,7 @@ class LocalReader:
 
     def load(self, limit: int) -> bytes:
         """The whole file, if it has at most ``limit`` bytes; blocks. For small files."""
-        if self._size > limit:
-            message = f"{self._path} has {self._size} bytes, more than the {limit} that it may have"
-            raise CorruptCheckpoint(message, path=self._path)
+        check_length(self._path, self._size, limit)
         data = bytearray(self._size)
         self._fill(0, [memoryview(data)], self._size)
         return bytes(data)

@@ -15,7 +15,16 @@ from typing import Final
 from anyio import CapacityLimiter
 
 from asyncdcp.errors import Closed, InvalidOption, StorageError, UsageError
-from asyncdcp.storage.files import MIN_ALIGNMENT, REFUSED, Descriptor, address, aligned, tolerated, translated
+from asyncdcp.storage.files import (
+    MIN_ALIGNMENT,
+    NOTHING_WRITTEN,
+    REFUSED,
+    Descriptor,
+    address,
+    aligned,
+    tolerated,
+    translated,
+)
 from asyncdcp.storage.port import Buffer
 from asyncdcp.storage.posix import Posix
 from asyncdcp.threads import on_executor, on_thread
@@ -128,7 +137,7 @@ class LocalWriter:
             return end
         end -= end % alignment
         if end <= done and alignment == 1:
-            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+            raise OSError(errno.EIO, NOTHING_WRITTEN)
         if end <= done:
             self._posix.set_direct(fd, on=False)
             self._alignment = 1

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
-from asyncdcp.errors import CorruptCheckpoint, StorageError
-from asyncdcp.storage.port import Buffer, Fetch, StorageInfo, check_name, check_use
+from asyncdcp.errors import StorageError
+from asyncdcp.storage.port import Buffer, Fetch, StorageInfo, already_there, check_length, check_name, check_use
 from asyncdcp.threads import on_thread
 
 
@@ -36,13 +36,13 @@ class MemoryStorage:
     async def create(self, name: str, length_hint: int) -> MemoryWriter:
         await self._begin(name)
         if self._taken(name):
-            raise self._exists(name)
-        writer = self._unfinished[name] = MemoryWriter(name, self._objects, self._unfinished)
+            raise already_there(self._path_of(name))
+        writer = self._unfinished[name] = MemoryWriter(self._path_of(name), self._objects, self._unfinished)
         return writer
 
     async def put(self, name: str, data: bytes) -> None:
         if not await self.claim(name, data):
-            raise self._exists(name)
+            raise already_there(self._path_of(name))
 
     async def claim(self, name: str, data: bytes) -> bool:
         await self._begin(name)
@@ -56,13 +56,11 @@ class MemoryStorage:
 
     async def get(self, name: str, limit: int) -> bytes:
         data = await self._find(name)
-        if len(data) > limit:
-            message = f"{name} has {len(data)} bytes, more than the {limit} that it may have"
-            raise CorruptCheckpoint(message, path=name)
+        check_length(self._path_of(name), len(data), limit)
         return data
 
     async def open(self, name: str) -> MemoryReader:
-        return MemoryReader(name, await self._find(name))
+        return MemoryReader(self._path_of(name), await self._find(name))
 
     async def list(self) -> dict[str, int]:
         await checkpoint()
@@ -89,20 +87,21 @@ class MemoryStorage:
         try:
             return self._objects[name]
         except KeyError:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path_of(name)) from None
 
     def _taken(self, name: str) -> bool:
         return name in self._objects or name in self._unfinished
 
-    def _exists(self, name: str) -> FileExistsError:
-        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+    def _path_of(self, name: str) -> str:
+        return f"{self._info.location}/{name}"
 
 
 class MemoryWriter:
     """An ``ObjectWriter`` whose bytes become an object by ``finish``."""
 
-    def __init__(self, name: str, objects: dict[str, bytes], unfinished: dict[str, MemoryWriter]) -> None:
-        self._name = name
+    def __init__(self, path: str, objects: dict[str, bytes], unfinished: dict[str, MemoryWriter]) -> None:
+        self._path = path
+        self._name = path.rpartition("/")[2]
         self._objects = objects
         self._unfinished = unfinished
         self._data = bytearray()
@@ -127,7 +126,7 @@ class MemoryWriter:
     async def finish(self, length: int) -> None:
         self._check("length", length)
         if self._failed:
-            raise StorageError(f"cannot finish {self._name}: a write of it failed", path=self._name)
+            raise StorageError(f"cannot finish {self._path}: a write of it failed", path=self._path)
         await checkpoint()
         self._check("length", length)
         self._objects[self._name] = bytes(self._data[:length]).ljust(length, b"\0")
@@ -138,14 +137,14 @@ class MemoryWriter:
             del self._unfinished[self._name]
 
     def _check(self, what: str, value: int) -> None:
-        check_use(self._name, what, value, is_open=self._unfinished.get(self._name) is self)
+        check_use(self._path, what, value, is_open=self._unfinished.get(self._name) is self)
 
 
 class MemoryReader:
     """An ``ObjectReader``; what it reads stays as it was when it was opened."""
 
-    def __init__(self, name: str, data: bytes) -> None:
-        self._name = name
+    def __init__(self, path: str, data: bytes) -> None:
+        self._path = path
         self._data = memoryview(data)
         self._open = True
 
@@ -158,7 +157,7 @@ class MemoryReader:
         return 1
 
     async def read(self, offset: int, buffers: Sequence[Buffer]) -> int:
-        check_use(self._name, "offset", offset, is_open=self._open)
+        check_use(self._path, "offset", offset, is_open=self._open)
         await checkpoint()
         start = offset
         for buffer in buffers:

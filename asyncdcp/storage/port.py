@@ -12,12 +12,14 @@ with ``path`` and ``errno``; a missing object as ``FileNotFoundError``; a bad na
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from asyncdcp.errors import Closed, InvalidOption
+from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption
 
 Buffer: TypeAlias = memoryview
 """A C-contiguous memoryview of format ``B``; writable where it is read into."""
@@ -28,6 +30,8 @@ NAME_LIMIT: Final = 200
 
 NAME_PATTERN: Final = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _NAME: Final = re.compile(NAME_PATTERN)
+TEMPORARY: Final = re.compile(rf"\.({NAME_PATTERN})\.[0-9a-f]{{16}}")
+"""A temporary's name; the group is the name that it is to get."""
 
 
 def check_name(name: str) -> str:
@@ -40,6 +44,22 @@ def check_name(name: str) -> str:
             f"not an object's name: {name!r}; it takes 1 to {NAME_LIMIT} of [A-Za-z0-9._-], the first no dot"
         )
     return name
+
+
+def check_removable(name: str) -> str:
+    """The name itself, if it may name an object or a temporary: what ``Storage.delete`` takes."""
+    return name if TEMPORARY.fullmatch(name) else check_name(name)
+
+
+def check_length(path: str, size: int, limit: int) -> None:
+    """``CorruptCheckpoint`` for a small object that is longer than it may be."""
+    if size > limit:
+        raise CorruptCheckpoint(f"{path} has {size} bytes, more than the {limit} that it may have", path=path)
+
+
+def already_there(path: str) -> FileExistsError:
+    """The error of ``create`` and ``put`` for a name that is taken."""
+    return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
 
 def check_use(path: str, what: str, value: int, *, is_open: bool) -> None:
@@ -242,3 +262,15 @@ class Storage(Protocol):
         ``barrier``.
         """
         ...
+
+
+async def read_small(storage: Storage, name: str, limit: int) -> bytes:
+    """``Storage.get``, by way of ``open``."""
+    reader = await storage.open(name)
+    try:
+        check_length(f"{storage.info.location}/{name}", reader.size, limit)
+        data = bytearray(reader.size)
+        await reader.read(0, [memoryview(data)])
+        return bytes(data)
+    finally:
+        await reader.aclose()

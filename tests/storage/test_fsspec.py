@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import itertools
+import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
 from asyncdcp import SyncCheckpointer
-from asyncdcp.errors import InvalidOption, MissingDependency, StorageError, UsageError
+from asyncdcp.errors import InvalidOption, MissingDependency, StorageError, StorageFull, UsageError
 from asyncdcp.storage import Storage, open_storage, spec_of
 from asyncdcp.storage.fsspec import FsspecStorage
 from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
@@ -55,6 +59,32 @@ async def test_what_has_changed_is_found_before_the_commit(tmp_path: Path) -> No
     (tmp_path / "a").write_bytes(b"longer")
     with pytest.raises(StorageError, match="6 bytes, and 4 were stored"):
         await storage.barrier()
+
+
+async def test_what_cannot_be_stored_whole_is_removed_and_its_name_is_free(tmp_path: Path) -> None:
+    class Full(FsspecStorage):
+        def store(self, name: str, file: IO[bytes]) -> None:
+            (tmp_path / name).write_bytes(file.read(2))
+            raise OSError(errno.ENOSPC, "there is no more room")
+
+    storage = Full(f"file://{tmp_path}", single_writer=True)
+    writer = await storage.create("a", 0)
+    await writer.write(0, memoryview(b"four"))
+    with pytest.raises(StorageFull, match=r"cannot write file://.*/a: .*there is no more room") as caught:
+        await writer.finish(4)
+    assert caught.value.errno == errno.ENOSPC and os.listdir(tmp_path) == ["a"]
+    with pytest.raises(StorageError, match="finished before"):
+        await writer.finish(4)
+    await writer.abort()
+    assert os.listdir(tmp_path) == []
+    await (await storage.create("a", 0)).abort()
+
+
+async def test_of_two_that_create_a_name_at_once_one_is_refused(tmp_path: Path) -> None:
+    storage = FsspecStorage(f"file://{tmp_path}", single_writer=True)
+    first, second = await asyncio.gather(storage.create("a", 0), storage.create("a", 0), return_exceptions=True)
+    assert isinstance(second, FileExistsError) and not isinstance(first, BaseException)
+    await first.abort()
 
 
 def test_what_cannot_be_had_is_named() -> None:

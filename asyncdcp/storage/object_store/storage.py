@@ -8,8 +8,6 @@ it was sent and with the tag that its sending was answered with.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -20,7 +18,7 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 from obstore.exceptions import BaseError
 
-from asyncdcp.errors import CommitUnknown, CorruptCheckpoint, StorageError, ungrouped
+from asyncdcp.errors import CommitUnknown, StorageError, ungrouped
 from asyncdcp.storage.object_store.claim import Claimer
 from asyncdcp.storage.object_store.connect import Access, access, connect
 from asyncdcp.storage.object_store.failures import translated
@@ -30,7 +28,7 @@ from asyncdcp.storage.object_store.uploads import Uploads
 from asyncdcp.storage.object_store.url import parse_url
 from asyncdcp.storage.object_store.writer import PARTS_IN_FLIGHT, Finished, ObjectStoreWriter
 from asyncdcp.storage.place import Found
-from asyncdcp.storage.port import StorageInfo, check_name
+from asyncdcp.storage.port import StorageInfo, already_there, check_name, read_small
 from asyncdcp.storage.spec import ObjectStoreSpec, RequestLimits, StorageSpec
 from asyncdcp.threads import ended
 
@@ -200,14 +198,7 @@ class ObjectStorage:
             raise StorageError(f"{path} is not what was stored: its tag differs", path=path)
 
     async def get(self, name: str, limit: int) -> bytes:
-        reader = await self.open(name)
-        if reader.size > limit:
-            path = f"{self.url}/{name}"
-            message = f"{path} has {reader.size} bytes, more than the {limit} that it may have"
-            raise CorruptCheckpoint(message, path=path)
-        data = bytearray(reader.size)
-        await reader.read(0, [memoryview(data)])
-        return bytes(data)
+        return await read_small(self, name, limit)
 
     async def open(self, name: str) -> ObjectStoreReader:
         check_name(name)
@@ -278,4 +269,4 @@ class ObjectStorage:
                     tasks.start_soon(delete, key)
 
     def _exists(self, name: str) -> FileExistsError:
-        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.url}/{name}")
+        return already_there(f"{self.url}/{name}")

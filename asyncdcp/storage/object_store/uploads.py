@@ -8,7 +8,6 @@ itself, and for a bucket of Google's a lifecycle rule (AbortIncompleteMultipartU
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,13 +17,12 @@ from typing import Any, Final, NamedTuple
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import InvalidOption, StorageError
+from asyncdcp.errors import StorageError
 from asyncdcp.storage.object_store.connect import Access
 from asyncdcp.storage.object_store.url import ObjectURL
-from asyncdcp.storage.port import NAME_PATTERN
+from asyncdcp.storage.port import check_removable
 from asyncdcp.threads import on_thread
 
-_NAME: Final = re.compile(rf"\.{NAME_PATTERN}\.[0-9a-f]{{16}}")
 _NOT_OFFERED: Final = (400, 403, 405, 501)
 """How stores answer that have no such call, or do not let us make it: then there is nothing to be seen."""
 _CONNECT_SECONDS: Final = 5
@@ -69,8 +67,7 @@ class Uploads:
     async def abort(self, names: Sequence[str]) -> None:
         """Aborts them; those that are gone are passed over."""
         for name in names:
-            if not _NAME.fullmatch(name):
-                raise InvalidOption(f"not the name of an object or an upload: {name!r}")
+            check_removable(name)
         if self._url.scheme == "s3" and _has_boto3():
             await on_thread(self._limiter, self._abort, names)
 
