@@ -90,7 +90,7 @@ def _nest(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=150)
 @given(st.recursive(_tensors | _values, _nest, max_leaves=15))
 def test_what_comes_back_equals_what_went_in(same, state):
     assert same(again(state), state)
