@@ -188,11 +188,12 @@ class AsyncCheckpointer(ReadVerbs):
     def _begin(self, order: SaveOrder, flat: FlatState, on_progress: OnProgress | None, begun: float) -> SaveHandle:
         described = self._planner.describe(flat)
         trace = self._trace(0, on_progress)
+        plan = self._planner.planning(order, flat, described, trace)
         statefuls = (taken.stateful for taken in flat.statefuls.values())
         sources = Sources(list(described.sources), self._active_guards(), statefuls, self._eager)
         request = SaveRequest(
             order.storage,
-            self._planner.planning(order, flat, described, sources, trace),
+            plan,
             partial(self._planner.tell_peers, order.name, order.storage),
             partial(self._engine.submit, self._planner.renew, order.name),
             sources,

@@ -150,9 +150,8 @@ async def find_together(request: LoadRequest, opened: AsyncExitStack) -> tuple[f
         try:
             description = await describe(storage, request.registry)
         except CheckpointNotFound:
-            await (
-                await open_checkpoint(storage, viewer, request.registry)
-            ).aclose()  # of another format, or there is none
+            other = await open_checkpoint(storage, viewer, request.registry)  # raises where there is none at all
+            await other.aclose()
             return b""
         found.append(await CheckpointReader.of(storage, description, viewer, request.registry))
         opened.push_async_callback(found[0].aclose)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anyio import CancelScope, move_on_after, to_thread
@@ -25,7 +25,6 @@ from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.planning.division import Pick
 from asyncdcp.planning.holdings import Holdings
 from asyncdcp.ranks import Ranks
-from asyncdcp.staging import Sources
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.replicas import holdings
 from asyncdcp.state_dict.structure import Described, StructureCache
@@ -90,7 +89,7 @@ class SavePlanner:
         return holdings(flat, described.structure, described.sources, marked=marked)
 
     def planning(
-        self, order: SaveOrder, flat: FlatState, described: Described, sources: Sources, trace: Trace
+        self, order: SaveOrder, flat: FlatState, described: Described, trace: Trace
     ) -> Callable[[], Awaitable[Planned]]:
         """What gives a save its plan when its turn has come. A sole rank's is made now."""
         if self._ranks.world_size == 1:
@@ -110,8 +109,8 @@ class SavePlanner:
                 self.agreements.join(order.name.number)
                 await self.agreements.check_place(order.storage, order.name.save_id)
                 share = await self.agreements.share(order.name.number, described.structure, held)
-            sources.select([_rows(pick) for pick in share.picks])
-            return await to_thread.run_sync(self._planned, order, share.structure, flat.values, trace)
+            planned = await to_thread.run_sync(self._planned, order, share.structure, flat.values, trace)
+            return replace(planned, picks=[_rows(pick) for pick in share.picks])
 
         return agreed
 

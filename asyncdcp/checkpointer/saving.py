@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,18 +38,22 @@ _AGREEMENTS = 3
 
 @dataclass(frozen=True)
 class Planned:
-    """What a save's plan is, and what the pipeline is told of it."""
+    """What a save's plan is, and what the pipeline is told of it. ``picks`` are what this rank writes of its sources,
+    as ``Sources.select`` takes it; None for all.
+    """
 
     plan: SavePlan
     job: SaveJob
+    picks: Sequence[tuple[int, int, int]] | None = None
 
 
 @dataclass
 class SaveRequest:
     """A save as the caller's thread hands it over. ``sources`` are dropped as soon as they are staged.
 
-    ``plan`` is called once the save's turn has come, and may have to agree with other ranks; it leaves in ``sources``
-    what this rank writes. ``tell_peers`` says to these that the save is given up before a pipeline knows of it.
+    ``plan`` is called once the save's turn has come, and may have to agree with other ranks. ``tell_peers`` says to
+    these that the save is given up before a pipeline knows of it; ``renew`` has them agree anew after one that was
+    aborted for a hole.
     """
 
     storage: Storage
@@ -154,8 +158,11 @@ class SaveTask:
         self._limit(self._options.settle_seconds)
 
     async def _save(self) -> Saved:
-        await self._turn(self._staging)
+        await self._staging.wait()
+        self._check()
         self._planned = planned = await self._plan()
+        if planned.picks is not None:
+            self._request.sources.select(planned.picks)
         saved: Saved | None = None
         while saved is None:
             self._attempt = attempt = self._begin(planned)
@@ -165,23 +172,24 @@ class SaveTask:
                 self._release(attempt)
         return saved
 
-    async def _turn(self, turn: Turn) -> None:
-        await turn.wait()
+    def _check(self) -> None:
+        """Goes no further with a save that was given up."""
         if self._error is not None:
             raise self._error
 
     async def _plan(self) -> Planned:
         seconds = _AGREEMENTS * self._options.agreement_deadline + self._options.settle_seconds
         timer = asyncio.get_running_loop().call_later(seconds, self._abandon)
+        planned: Planned | None = None
         try:
             with anyio.CancelScope() as self._planning:
                 planned = await self._request.plan()
-                self._request.plan = _never  # it holds the state's tensors
-                return planned
         finally:
             timer.cancel()
-        assert self._error is not None
-        raise self._error
+            self._request.plan = _never  # it holds the state's tensors
+        self._check()  # what cannot be cut short, a thread's work, ends well all the same
+        assert planned is not None
+        return planned
 
     def _begin(self, planned: Planned) -> _Attempt:
         request = self._request
@@ -204,8 +212,8 @@ class SaveTask:
                 tasks.start_soon(self._stage, attempt)
                 try:
                     await self._writing.wait()
-                    if self._error is not None and not attempt.session.begun:
-                        raise self._error
+                    if not attempt.session.begun:
+                        self._check()
                     if attempt.staged or attempt.session.begun or not attempt.arena.abandoned:
                         self._limit(self._options.save_deadline + self._options.settle_seconds)
                         attempt.writing = self._reached_pipeline = True
@@ -274,7 +282,7 @@ class SaveTask:
         attempt, path = self._attempt, self.handle.path
         if self._planned is None and self._planning is not None and self._error is None:
             message = f"the save to {path} was not begun: the ranks did not agree, or the storage does not answer"
-            self._error = DeadlineExceeded(message, path=path)
+            self._give_up(DeadlineExceeded(message, path=path), "deadline")
         if attempt is not None and attempt.staged and not attempt.stager.held:
             self._release(attempt)  # stuck later than with its slabs
         elif attempt is not None:

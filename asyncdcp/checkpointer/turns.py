@@ -12,14 +12,12 @@ class Turn:
     def __init__(self) -> None:
         # asyncio's own event, since anyio's would be trio's where a trio program calls save().
         self._event = asyncio.Event()
-        self.came = False
         self._ended = False
         self._queue: TurnQueue | None = None
 
-    async def wait(self) -> bool:
-        """Waits for the turn, or until ``leave``; whether the turn came."""
+    async def wait(self) -> None:
+        """Waits for the turn, or until ``leave``."""
         await self._event.wait()
-        return self.came
 
     def leave(self) -> None:
         """Ends the wait at once. Those behind still wait for those before."""
@@ -48,6 +46,5 @@ class TurnQueue:
         """Drops ended turns from the front and lets the first one come."""
         while self._turns and self._turns[0]._ended:
             self._turns.popleft()
-        if self._turns and not self._turns[0].came:
-            self._turns[0].came = True
+        if self._turns:
             self._turns[0]._event.set()

@@ -133,6 +133,31 @@ def test_a_cancelled_save_ends_alike_on_all_ranks(job: Jobs, cancelled: int) -> 
     assert not loads(where[0])
 
 
+def test_one_that_is_cancelled_while_it_is_planned_goes_no_further(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is made on a thread, which is not cut short."""
+    two, where = job(2), places(2)
+    planner, lanes = two.checkpointers[1]._planner, two.checkpointers[1]._lanes
+    begun, release, plan, acquired = threading.Event(), threading.Event(), planner.plan, list[int]()
+
+    def slow(structure: Any) -> Any:
+        begun.set()
+        assert release.wait(30)
+        return plan(structure)
+
+    monkeypatch.setattr(planner, "plan", slow)
+    monkeypatch.setattr(lanes.arenas, "acquire", acquired.append)
+    handles = start(two, where)
+    assert begun.wait(30)
+    handles[1].cancel()
+    release.set()
+    first, second = outcomes(handles)
+    assert isinstance(first, PeerFailed) and first.rank == 1 and isinstance(second, Cancelled)
+    assert not acquired and not loads(where[0])
+    monkeypatch.undo()
+    again = places(2)
+    assert outcomes(start(two, again)) == [None, None] and loads(again[0])
+
+
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_never_writes_is_named_when_the_deadline_passes(job: Jobs, stuck: int) -> None:
     three, where = job(3, save_deadline=0.8, settle_seconds=20.0), places(3)
