@@ -15,9 +15,15 @@ import torch
 from anyio import to_thread
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options
+from asyncdcp.names import record_save_id
 from tests.programs import Programs
 
 LONG = 150.0  # a deadline that only a failing test reaches: a cold cache makes importing torch take half a minute
+
+STATE = {"w": torch.arange(17 * (1 << 20) // 4, dtype=torch.float32)}  # three slabs
+SMALL = {"w": torch.arange(10)}
+Opened = Callable[..., AsyncCheckpointer]
+"""The fixture ``opened``."""
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -129,10 +135,35 @@ def faulty() -> Iterator[Callable[..., FaultyStorage]]:
         storage.open_all()
 
 
-@pytest.fixture(params=[False, True], ids=["thread", "process"])
-def process(request: pytest.FixtureRequest) -> bool:
-    """Where the pipeline runs. Storages in memory stay on the thread either way."""
-    return bool(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``process`` is where the pipeline runs: either way for what saves to a directory, or looks at mapped memory. What
+    saves to memory alone stays on a thread in any case, so it runs once.
+    """
+    if "process" in metafunc.fixturenames:
+        ways = {"thread": False, "process": True}
+        if not {"tmp_path", "others"} & set(metafunc.fixturenames):
+            del ways["process"]
+        metafunc.parametrize("process", ways.values(), ids=ways)
+
+
+def idle(checkpointer: AsyncCheckpointer) -> bool:
+    """Whether no slot is taken and nobody uses the arena."""
+    arena = checkpointer._lanes.arenas._current
+    assert arena is not None
+    found = arena.ring.statistics()
+    return (arena.users, found.in_use, found.waiting) == (0, 0, 0)
+
+
+def works(checkpointer: AsyncCheckpointer) -> bool:
+    """Whether another full save, through every slot, does."""
+    storage = MemoryStorage("after")
+    checkpointer.save(storage, STATE).result()
+    return torch.equal(checkpointer.load(storage).result()["w"], STATE["w"]) and idle(checkpointer)
+
+
+def save_ids(folder: Path) -> set[str]:
+    """The saves whose Record is there."""
+    return {save_id for path in folder.iterdir() if (save_id := record_save_id(path.name))}
 
 
 @pytest.fixture

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage
+from asyncdcp import MemoryStorage
 from asyncdcp.errors import Cancelled
 from asyncdcp.names import record_save_id
 from asyncdcp.pipeline.records import read_records
 from asyncdcp.staging.copier import SlabCopier
+from tests.checkpointer.conftest import STATE, Opened, works
 
-Opened = Callable[..., AsyncCheckpointer]
 MIB = 1 << 20
-SLABS_3 = {"w": torch.arange(17 * MIB // 4, dtype=torch.float32)}  # three slabs
 
 
 def only_aborts(storage: Any) -> bool:
@@ -30,20 +28,6 @@ def only_aborts(storage: Any) -> bool:
         and all(record.outcome == "abort" for record in records)
         and not getattr(storage, "unfinished", None)
     )
-
-
-def idle(checkpointer: AsyncCheckpointer) -> bool:
-    """Whether no slot is taken and nobody uses the arena."""
-    arena = checkpointer._lanes.arenas._current
-    assert arena is not None
-    return (arena.users, arena.ring.statistics().in_use, arena.ring.statistics().waiting) == (0, 0, 0)
-
-
-def works(checkpointer: AsyncCheckpointer) -> bool:
-    """Whether another full save, through every slot, does."""
-    storage = MemoryStorage("after")
-    checkpointer.save(storage, SLABS_3).result()
-    return torch.equal(checkpointer.load(storage).result()["w"], SLABS_3["w"]) and idle(checkpointer)
 
 
 @pytest.mark.parametrize("staging_bytes", [None, 8 * MIB])
@@ -58,8 +42,8 @@ def test_at_each_step_of_writing(
 ) -> None:
     checkpointer, storage, behind = opened(staging_bytes=staging_bytes), faulty(), MemoryStorage("behind")
     gate = storage.gate(*point)
-    handle = checkpointer.save(storage, SLABS_3)
-    following = checkpointer.save(behind, SLABS_3)
+    handle = checkpointer.save(storage, STATE)
+    following = checkpointer.save(behind, STATE)
     gate.wait_begun()
     if by == "staged" and not handle.staged.done() and point[0] in ("list", "create"):
         handle.staged.wait(0.05)  # staging goes on beside; either it is done by then, or it is cancelled
@@ -73,29 +57,29 @@ def test_at_each_step_of_writing(
     assert handle.staged.done()
     assert only_aborts(storage)
     assert following.result().tensors == 1
-    assert torch.equal(checkpointer.load(behind).result()["w"], SLABS_3["w"])
+    assert torch.equal(checkpointer.load(behind).result()["w"], STATE["w"])
     assert works(checkpointer)
 
 
 def test_while_the_commit_is_claimed_it_commits(opened: Opened, faulty: Any) -> None:
     checkpointer, storage = opened(), faulty()
     gate = storage.gate("claim", 1)
-    handle = checkpointer.save(storage, SLABS_3)
+    handle = checkpointer.save(storage, STATE)
     gate.wait_begun()
     assert handle.cancel()
     gate.release.set()
     assert handle.result().tensors == 1
     assert not handle.cancel()
-    assert torch.equal(checkpointer.load(storage).result()["w"], SLABS_3["w"])
+    assert torch.equal(checkpointer.load(storage).result()["w"], STATE["w"])
     assert works(checkpointer)
 
 
 def test_before_its_turn_it_ends_at_once_without_a_trace(opened: Opened, faulty: Any) -> None:
     checkpointer, first, waiting, last = opened(), faulty("first"), faulty("waiting"), MemoryStorage("last")
     gate = first.gate("write")
-    handle = checkpointer.save(first, SLABS_3)
-    cancelled = [checkpointer.save(waiting, SLABS_3) for _ in range(3)]
-    behind = checkpointer.save(last, SLABS_3)
+    handle = checkpointer.save(first, STATE)
+    cancelled = [checkpointer.save(waiting, STATE) for _ in range(3)]
+    behind = checkpointer.save(last, STATE)
     gate.wait_begun()
     for each in cancelled:
         assert each.cancel()
@@ -115,7 +99,7 @@ def test_at_the_moment_of_the_call(opened: Opened, faulty: Any) -> None:
     """Before the engine has looked at it: the task itself has not begun."""
     checkpointer, storage = opened(), faulty()
     for _ in range(20):
-        handle = checkpointer.save(storage, SLABS_3)
+        handle = checkpointer.save(storage, STATE)
         handle.cancel()
         with pytest.raises(Cancelled):
             handle.result()
@@ -137,7 +121,7 @@ def test_while_a_copy_is_under_way_its_slot_waits_for_it(
         ended.set()
 
     monkeypatch.setattr(SlabCopier, "copy", stuck)
-    handle = checkpointer.save(storage, SLABS_3)
+    handle = checkpointer.save(storage, STATE)
     assert begun.wait(30)
     handle.cancel()
     assert not handle.committed.wait(0.05)
@@ -154,7 +138,7 @@ def test_while_a_copy_is_under_way_its_slot_waits_for_it(
 
 def test_a_settled_save_cannot_be_cancelled(opened: Opened) -> None:
     checkpointer = opened()
-    handle = checkpointer.save(MemoryStorage(), SLABS_3)
+    handle = checkpointer.save(MemoryStorage(), STATE)
     handle.result()
     assert not handle.cancel()
     assert not handle.staged.cancel()
@@ -164,14 +148,14 @@ def test_a_settled_save_cannot_be_cancelled(opened: Opened) -> None:
 def test_a_cancelled_save_is_no_unseen_failure(opened: Opened, faulty: Any) -> None:
     checkpointer, storage = opened(), faulty()
     gate = storage.gate("write")
-    checkpointer.save(storage, SLABS_3).cancel()
+    checkpointer.save(storage, STATE).cancel()
     gate.release.set()
     assert works(checkpointer)
 
 
 def test_a_load_can_be_cancelled(opened: Opened, faulty: Any) -> None:
     checkpointer, storage = opened(), faulty()
-    checkpointer.save(storage, SLABS_3).result()
+    checkpointer.save(storage, STATE).result()
     gate = storage.gate("get")
     future = checkpointer.load(storage)
     gate.wait_begun()

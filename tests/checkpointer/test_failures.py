@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,9 @@ from asyncdcp.extensions import ZStandard
 from asyncdcp.staging import arenas
 from asyncdcp.staging.copier import SlabCopier
 from asyncdcp.storage.posix import OS
+from tests.checkpointer.conftest import SMALL, STATE, Opened, works
 
-Opened = Callable[..., AsyncCheckpointer]
 MIB = 1 << 20
-STATE = {"w": torch.arange(17 * MIB // 4, dtype=torch.float32)}  # three slabs
-SMALL = {"w": torch.arange(10)}
-
-
-def idle(checkpointer: AsyncCheckpointer) -> bool:
-    arena = checkpointer._lanes.arenas._current
-    assert arena is not None
-    return (arena.users, arena.ring.statistics().in_use) == (0, 0)
-
-
-def works(checkpointer: AsyncCheckpointer, state: dict[str, torch.Tensor] = STATE) -> bool:
-    storage = MemoryStorage("after")
-    checkpointer.save(storage, state).result()
-    return torch.equal(checkpointer.load(storage).result()["w"], state["w"]) and idle(checkpointer)
 
 
 # ── a storage that fails ──

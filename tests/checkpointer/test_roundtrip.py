@@ -53,10 +53,10 @@ def views(dtype: str) -> dict[str, Tensor]:
     return made
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
-def lasting(request: pytest.FixtureRequest) -> Iterator[AsyncCheckpointer]:
-    """As ``checkpointer``, one for all dtypes."""
-    with AsyncCheckpointer(process=bool(request.param)) as made:
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[AsyncCheckpointer]:
+    """One for all dtypes. Threads are for those that hypothesis makes, below."""
+    with AsyncCheckpointer() as made:
         yield made
 
 

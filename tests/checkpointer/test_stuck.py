@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,23 +18,9 @@ from asyncdcp.errors import (
     WouldDeadlock,
 )
 from asyncdcp.staging.copier import SlabCopier
+from tests.checkpointer.conftest import SMALL, STATE, Opened, works
 
-Opened = Callable[..., AsyncCheckpointer]
 MIB = 1 << 20
-STATE = {"w": torch.arange(17 * MIB // 4, dtype=torch.float32)}  # three slabs
-SMALL = {"w": torch.arange(10)}
-
-
-def idle(checkpointer: AsyncCheckpointer) -> bool:
-    arena = checkpointer._lanes.arenas._current
-    assert arena is not None
-    return (arena.users, arena.ring.statistics().in_use) == (0, 0)
-
-
-def works(checkpointer: AsyncCheckpointer, state: dict[str, torch.Tensor] = STATE) -> bool:
-    storage = MemoryStorage("after")
-    checkpointer.save(storage, state).result()
-    return torch.equal(checkpointer.load(storage).result()["w"], state["w"]) and idle(checkpointer)
 
 
 # ── a storage that hangs ──

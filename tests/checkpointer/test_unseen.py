@@ -10,31 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options
 from asyncdcp.errors import (
     StorageError,
     UnseenFailure,
 )
-
-Opened = Callable[..., AsyncCheckpointer]
-MIB = 1 << 20
-STATE = {"w": torch.arange(17 * MIB // 4, dtype=torch.float32)}  # three slabs
-SMALL = {"w": torch.arange(10)}
-
-
-def idle(checkpointer: AsyncCheckpointer) -> bool:
-    arena = checkpointer._lanes.arenas._current
-    assert arena is not None
-    return (arena.users, arena.ring.statistics().in_use) == (0, 0)
-
-
-def works(checkpointer: AsyncCheckpointer, state: dict[str, torch.Tensor] = STATE) -> bool:
-    storage = MemoryStorage("after")
-    checkpointer.save(storage, state).result()
-    return torch.equal(checkpointer.load(storage).result()["w"], state["w"]) and idle(checkpointer)
-
+from tests.checkpointer.conftest import SMALL, STATE
 
 # ── failures that nobody has looked at ──
 
