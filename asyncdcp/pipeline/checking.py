@@ -136,11 +136,15 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 
 def _check_aliases(index: Index, name: str) -> None:
-    """An alias is of a stored tensor, so there are no chains of them, and no circles."""
-    known = set(index.plan.names)
+    """An alias is of a stored tensor, so there are no chains of them, and no circles. One of what is its rank's own is
+    so, too: other ranks see neither.
+    """
+    known, own = set(index.plan.names), frozenset(index.plan.own)
     for alias, target in index.plan.aliases.items():
         if target not in known or alias in known or alias in index.values:
             corrupt(name, f"the alias {alias} of {target} is not one", alias)
+        if target in own and alias not in own:
+            corrupt(name, f"the alias {alias} is shared, and {target} is the rank's own", alias)
 
 
 def _boxes(plan: IndexPlan, columns: ChunkColumns | WrittenColumns, name: str) -> Iterator[tuple[int, Box]]:

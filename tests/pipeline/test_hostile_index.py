@@ -112,6 +112,7 @@ def added(column: str, *values: Any) -> Change:
         (plan(aliases={"t": "t"}), "alias t", "t"),
         (plan(aliases={"w": "b"}), "alias w", "w"),
         (plan(aliases={"step": "b"}), "alias step", "step"),
+        (plan(aliases={"t": "w"}, own=["w"]), "w is the rank's own", "t"),
         # values
         (lambda body: body["values"].update(w=1), "both as a tensor and as a value", "w"),
         # schema
