@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import msgspec
 
 from asyncdcp.boxes import Box, tiles, whole
-from asyncdcp.metadata import (
-    DTYPE_SIZES,
-    ChunkColumns,
-    ChunkLocation,
-    IndexPlan,
-    WrittenColumns,
-)
+from asyncdcp.metadata import DTYPE_SIZES, ChunkColumns, ChunkLocation, IndexPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +59,7 @@ def listing_of(plan: IndexPlan) -> Listing:
     return Listing(ndims, _starts(ndims), extents, _array([DTYPE_SIZES[dtype] for dtype in plan.dtypes]))
 
 
-def chunk_rows(columns: ChunkColumns | WrittenColumns, listing: Listing) -> Rows | None:
+def chunk_rows(columns: ChunkColumns, listing: Listing) -> Rows | None:
     """The chunks, each of a listed tensor and within its shape; None if that cannot be said of all."""
     import numpy as np
 

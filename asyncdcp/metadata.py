@@ -53,16 +53,13 @@ class ChunkColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sizes: list[int]
 
 
-class WrittenColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Chunks that a rank wrote: as ``ChunkColumns``, and where their bytes begin.
+class WrittenColumns(ChunkColumns, frozen=True, forbid_unknown_fields=True):
+    """Chunks that a rank wrote, and where their bytes begin.
 
     ``file`` is the number of the data file, ``begin`` the chunk's first byte in the *decoded* file. Its length follows
     from sizes and dtype; elements are row-major, little-endian.
     """
 
-    tensor: list[int]
-    offsets: list[int]
-    sizes: list[int]
     file: list[int]
     begin: list[int]
 
@@ -78,9 +75,8 @@ class IndexPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The part of an Index that follows from the structure of the state alone, encoded once and kept over saves.
 
     ``names``, ``dtypes`` and ``shapes`` are of the whole (unsharded) tensors. ``aliases`` maps the FQN of a tied tensor
-    to the one that is stored. ``held`` are the chunks this rank had in memory, None where they are exactly the written
-    ones. ``tree`` is the container structure, with the FQNs at its leaves. ``own`` are the names of tensors, aliases
-    and values that are this rank's own (``PerRank``): on other ranks they mean something else.
+    to the one that is stored. ``tree`` is the container structure, with the FQNs at its leaves. ``own`` are the names
+    of tensors, aliases and values that are this rank's own (``PerRank``): on other ranks they mean something else.
     """
 
     names: list[str]
@@ -89,7 +85,6 @@ class IndexPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: dict[str, str]
     written: WrittenColumns
     images: list[ImageShape]
-    held: ChunkColumns | None
     tree: msgspec.Raw
     own: list[str] = []
 

@@ -33,7 +33,7 @@ def columns(chunks: list[tuple[int, Box]]) -> ChunkColumns:
 
 def plan(shapes: list[tuple[int, ...]]) -> IndexPlan:
     names = [f"t{n}" for n in range(len(shapes))]
-    return IndexPlan(names, ["int16"] * len(shapes), shapes, {}, WrittenColumns([], [], [], [], []), [], None, b"{}")  # type: ignore[arg-type]  # the tree is not looked at
+    return IndexPlan(names, ["int16"] * len(shapes), shapes, {}, WrittenColumns([], [], [], [], []), [], b"{}")  # type: ignore[arg-type]  # the tree is not looked at
 
 
 def table(case: Case) -> ChunkTable:

@@ -15,7 +15,7 @@ from asyncdcp.boxes import Box
 from asyncdcp.chunk_table import Listing, Rows, chunk_rows, listing_of
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
 from asyncdcp.format.blocks import SLAB_BYTES, block_count, stored_limit
-from asyncdcp.metadata import DTYPE_SIZES, ChunkColumns, FileTable, ImageShape, Index, IndexPlan, WrittenColumns
+from asyncdcp.metadata import DTYPE_SIZES, FileTable, ImageShape, Index, IndexPlan
 from asyncdcp.names import data_name, index_name, is_descriptor
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def check_index(index: Index, *, listing: Listing | None = None) -> Chunks:
         corrupt(name, "files and images differ in number")
     for number in range(len(index.files)):
         check_file(index, number)
-    # what is written covers all of every tensor, so what is held, too: that needs only to lie within the shapes
-    sound = plan.held is None or chunk_rows(plan.held, listing) is not None
-    chunks = _written(index, listing) if sound else None
+    chunks = _written(index, listing)
     if chunks is None:
         _explain(index, name)
     return chunks
@@ -109,9 +107,6 @@ def _written(index: Index, listing: Listing) -> Chunks | None:
 
 def _explain(index: Index, name: str) -> NoReturn:
     """Something is wrong with an Index's chunks: looks at them one by one, and says what."""
-    if index.plan.held is not None:
-        for _ in _boxes(index.plan, index.plan.held, name):
-            pass
     _check_tiling(index, list(_chunks(index, name)), name)
     corrupt(name, "its chunks make no sense")
 
@@ -147,9 +142,9 @@ def _check_aliases(index: Index, name: str) -> None:
             corrupt(name, f"the alias {alias} is shared, and {target} is the rank's own", alias)
 
 
-def _boxes(plan: IndexPlan, columns: ChunkColumns | WrittenColumns, name: str) -> Iterator[tuple[int, Box]]:
+def _boxes(plan: IndexPlan, name: str) -> Iterator[tuple[int, Box]]:
     """The tensor's number and the box of each row, which lies in the tensor's shape."""
-    ndims = [len(shape) for shape in plan.shapes]
+    ndims, columns = [len(shape) for shape in plan.shapes], plan.written
     if any(not 0 <= tensor < len(ndims) for tensor in columns.tensor):
         corrupt(name, "a chunk is of a tensor that is not listed")
     total = sum(ndims[tensor] for tensor in columns.tensor)
@@ -170,7 +165,7 @@ def _chunks(index: Index, name: str) -> Iterator[_Chunk]:
     plan, columns = index.plan, index.plan.written
     if not len(columns.tensor) == len(columns.file) == len(columns.begin):
         corrupt(name, "the columns of chunks differ in length")
-    for (tensor, box), file, begin in zip(_boxes(plan, columns, name), columns.file, columns.begin, strict=True):
+    for (tensor, box), file, begin in zip(_boxes(plan, name), columns.file, columns.begin, strict=True):
         itemsize = DTYPE_SIZES[plan.dtypes[tensor]]
         if not 0 <= file < len(index.files):
             corrupt(name, f"a chunk of {plan.names[tensor]} is in a file that is not listed", plan.names[tensor])

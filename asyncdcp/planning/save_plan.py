@@ -172,7 +172,6 @@ def _encode(structure: Structure, chunks: Sequence[ChunkSpec], images: Sequence[
         aliases=structure.aliases,
         written=written,
         images=[ImageShape(image.size, len(image.header)) for image in images],
-        held=None,
         tree=msgspec.Raw(msgspec.json.encode(structure.tree)),
         own=sorted(structure.own),
     )

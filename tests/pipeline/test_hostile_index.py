@@ -80,9 +80,6 @@ def added(column: str, *values: Any) -> Change:
         (added("tensor", 0), "columns", None),
         (added("offsets", 0), "dimensions", None),
         (added("sizes", *[1] * 1000), "dimensions", None),
-        (plan(held={"tensor": [9], "offsets": [], "sizes": []}), "not listed", None),
-        (plan(held={"tensor": [1], "offsets": [5], "sizes": [3]}), "leaves its shape", "b"),
-        (plan(held={"tensor": [1], "offsets": [], "sizes": []}), "dimensions", None),
         # tables
         (lambda body: body.update(block_bytes=1 << 60), "blocks of", None),
         (lambda body: body.update(block_bytes=0), "blocks of", None),
