@@ -56,6 +56,10 @@ def clone_unguarded(sources: list[Tensor], guarded: Iterable[Tensor], budget: Ea
             exposed.add(number)
             continue
         taken += nbytes
-        with torch.no_grad():
-            sources[number] = sources[number].detach().clone()
+        try:
+            with torch.no_grad():
+                sources[number] = sources[number].detach().clone()
+        except BaseException:  # no memory, or Control-C
+            budget.give(taken)
+            raise
     return exposed, taken

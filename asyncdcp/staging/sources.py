@@ -32,7 +32,11 @@ class Sources:
             guarded = [tensor for guard in guards for tensor in guard.tensors()]
             guarded.extend(frozen_parameters(iter(statefuls)))
             self.watched, self._eager = clone_unguarded(tensors, guarded, budget)
-        self.fence = DeviceFence(tensors)
+        try:
+            self.fence = DeviceFence(tensors)
+        except BaseException:  # refused while a graph is captured
+            budget.give(self._eager)
+            raise
         self._versions = versions(tensors)
         self._marks: Marks = []
         self._passable, self._free = threading.Event(), threading.Event()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from asyncdcp.errors import InvalidOption
+from asyncdcp.errors import InvalidOption, UsageError
+from asyncdcp.staging import sources
 from asyncdcp.staging.eager import EagerBudget, clone_unguarded
 from asyncdcp.staging.guard import Guard, frozen_parameters
 
@@ -74,15 +75,30 @@ def test_what_is_not_guarded_is_cloned_up_to_the_budget_smallest_first() -> None
     guard = Guard((torch.optim.SGD([p for p in model.parameters() if p.requires_grad]),), lambda: None)
     names, tensors = zip(*model.state_dict().items(), strict=True)
     large = torch.zeros(1000)
-    sources = [*tensors, large]
+    found = [*tensors, large]
     budget = EagerBudget(100)
-    exposed, taken = clone_unguarded(sources, [*guard.tensors(), *frozen_parameters(iter([model]))], budget)
-    copied = [name for name, before, after in zip(names, tensors, sources, strict=False) if before is not after]
+    exposed, taken = clone_unguarded(found, [*guard.tensors(), *frozen_parameters(iter([model]))], budget)
+    copied = [name for name, before, after in zip(names, tensors, found, strict=False) if before is not after]
     assert copied == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
-    assert exposed == {len(sources) - 1}
-    assert sources[-1] is large
+    assert exposed == {len(found) - 1}
+    assert found[-1] is large
     assert taken == budget.used == 8 + 8 + 8
     budget.give(taken)
+    assert budget.used == 0
+    guard.remove()
+
+
+@pytest.mark.parametrize("fails", ["the clone", "the fence"])
+def test_a_save_that_is_refused_gives_the_budget_back(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UsageError("refused")
+
+    guard, budget = Guard((stepped(nn.Linear(2, 2)),), lambda: None), EagerBudget(100)
+    monkeypatch.setattr(
+        *{"the clone": (torch.Tensor, "clone", fail), "the fence": (sources, "DeviceFence", fail)}[fails]
+    )
+    with pytest.raises(UsageError):
+        sources.Sources([torch.ones(3)], [guard], [], budget)
     assert budget.used == 0
     guard.remove()
 
