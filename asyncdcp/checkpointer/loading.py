@@ -297,7 +297,7 @@ class _InPlace:
         """Matches state and checkpoint; ``StateMismatch`` otherwise. Makes the tensors that have no target."""
         metadata, options = self._metadata, self._options
         tree, values = decoded(metadata)
-        nodes = TreeNodes(tree, options.renamed)
+        nodes = TreeNodes(tree, options.renamed, allow_pickle=options.allow_pickle)
         found = match(self._flat, metadata, nodes, options, alone=self._alone)
         self.unexpected, self.loaded = found.unexpected, found.loaded
         made = new_tensors(metadata, found.fresh, found.alike)

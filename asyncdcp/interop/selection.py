@@ -10,8 +10,8 @@ import msgspec
 
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, UnsupportedFormat
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
-from asyncdcp.state_dict.options import key_pattern
-from asyncdcp.state_dict.pruning import leaves, prune
+from asyncdcp.state_dict.options import key_pattern, longest_prefix, with_prefix
+from asyncdcp.state_dict.pruning import children, leaves, prune
 
 FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 
@@ -104,7 +104,7 @@ class _Rules:
     """New names by prefix."""
 
     def __init__(self, rules: Mapping[str, str]) -> None:
-        self._rules = sorted(rules.items(), key=lambda rule: -len(rule[0]))
+        self._rules = rules
         self._used: set[str] = set()
 
     def apply(self, names: Sequence[str]) -> dict[str, str]:
@@ -115,25 +115,20 @@ class _Rules:
             new = moved[name] = self._renamed(name)
             if owners.setdefault(new, name) != name:
                 raise InvalidOption(f"rename gives {owners[new]!r} and {name!r} the same name {new!r}")
-        idle = [old for old, _ in self._rules if old not in self._used]
+        idle = [old for old in self._rules if old not in self._used]
         if idle:
             raise InvalidOption(f"rename: nothing is called {idle[0]!r} or begins with {idle[0] + '.'!r}")
         return moved
 
     def _renamed(self, name: str) -> str:
-        for old, new in self._rules:
-            rest = name if not old else "" if name == old else name[len(old) + 1 :] if _under(name, old) else None
-            if rest is not None:
-                self._used.add(old)
-                joined = ".".join(part for part in (new, rest) if part)
-                if not joined:
-                    raise InvalidOption(f"rename leaves {name!r} without a name")
-                return joined
-        return name
-
-
-def _under(name: str, prefix: str) -> bool:
-    return name.startswith(prefix + ".")
+        old = longest_prefix(name, self._rules)
+        if old is None:
+            return name
+        self._used.add(old)
+        new = with_prefix(name, old, self._rules[old])
+        if not new:
+            raise InvalidOption(f"rename leaves {name!r} without a name")
+        return new
 
 
 def _flat(tree: Any, moved: Mapping[str, str]) -> Any:
@@ -150,10 +145,4 @@ def _leaf_nodes(tree: Any, rename: Callable[[str], str]) -> list[tuple[str, Any]
     if tag == "subclass":
         name = tree["name"]
         raise UnsupportedFormat(f"{name} is a tensor subclass, and those cannot be renamed", tensors=[name])
-    return [leaf for node in _children(tag, content) for leaf in _leaf_nodes(node, rename)]
-
-
-def _children(tag: str, content: Any) -> list[Any]:
-    if tag in ("dict", "ordered", "defaultdict"):
-        return list(content[1])
-    return content if isinstance(content, list) else [content]
+    return [leaf for node in children(tag, content) for leaf in _leaf_nodes(node, rename)]

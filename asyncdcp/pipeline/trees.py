@@ -13,8 +13,9 @@ import msgspec
 
 from asyncdcp.errors import CorruptCheckpoint
 
-_KEYED = ("dict", "ordered", "defaultdict")
-_LISTED = ("list", "tuple")
+KEYED = ("dict", "ordered", "defaultdict")
+LISTED = ("list", "tuple")
+"""The tags of containers: entries by key, and by position."""
 _WRAPPERS = ("stateful", "per_rank")
 _LEAVES = ("t", "v")
 _DEPTH = 300
@@ -53,10 +54,10 @@ def _without(node: Any, gone: Collection[str], depth: int) -> Any:
     if tag in _WRAPPERS:
         inner = _without(content, gone, depth + 1)
         return None if inner is None else {tag: inner}
-    if tag in _LISTED and isinstance(content, list):
+    if tag in LISTED and isinstance(content, list):
         items = [_without(item, gone, depth + 1) for item in content]
         return {**node, tag: items} if None not in items else None
-    if tag in _KEYED and _is_keyed(content):
+    if tag in KEYED and _is_keyed(content):
         kept = [(key, _without(item, gone, depth + 1)) for key, item in zip(*content, strict=True)]
         kept = [(key, item) for key, item in kept if item is not None]
         if content[0] and not kept:
@@ -79,9 +80,9 @@ def _merged(first: Any, second: Any, depth: int) -> Any:
     ours, theirs = first[tag], second[tag]
     if tag in _WRAPPERS:
         return {tag: _merged(ours, theirs, depth + 1)}
-    if tag in _KEYED and _is_keyed(ours) and _is_keyed(theirs):
+    if tag in KEYED and _is_keyed(ours) and _is_keyed(theirs):
         return {**first, tag: _merged_entries(ours, theirs, depth)}
-    if tag in _LISTED and isinstance(ours, list) and isinstance(theirs, list):
+    if tag in LISTED and isinstance(ours, list) and isinstance(theirs, list):
         common = [_merged(a, b, depth + 1) for a, b in zip(ours, theirs, strict=False)]
         return {tag: [*common, *ours[len(common) :], *theirs[len(common) :]]}
     return first

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
-
 from asyncdcp.errors import CorruptCheckpoint
+from asyncdcp.pipeline.trees import KEYED, LISTED
 from asyncdcp.state_dict.keys import decode_key
 from asyncdcp.state_dict.subclasses import check_node, inner_names
-from asyncdcp.state_dict.values import MAX_DEPTH, decode_value
+from asyncdcp.state_dict.unflatten import module_metadata
+from asyncdcp.state_dict.values import MAX_DEPTH
 
 _MARKS = ("stateful", "per_rank")
-_KEYED = ("dict", "ordered", "defaultdict")
-_LISTED = ("list", "tuple")
 
 
 class TreeNodes:
@@ -23,7 +21,8 @@ class TreeNodes:
     Marks around a node are passed over. Malformed parts raise ``CorruptCheckpoint``.
     """
 
-    def __init__(self, tree: Any, renamed: Callable[[str], str]) -> None:
+    def __init__(self, tree: Any, renamed: Callable[[str], str], *, allow_pickle: bool = False) -> None:
+        self._allow_pickle = allow_pickle
         self._nodes: dict[str, Any] = {}
         self._outer: dict[str, str] = {}
         self.subclasses: dict[str, dict[str, Any]] = {}
@@ -55,13 +54,9 @@ class TreeNodes:
         metadata = self.metadata(node)
         return metadata if isinstance(metadata, Mapping) else None
 
-    @staticmethod
-    def metadata(node: dict[str, Any]) -> Any:
+    def metadata(self, node: dict[str, Any]) -> Any:
         """The ``_metadata`` that an ordered node carries."""
-        try:
-            return decode_value(msgspec.json.decode(node["metadata"]), "_metadata")
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise CorruptCheckpoint(f"the tree has malformed metadata: {error!s:.200}") from error
+        return module_metadata(node, allow_pickle=self._allow_pickle)
 
     def _walk(self, node: Any, fqn: str, depth: int) -> None:
         if depth > 2 * MAX_DEPTH or not isinstance(node, dict) or not node:
@@ -74,9 +69,9 @@ class TreeNodes:
         self._nodes[self._renamed(fqn)] = node
         if tag == "subclass":
             self._subclass(node, fqn)
-        elif tag in _KEYED:
+        elif tag in KEYED:
             self._entries(content, fqn, depth)
-        elif tag in _LISTED and isinstance(content, list):
+        elif tag in LISTED and isinstance(content, list):
             for number, item in enumerate(content):
                 if _is_container(item):
                     self._walk(item, _join(fqn, number), depth + 1)

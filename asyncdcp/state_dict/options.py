@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -56,11 +56,8 @@ class LoadOptions:
             return name
         if callable(self.rename):
             return self.rename(name)
-        for end in _ends(name):
-            new = self.rename.get(name[:end])
-            if new is not None:
-                return ".".join(part for part in (new, name[end:].removeprefix(".")) if part)
-        return name
+        old = longest_prefix(name, self.rename)
+        return name if old is None else with_prefix(name, old, self.rename[old])
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
@@ -88,6 +85,12 @@ def key_pattern(keys: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(fnmatch.translate(key) for key in keys) or r"(?!)")
 
 
-def _ends(name: str) -> list[int]:
-    """The ends of ``name``'s dotted prefixes, the longest first; the last is that of the empty one."""
-    return [len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == "."), 0]
+def longest_prefix(name: str, prefixes: Container[str]) -> str | None:
+    """The longest of ``prefixes`` that is ``name``, or what it begins with up to a dot; "" is one of every name."""
+    ends = (len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == "."), 0)
+    return next((name[:end] for end in ends if name[:end] in prefixes), None)
+
+
+def with_prefix(name: str, old: str, new: str) -> str:
+    """``name``, whose prefix is ``old``, with the prefix ``new``."""
+    return ".".join(part for part in (new, name[len(old) :].removeprefix(".")) if part)

@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from asyncdcp.errors import InvalidOption
+from asyncdcp.pipeline.trees import KEYED, LISTED
 from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.options import check_keys, key_pattern
 from asyncdcp.state_dict.subclasses import inner_names
-
-_KEYED = ("dict", "ordered", "defaultdict")
-_LISTED = ("list", "tuple")
 
 
 def prune(tree: Any, keep: Callable[[str], bool]) -> Any:
@@ -27,13 +25,19 @@ def prune(tree: Any, keep: Callable[[str], bool]) -> Any:
         return tree if keep(content) else None
     if tag == "subclass":
         return tree if keep(tree["name"]) else None
-    if tag in _KEYED:
+    if tag in KEYED:
         kept = [(key, part) for key, node in zip(*content, strict=True) if (part := prune(node, keep)) is not None]
         return {**tree, tag: [[key for key, _ in kept], [part for _, part in kept]]} if kept else None
-    if tag in _LISTED:
+    if tag in LISTED:
         return tree if any(prune(node, keep) is not None for node in content) else None
     inner = prune(content, keep)
     return None if inner is None else {tag: inner}
+
+
+def children(tag: str, content: Any) -> list[Any]:
+    """The nodes in a container or mark, by its tag and content."""
+    nodes: list[Any] = content[1] if tag in KEYED else content if tag in LISTED else [content]
+    return nodes
 
 
 def leaves(tree: Any) -> set[str]:
@@ -44,8 +48,7 @@ def leaves(tree: Any) -> set[str]:
         return {content}
     if tag == "subclass":
         return set(inner_names(tree))
-    nodes = content[1] if tag in _KEYED else content if tag in _LISTED else [content]
-    return {name for node in nodes for name in leaves(node)}
+    return {name for node in children(tag, content) for name in leaves(node)}
 
 
 def own_leaves(tree: Any) -> set[str]:
@@ -56,8 +59,7 @@ def own_leaves(tree: Any) -> set[str]:
         return leaves(content)
     if tag in ("t", "v", "subclass"):
         return set()
-    nodes = content[1] if tag in _KEYED else content if tag in _LISTED else [content]
-    return {name for node in nodes for name in own_leaves(node)}
+    return {name for node in children(tag, content) for name in own_leaves(node)}
 
 
 def select(flat: FlatState, keys: Sequence[str]) -> FlatState:

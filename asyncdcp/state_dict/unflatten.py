@@ -10,12 +10,11 @@ import msgspec
 from torch import Tensor
 
 from asyncdcp.errors import CorruptCheckpoint
+from asyncdcp.pipeline.trees import KEYED, LISTED
 from asyncdcp.state_dict.keys import decode_key
 from asyncdcp.state_dict.subclasses import FIELDS, cannot_be_made, check_node
 from asyncdcp.state_dict.values import FACTORIES, MAX_DEPTH, decode_value
 
-_KEYED = ("dict", "ordered", "defaultdict")
-_LISTED = ("list", "tuple")
 _DICT_KINDS = (dict, OrderedDict, defaultdict)
 _WRAPPERS = ("stateful", "per_rank")
 _SECOND_FIELD = {"ordered": "metadata", "defaultdict": "factory"}
@@ -57,9 +56,9 @@ class _Builder:
         content = node[tag]
         if tag in ("t", "v"):
             _expect(str, content, tag)
-        elif tag in _LISTED:
+        elif tag in LISTED:
             _expect(list, content, tag)
-        elif tag not in _KEYED and tag not in _WRAPPERS:
+        elif tag not in KEYED and tag not in _WRAPPERS:
             raise CorruptCheckpoint(f"the tree has a node of the unknown kind {tag!s:.40}")
         return tag, content
 
@@ -71,10 +70,10 @@ class _Builder:
             return self.value(content)
         if tag == "subclass":
             return self.subclass(node)
-        if tag in _LISTED:
+        if tag in LISTED:
             items = [self.build(item, depth + 1) for item in content]
             return items if tag == "list" else tuple(items)
-        if tag in _KEYED:
+        if tag in KEYED:
             result = self._empty(tag, node)
             for key, item in self.entries(content).items():
                 result[key] = self.build(item, depth + 1)
@@ -114,20 +113,11 @@ class _Builder:
             raise CorruptCheckpoint("the tree has a dict with a key twice, or not a node for each key")
         return result
 
-    def metadata(self, node: dict[str, Any]) -> Any:
-        """The ``_metadata`` of an ordered node; call only where it has one."""
-        text = _expect(str, node["metadata"], "metadata")
-        try:
-            encoded = msgspec.json.decode(text)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise CorruptCheckpoint(f"the tree has malformed metadata: {error!s:.200}") from error
-        return decode_value(encoded, "_metadata", allow_pickle=self._allow_pickle)
-
     def _empty(self, tag: str, node: dict[str, Any]) -> dict[Any, Any]:
         if tag == "ordered":
             ordered: OrderedDict[Any, Any] = OrderedDict()
             if "metadata" in node:
-                vars(ordered)["_metadata"] = self.metadata(node)
+                vars(ordered)["_metadata"] = module_metadata(node, allow_pickle=self._allow_pickle)
             return ordered
         if tag == "defaultdict":
             name = _expect(str, node.get("factory"), "factory")
@@ -135,6 +125,16 @@ class _Builder:
                 raise CorruptCheckpoint(f"the tree has a defaultdict of the unknown factory {name:.40}")
             return defaultdict(FACTORIES[name])
         return {}
+
+
+def module_metadata(node: dict[str, Any], *, allow_pickle: bool) -> Any:
+    """The ``_metadata`` of a module's state, whose node has one."""
+    text = _expect(str, node["metadata"], "metadata")
+    try:
+        encoded = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the tree has malformed metadata: {error!s:.200}") from error
+    return decode_value(encoded, "_metadata", allow_pickle=allow_pickle)
 
 
 def _expect(kind: type, obj: Any, what: str) -> Any:

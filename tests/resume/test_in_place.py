@@ -208,9 +208,31 @@ def test_keys_that_match_nothing_are_an_error(into):
         into({"a": 1}, {"a": 2}, keys=["b*"])
 
 
-def test_pickles_are_refused_on_both_sides_unless_allowed(checkpointer, into):
+def test_pickles_are_refused_on_both_sides_unless_allowed(checkpointer):
+    storage = MemoryStorage()
     with pytest.raises(UnsupportedValue, match="allow_pickle=True"):
-        checkpointer.save(MemoryStorage(), {"f": nn.ReLU})
+        checkpointer.save(storage, {"f": nn.ReLU})
+    checkpointer.save(storage, {"f": nn.ReLU}, allow_pickle=True)
+    for target in (None, {"f": None}):
+        with pytest.raises(UnsupportedValue, match="was saved as a pickle"):
+            checkpointer.load(storage, target)
+        assert checkpointer.load(storage, target, allow_pickle=True) == {"f": nn.ReLU}
+
+
+def test_a_module_may_have_pickles_in_its_metadata(checkpointer):
+    class Odd(nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: Any) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination._metadata[prefix[:-1]]["made_by"] = nn.ReLU
+
+    storage, model = MemoryStorage(), Odd(2, 2)
+    checkpointer.save(storage, {"m": model, "s": model.state_dict()}, allow_pickle=True)
+    found: dict[str, Any] = {"m": Odd(2, 2), "s": Odd(2, 2).state_dict()}
+    with pytest.raises(UnsupportedValue, match="allow_pickle=True"):
+        checkpointer.load(storage, found)
+    checkpointer.load(storage, found, allow_pickle=True)
+    assert torch.equal(found["m"].weight, model.weight) and torch.equal(found["s"]["weight"], model.weight)
+    assert found["s"]._metadata[""] == {"version": 1, "made_by": nn.ReLU}
 
 
 @pytest.mark.parametrize("wrong", [{"cast": "maybe"}, {"keys": "model.*"}])
