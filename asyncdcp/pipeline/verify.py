@@ -113,10 +113,11 @@ class _Pass:
             self.damages.append(Damage("record", name, message))
         indexes = await self._indexes(record)
         maps = await self._maps(indexes)
-        self.files = [file for index in indexes for file in self._stored_files(index, maps)]
-        self._trace.total = sum(file.stored_size for file in self.files)
+        files = [file for index in indexes for file in self._stored_files(index, maps)]
         sizes = await self._storage.list()
-        runs = iter([run for file in self.files if self._fits(file, sizes) for run in _runs(file)])
+        self.files = [file for file in files if self._fits(file, sizes)]
+        self._trace.total = sum(file.stored_size for file in self.files)
+        runs = (run for file in self.files for run in _runs(file))
         async with anyio.create_task_group() as workers:
             for _ in range(READS_IN_FLIGHT):
                 workers.start_soon(self._work, runs)

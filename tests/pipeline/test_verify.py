@@ -72,7 +72,10 @@ async def test_all_files_are_looked_at() -> None:
     made.objects[data[1]] += b"x"
     made.objects[data[2]] = made.objects[data[2]][:-1]
     made.flip(data[3], 5000)
-    found = await damages(storage)
+    trace = Trace()
+    report = await verify(storage, trace)
+    found, read = report.damages, sum(len(made.objects[name]) for name in data[3:])
+    assert report.files == len(data) - 3 and report.bytes == read == trace.total == trace.bytes()["verify"]
     assert [(damage.kind, damage.file) for damage in sorted(found, key=lambda damage: damage.file)] == [
         *(("missing", data[0]), ("size", data[1]), ("size", data[2]), ("checksum", data[3]))
     ]
