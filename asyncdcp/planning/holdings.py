@@ -9,11 +9,11 @@ from itertools import chain
 import msgspec
 
 from asyncdcp.boxes import Box
-from asyncdcp.planning.save_plan import ChunkSpec, Structure, TensorSpec
+from asyncdcp.planning.save_plan import Structure, TensorSpec
 
 
 class Holdings(msgspec.Struct):
-    """What one rank holds of a state, without what is its own. Made by ``of``.
+    """What one rank holds of a state, without what is its own. Made by ``holdings_of``.
 
     ``spread`` says of each chunk whether any holder may write it. Replicas must have the same ``fingerprints``; an
     empty one is not compared. ``values`` are digests of plain values. ``save`` is the number of the next save that the
@@ -30,25 +30,6 @@ class Holdings(msgspec.Struct):
     fingerprints: list[bytes]
     values: dict[str, bytes]
     save: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        tensors: Sequence[TensorSpec],
-        chunks: Sequence[ChunkSpec],
-        spread: Sequence[bool],
-        fingerprints: Sequence[bytes],
-        values: dict[str, bytes],
-    ) -> Holdings:
-        """A rank's, of ``tensors`` by number."""
-        return cls(
-            msgspec.msgpack.encode(tensors),
-            array("q", [chunk.tensor for chunk in chunks]).tobytes(),
-            array("q", chain.from_iterable((*box.offsets, *box.sizes) for _, box in chunks)).tobytes(),
-            bytes(spread),
-            list(fingerprints),
-            values,
-        )
 
     def tensors(self) -> list[TensorSpec]:
         """By number."""
@@ -78,10 +59,12 @@ def holdings_of(
     ]
     shared = [number for number, spec in enumerate(structure.tensors) if spec.name not in structure.own]
     renumbered = {number: place for place, number in enumerate(shared)}
-    return Holdings.of(
-        [structure.tensors[number] for number in shared],
-        [ChunkSpec(renumbered[chunk.tensor], chunk.box) for _, chunk in chunks],
-        [spread(structure.tensors[chunk.tensor].name) for _, chunk in chunks],
-        [fingerprints[number] for number, _ in chunks],
-        {name: digest for name, digest in values.items() if name not in structure.own},
+    boxes = (chunk.box for _, chunk in chunks)
+    return Holdings(
+        packed=msgspec.msgpack.encode([structure.tensors[number] for number in shared]),
+        tensor=array("q", [renumbered[chunk.tensor] for _, chunk in chunks]).tobytes(),
+        boxes=array("q", chain.from_iterable((*box.offsets, *box.sizes) for box in boxes)).tobytes(),
+        spread=bytes(spread(structure.tensors[chunk.tensor].name) for _, chunk in chunks),
+        fingerprints=[fingerprints[number] for number, _ in chunks],
+        values={name: digest for name, digest in values.items() if name not in structure.own},
     )

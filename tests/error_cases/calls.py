@@ -14,8 +14,9 @@ from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, SyncCheckpointer
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.memory_limits import Headroom
 from asyncdcp.pipeline.descriptions import Viewer
+from asyncdcp.planning import Structure
 from asyncdcp.planning.division import divide
-from asyncdcp.planning.holdings import Holdings
+from asyncdcp.planning.holdings import holdings_of
 from asyncdcp.storage import MemoryPlace
 from tests.error_cases.cases import case, load, managed, save
 
@@ -96,7 +97,7 @@ def _launched() -> None:
 
 @case("call", "what differs by rank, and no PerRank")
 def _replicas() -> None:
-    divide([Holdings.of([], [], [], [], {"data.position": digest}) for digest in (b"1", b"2")])
+    divide([holdings_of(Structure((), (), {}, {}), bool, [], {"data.position": digest}) for digest in (b"1", b"2")])
 
 
 @case("call", "PerRank values of another number of ranks")
