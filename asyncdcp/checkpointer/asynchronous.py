@@ -15,12 +15,15 @@ import torch
 from anyio import to_thread
 from torch.distributed import ProcessGroup
 
+from asyncdcp.checkpointer.guards import Guards
 from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.jobs import plain_json
+from asyncdcp.checkpointer.lanes import Lanes
 from asyncdcp.checkpointer.pending import PendingSaves
 from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner
 from asyncdcp.checkpointer.read_verbs import OnProgress, Place, ReadVerbs
-from asyncdcp.checkpointer.saving import Lanes, SaveRequest, SaveTask
+from asyncdcp.checkpointer.saving import SaveRequest, SaveTask
+from asyncdcp.checkpointer.volatile import VolatileWarnings
 from asyncdcp.closing import weakly
 from asyncdcp.config import Options, check_flags
 from asyncdcp.engine import Engine
@@ -30,7 +33,6 @@ from asyncdcp.errors import (
     Closed,
     DeadlineExceeded,
     SaveSkipped,
-    VolatileStorageWarning,
     WouldDeadlock,
 )
 from asyncdcp.extensions import Chain, Extension, ExtensionRegistry, known_extensions
@@ -44,7 +46,7 @@ from asyncdcp.ranks import Ranks, find_ranks, first_rank
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import FlatState, flatten
 from asyncdcp.state_dict.pruning import select
-from asyncdcp.storage import MemoryStorage, Storage, open_storage
+from asyncdcp.storage import Storage, open_storage
 from asyncdcp.worker.launch import is_supported
 from asyncdcp.worker.pipeline import ProcessPipeline
 
@@ -115,8 +117,7 @@ class AsyncCheckpointer(ReadVerbs):
         self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes), pipeline)
         self._pending = PendingSaves(self._options.on_error)
         self._eager = EagerBudget(self._options.eager_bytes)
-        self._guards: list[Guard] = []
-        self._volatile: set[str] = set()
+        self._volatile = VolatileWarnings()
         self._closed = self._ended = False
         self._engine = Engine(
             "asyncdcp",
@@ -124,6 +125,7 @@ class AsyncCheckpointer(ReadVerbs):
             exit_deadline=self._options.close_deadline,
             grace=min(self._options.settle_seconds, 5.0),
         )
+        self._guards = Guards(self._pending, self._engine, self._options.guard_deadline)
         self._planner.run_id = self._agree_on_run(uuid.uuid4().hex)
 
     def _agree_on_run(self, run_id: str) -> str:
@@ -177,7 +179,7 @@ class AsyncCheckpointer(ReadVerbs):
             with self._pending.entering() as busy:
                 if busy and self._options.when_busy != "queue":
                     return self._refuse(name, storage)
-                self._warn_volatile(storage)
+                self._volatile.warn_of(storage)
                 self._lanes.pipeline.warn_unless_travels(storage, self._chain)
                 flat = flatten(state, allow_pickle=allow_pickle)
                 return self._begin(order, flat if keys is None else select(flat, keys), on_progress, begun)
@@ -190,7 +192,7 @@ class AsyncCheckpointer(ReadVerbs):
         trace = self._trace(0, on_progress)
         plan = self._planner.planning(order, flat, described, trace)
         statefuls = (taken.stateful for taken in flat.statefuls.values())
-        sources = Sources(list(described.sources), self._active_guards(), statefuls, self._eager)
+        sources = Sources(list(described.sources), self._guards.active(), statefuls, self._eager)
         request = SaveRequest(
             order.storage,
             plan,
@@ -260,14 +262,7 @@ class AsyncCheckpointer(ReadVerbs):
         [1.0, 1.0, 1.0] [0.0, 0.0, 0.0]
         """
         self._enter()
-        guard = Guard(optimizers, self._hold)
-        with self._lock:
-            self._guards = [*(old for old in self._guards if old.active), guard]
-        return guard
-
-    def _hold(self) -> None:
-        if not self._engine.inherited:  # a forked child steps its own copy of the tensors, and no save is its own
-            self._pending.hold(self._options.guard_deadline)
+        return self._guards.add(optimizers)
 
     def wait_staged(self) -> CheckpointFuture[None]:
         """Resolves once every save that was called before has copied its tensors, or has failed: they may be changed
@@ -275,10 +270,6 @@ class AsyncCheckpointer(ReadVerbs):
         """
         self._check_open()
         return self._pending.all_staged(self._engine)
-
-    def _active_guards(self) -> list[Guard]:
-        with self._lock:
-            return [guard for guard in self._guards if guard.active]
 
     def _refuse(self, name: SaveName, storage: Storage) -> SaveHandle:
         """What becomes of a save while another is under way, if it is not to wait."""
@@ -295,19 +286,6 @@ class AsyncCheckpointer(ReadVerbs):
         handle.staged.fail(skipped)
         handle.committed.fail(skipped)
         return handle
-
-    def _warn_volatile(self, storage: Storage) -> None:
-        info = storage.info
-        if isinstance(storage, MemoryStorage):
-            return  # whoever hands that over knows
-        if info.volatile and info.filesystem not in self._volatile:
-            self._volatile.add(info.filesystem)
-            warnings.warn(
-                f"{info.location} is on {info.filesystem}, which is kept in memory: checkpoints there do not survive "
-                "a restart of the machine",
-                VolatileStorageWarning,
-                stacklevel=3,
-            )
 
     # ── the end ──
 
@@ -329,7 +307,7 @@ class AsyncCheckpointer(ReadVerbs):
             self._closed = True
         if self._ended:
             return
-        for guard in self._active_guards():
+        for guard in self._guards.active():
             guard.remove()
         given_up = self._pending.give_up(self._options.close_deadline, self._options.settle_seconds)
         stuck = self._end_engine()

@@ -11,7 +11,7 @@ from functools import partial
 import anyio
 
 from asyncdcp.checkpointer.handle import SaveHandle
-from asyncdcp.checkpointer.turns import Turn, TurnQueue
+from asyncdcp.checkpointer.lanes import Lanes, Turn
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
@@ -25,10 +25,10 @@ from asyncdcp.errors import (
 )
 from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
-from asyncdcp.pipeline.session import Pipeline, SaveSession, SessionRequest, ThreadPipeline
+from asyncdcp.pipeline.session import SaveSession, SessionRequest
 from asyncdcp.planning import SavePlan
 from asyncdcp.results import SaveResult, frozen
-from asyncdcp.staging import Arenas, CheckpointStager, Sources, StagingArena
+from asyncdcp.staging import CheckpointStager, Sources, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
 
@@ -64,33 +64,6 @@ class SaveRequest:
     trace: Trace
     begun: float
     chain: Chain = PLAIN
-
-
-class Lanes:
-    """What the saves of a checkpointer share: the order in which they stage and write, the arenas, and the pipeline
-    that writes. Used on one loop only.
-    """
-
-    def __init__(self, arenas: Arenas, pipeline: Pipeline | None = None) -> None:
-        self.arenas = arenas
-        self.pipeline = pipeline or ThreadPipeline()
-        self.staging = TurnQueue()
-        self.writing = TurnQueue()
-
-    async def prepare(self, slabs: int) -> None:
-        """Takes the memory for saves of ``slabs`` slabs, while the pipeline starts."""
-        with ungrouped():
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self.pipeline.start)
-                await self.arenas.prepare(slabs)
-
-    async def leave(self) -> None:
-        """Ends the pipeline once the saves that are under way have ended; no others come."""
-        self.arenas.close()
-        last = Turn()
-        self.writing.join(last)
-        await last.wait()
-        await self.pipeline.aclose()
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -28,7 +27,7 @@ from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.policies import EverySeconds, OnPreemption, SaveWhen, check_policies
 from asyncdcp.manager.preemption import Preemption
 from asyncdcp.manager.read_verbs import ReadVerbs
-from asyncdcp.manager.saves import Called, Saves, surface
+from asyncdcp.manager.saves import Called, Saves, as_numbers, surface
 from asyncdcp.manager.session import RunSession
 from asyncdcp.manager.telemetry import Reporter, Telemetry
 from asyncdcp.metadata import RunStamp
@@ -221,7 +220,7 @@ class CheckpointManager(ReadVerbs):
                 "restore an earlier one to go back to it",
                 path=self.location,
             )
-        numbers = _numbers(metrics)
+        numbers = as_numbers(metrics)
         if self._leads and not self._session.standing.begun:
             self._engine.submit(self._session.begin, name="the beginning of a line").result()
         stamp = RunStamp(self._session.standing.term, self._saves.parent(), numbers)
@@ -333,19 +332,3 @@ class CheckpointManager(ReadVerbs):
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
         return self
-
-
-def _numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | None]:
-    """The metrics as they will be read back; ``InvalidOption`` for what is no number."""
-    found: dict[str, float | None] = {}
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise InvalidOption(f"metrics takes numbers by name, such as {{'loss': 0.5}}, not {metrics!r:.80}")
-    for name, value in (metrics or {}).items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidOption(f"metrics[{name!r}] is {value!r:.80}; metrics take numbers: {error}") from error
-        if not isinstance(name, str):
-            raise InvalidOption(f"metrics take names, not {name!r}")
-        found[name] = number if math.isfinite(number) else None
-    return found

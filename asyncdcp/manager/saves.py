@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import SupportsFloat
 
 import anyio
 
 from asyncdcp.checkpointer import SaveHandle
 from asyncdcp.config import OnError
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Closed, Fenced, UnseenFailure
+from asyncdcp.errors import Closed, Fenced, InvalidOption, UnseenFailure
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.session import Finished, RunSession
 from asyncdcp.manager.telemetry import Reporter
@@ -32,6 +35,22 @@ class Called:
     step: int
     metrics: dict[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+def as_numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | None]:
+    """The metrics as they will be read back; ``InvalidOption`` for what is no number."""
+    found: dict[str, float | None] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidOption(f"metrics takes numbers by name, such as {{'loss': 0.5}}, not {metrics!r:.80}")
+    for name, value in (metrics or {}).items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidOption(f"metrics[{name!r}] is {value!r:.80}; metrics take numbers: {error}") from error
+        if not isinstance(name, str):
+            raise InvalidOption(f"metrics take names, not {name!r}")
+        found[name] = number if math.isfinite(number) else None
+    return found
 
 
 class _Save:

@@ -16,7 +16,7 @@ import trio
 import uvloop
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, SyncCheckpointer
-from asyncdcp.checkpointer.saving import Lanes
+from asyncdcp.checkpointer.lanes import Lanes
 from asyncdcp.errors import (
     CheckpointExists,
     CheckpointNotFound,

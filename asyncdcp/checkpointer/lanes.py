@@ -1,9 +1,17 @@
-"""Turns: saves stage and write in the order of their calls, whatever becomes of those before them."""
+"""Lanes: what the saves of a checkpointer share. They stage and write in turns, in the order of their calls, whatever
+becomes of those before them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+
+import anyio
+
+from asyncdcp.errors import ungrouped
+from asyncdcp.pipeline.session import Pipeline, ThreadPipeline
+from asyncdcp.staging import Arenas
 
 
 class Turn:
@@ -48,3 +56,30 @@ class TurnQueue:
             self._turns.popleft()
         if self._turns:
             self._turns[0]._event.set()
+
+
+class Lanes:
+    """What the saves of a checkpointer share: the order in which they stage and write, the arenas, and the pipeline
+    that writes. Used on one loop only.
+    """
+
+    def __init__(self, arenas: Arenas, pipeline: Pipeline | None = None) -> None:
+        self.arenas = arenas
+        self.pipeline = pipeline or ThreadPipeline()
+        self.staging = TurnQueue()
+        self.writing = TurnQueue()
+
+    async def prepare(self, slabs: int) -> None:
+        """Takes the memory for saves of ``slabs`` slabs, while the pipeline starts."""
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.pipeline.start)
+                await self.arenas.prepare(slabs)
+
+    async def leave(self) -> None:
+        """Ends the pipeline once the saves that are under way have ended; no others come."""
+        self.arenas.close()
+        last = Turn()
+        self.writing.join(last)
+        await last.wait()
+        await self.pipeline.aclose()

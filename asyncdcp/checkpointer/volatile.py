@@ -1,0 +1,29 @@
+"""The warning that checkpoints will not outlive the machine's next restart."""
+
+from __future__ import annotations
+
+import warnings
+
+from asyncdcp.errors import VolatileStorageWarning
+from asyncdcp.storage import MemoryStorage, Storage
+
+
+class VolatileWarnings:
+    """Of one checkpointer, which warns once of each filesystem that is kept in memory."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def warn_of(self, storage: Storage) -> None:
+        """On the thread of the verb that a user has called, and by that verb itself."""
+        info = storage.info
+        if isinstance(storage, MemoryStorage):
+            return  # whoever hands that over knows
+        if info.volatile and info.filesystem not in self._told:
+            self._told.add(info.filesystem)
+            warnings.warn(
+                f"{info.location} is on {info.filesystem}, which is kept in memory: checkpoints there do not survive "
+                "a restart of the machine",
+                VolatileStorageWarning,
+                stacklevel=3,
+            )
