@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage
+from asyncdcp import AsyncCheckpointer
 from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
 from asyncdcp.metadata import DTYPE_SIZES
 from asyncdcp.state_dict.structure import DTYPES
@@ -55,7 +53,7 @@ def views(dtype: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def lasting() -> Iterator[AsyncCheckpointer]:
-    """One for all dtypes. Threads are for those that hypothesis makes, below."""
+    """One for all dtypes."""
     with AsyncCheckpointer() as made:
         yield made
 
@@ -98,45 +96,6 @@ def test_a_data_file_is_a_safetensors_file(checkpointer: AsyncCheckpointer, tmp_
             loaded = file.get_tensor(name)
             assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(bits(loaded), bits(tensor)), name
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[AsyncCheckpointer]:
-    with AsyncCheckpointer(process=False) as made:
-        yield made
-
-
-@st.composite
-def tensors(draw: st.DrawFn) -> Tensor:
-    dtype = draw(st.sampled_from(sorted(DTYPE_SIZES)))
-    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
-    tensor = random(shape, dtype, draw(st.integers(0, 1000)))
-    tensor = tensor.permute(draw(st.permutations(range(tensor.dim()))))
-    for dim in range(tensor.dim()):
-        step = draw(st.integers(1, 3))
-        start = draw(st.integers(0, max(tensor.shape[dim] - 1, 0)))
-        tensor = tensor[(slice(None),) * dim + (slice(start, None, step),)]
-    if draw(st.booleans()):
-        tensor = tensor.unsqueeze(0).expand(draw(st.integers(1, 3)), *tensor.shape)
-    if tensor.dtype.is_complex and draw(st.booleans()):
-        tensor = tensor.conj()
-    return tensor
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(tensors(), max_size=6))
-def test_any_shapes_strides_and_dtypes(shared: AsyncCheckpointer, bits: Bits, state: list[Tensor]) -> None:
-    storage = MemoryStorage()
-    named = {f"t{number}": tensor for number, tensor in enumerate(state)}
-    shared.save(storage, named).result()
-    made = shared.load(storage).result()
-    targets: dict[str, Any] = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in named.items()}
-    shared.load(storage, targets).result()
-    assert list(made) == list(named)
-    for name, tensor in named.items():
-        assert made[name].shape == tensor.shape
-        assert torch.equal(bits(made[name]), bits(tensor))
-        assert torch.equal(bits(targets[name]), bits(tensor))
 
 
 def test_a_thousand_tensors_and_none(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:

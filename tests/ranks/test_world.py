@@ -14,7 +14,7 @@ import pytest
 
 from asyncdcp import AsyncCheckpointer, SoleRank
 from asyncdcp.errors import CheckpointNotFound
-from tests.ranks import world
+from tests.ranks.meshes import WORLD, cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,12 +38,12 @@ def outcomes(folder: Path) -> list[dict[str, str]]:
             parent.kill()  # the ranks are killed with it
     said = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))
     codes = json.loads((folder / "codes.json").read_text()) if parent.returncode == 0 else None
-    assert codes == [-signal.SIGKILL] * world.WORLD, said  # by themselves, at the end
-    return [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(world.WORLD)]
+    assert codes == [-signal.SIGKILL] * WORLD, said  # by themselves, at the end
+    return [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("case", world.cases())
+@pytest.mark.parametrize("case", cases())
 def test_case(outcomes: list[dict[str, str]], case: str) -> None:
     failures = [f"rank {rank}:\n{found[case]}" for rank, found in enumerate(outcomes) if case in found]
     assert not failures, "\n".join(failures)

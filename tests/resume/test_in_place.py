@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from asyncdcp import MemoryStorage, Options, PerRank, SyncCheckpointer
+from asyncdcp import MemoryStorage, Options, PerRank
 from asyncdcp.errors import InvalidOption, StateMismatch, UnsupportedValue
 
 
@@ -26,22 +25,6 @@ class Recorder:
 
     def load_state_dict(self, state_dict: Any) -> None:
         self.log.append((self, state_dict))
-
-
-@pytest.fixture(scope="module")
-def checkpointer() -> Iterator[SyncCheckpointer]:
-    with SyncCheckpointer() as made:
-        yield made
-
-
-@pytest.fixture
-def into(checkpointer):
-    def load(target: Any, state: Any, **options: Any) -> Any:
-        storage = MemoryStorage()
-        checkpointer.save(storage, state)
-        return checkpointer.load(storage, target, **options)
-
-    return load
 
 
 def test_containers_and_tensors_of_the_target_stay(into):

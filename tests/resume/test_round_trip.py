@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from asyncdcp import MemoryStorage, PerRank, SyncCheckpointer
+from asyncdcp import MemoryStorage, PerRank
 from asyncdcp.errors import DuplicateName, StateMismatch
 from asyncdcp.state_dict.flatten import flatten, is_plain_sequence
 
@@ -46,7 +46,7 @@ _DTYPES = [
     *(torch.complex128, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool),
 ]
-_LAYOUTS = ["plain", "transposed", "stepped", "expanded", "inside", "conj", "neg", "parameter", "inference"]
+_LAYOUTS = ["plain", "transposed", "stepped", "expanded", "inside", "mixed", "conj", "neg", "parameter", "inference"]
 
 
 def content(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -66,6 +66,9 @@ def tensor(shape: list[int], dtype: torch.dtype, layout: str, seed: int) -> Tens
         return content([2 * shape[0], *shape[1:]], dtype, seed)[::2]
     if layout == "inside" and shape:
         return content([shape[0] + 3, *shape[1:]], dtype, seed)[2:-1]
+    if layout == "mixed" and shape:
+        doubled = content([2 * size + 1 for size in reversed(shape)], dtype, seed)
+        return doubled.permute(*reversed(range(len(shape))))[(slice(1, None, 2),) * len(shape)]
     if layout == "expanded":
         return made.unsqueeze(0).expand(2, *shape)
     if layout == "conj" and dtype.is_complex:
@@ -176,12 +179,6 @@ def ties(state: Any) -> list[tuple[int, ...]]:
 
 
 # ── tests ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def checkpointer() -> Iterator[SyncCheckpointer]:
-    with SyncCheckpointer(process=False) as made:
-        yield made
 
 
 @_ROUND

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -83,22 +82,6 @@ class Holder:
 
     def load_state_dict(self, state_dict: Any) -> None:
         self.state = state_dict
-
-
-@pytest.fixture(scope="module")
-def checkpointer() -> Iterator[SyncCheckpointer]:
-    with SyncCheckpointer(process=False) as made:
-        yield made
-
-
-@pytest.fixture
-def into(checkpointer):
-    def load(target: Any, state: Any, **options: Any) -> Any:
-        storage = MemoryStorage()
-        checkpointer.save(storage, state)
-        return checkpointer.load(storage, target, **options)
-
-    return load
 
 
 def test_inner_tensors_have_names_of_their_own() -> None:
