@@ -20,7 +20,7 @@ def check_flags(**flags: object) -> None:
             raise InvalidOption(f"{name} takes True or False, not {value!r:.80}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How a checkpointer works. All waits of asyncdcp end by one of the deadlines here; all are in seconds.
 

@@ -28,7 +28,6 @@ _WITHOUT = {
     "Ranks",
     "SaveResult",
     "SoleRank",
-    "StreamTransformExtension",
     "TransportOptions",
     "VerifyReport",
     "recover",  # examples/recover.py: it takes ranks

@@ -17,6 +17,7 @@ from asyncdcp import (
     AsyncCheckpointer,
     CheckpointFuture,
     CheckpointManager,
+    Options,
     Published,
     SyncCheckpointer,
     Telemetry,
@@ -101,6 +102,12 @@ def test_an_option_that_means_nothing_is_refused(options: dict[str, Any]) -> Non
     (name,) = options
     with SyncCheckpointer(process=False) as checkpointer, pytest.raises(InvalidOption, match=f"{name} takes a "):
         checkpointer.load("nowhere", **options)
+
+
+def test_options_are_given_by_name() -> None:
+    for kind in (Options, Telemetry, Changes):
+        with pytest.raises(TypeError, match="positional"):
+            kind(None)  # type: ignore[call-arg]
 
 
 FLAGS: dict[str, list[Callable[..., object]]] = {

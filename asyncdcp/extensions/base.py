@@ -119,7 +119,27 @@ class BlockExtension(Extension):
 
 
 class StreamTransformExtension(Extension):
-    """An extension that transforms a stream of bytes; here each block is a stream of its own."""
+    """An extension that transforms a stream of bytes; here each block is a stream of its own.
+
+    >>> import gzip
+    >>> class GZip(asyncdcp.StreamTransformExtension):
+    ...     @staticmethod
+    ...     def registry_name() -> str:
+    ...         return "stream.gzip@example.org"
+    ...     @staticmethod
+    ...     def from_descriptor(version: str) -> "GZip":
+    ...         return GZip()
+    ...     def get_descriptor(self) -> str:
+    ...         return f"{self.registry_name()}/1"
+    ...     def transform_to(self, output):
+    ...         return gzip.GzipFile(fileobj=output, mode="wb")
+    ...     def transform_from(self, input):
+    ...         return gzip.GzipFile(fileobj=input)
+    >>> with asyncdcp.SyncCheckpointer(process=False, extensions=[GZip()]) as checkpointer:
+    ...     _ = checkpointer.save("zipped", {"weight": torch.ones(3)})
+    ...     print(checkpointer.load("zipped"))
+    {'weight': tensor([1., 1., 1.])}
+    """
 
     @abc.abstractmethod
     def transform_to(self, output: IO[bytes]) -> IO[bytes]:

@@ -23,7 +23,7 @@ Format: TypeAlias = Literal["native", "dcp", "hf", "torch", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Changes:
     """What becomes of a checkpoint on the way. ``keys`` are globs of names to take; ``rename`` maps names, or prefixes
     of them up to a dot ("" is all), to new ones; ``dtype`` is what floating point numbers become, such as "bfloat16".

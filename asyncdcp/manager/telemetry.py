@@ -66,7 +66,7 @@ class Tracer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Telemetry:
     """Who hears of a manager's doings. They are logged in any case, to the logger "asyncdcp.manager": each record has
     the event's fields as its attribute ``asyncdcp``.
