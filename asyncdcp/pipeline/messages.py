@@ -64,14 +64,10 @@ class SlabReady(msgspec.Struct, frozen=True, tag=True):
 
 
 class Saved(msgspec.Struct, frozen=True, tag=True):
-    """The save is committed and durable. ``seconds`` and ``bytes`` are by stage of the pipeline; times as
-    ``trace.Trace.seconds``.
-    """
+    """The save is committed and durable. ``seconds`` are by stage of the pipeline, as ``trace.Trace.seconds``."""
 
     save_id: str
     stored_bytes: int
     replaced: list[str]
     filesystem: str
-    volatile: bool
     seconds: dict[str, float]
-    bytes: dict[str, int]

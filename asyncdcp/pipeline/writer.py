@@ -204,15 +204,12 @@ class CheckpointWriter:
         if replaced and self._job.rank == 0:
             with _logged("replaced checkpoints could not be deleted"):
                 await delete_saves(self._storage, replaced)
-        info = self._storage.info
         return Saved(
             save_id=self._job.save_id,
             stored_bytes=self._stored_bytes(),
             replaced=replaced,
-            filesystem=info.filesystem,
-            volatile=info.volatile,
+            filesystem=self._storage.info.filesystem,
             seconds=self._trace.seconds(),
-            bytes=self._trace.bytes(),
         )
 
     def _stored_bytes(self) -> int:

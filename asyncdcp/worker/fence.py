@@ -101,7 +101,5 @@ def _saved(record: Record, storage: Storage) -> Saved:
         stored_bytes=record.summary.stored_bytes if record.summary else 0,
         replaced=record.replaces,
         filesystem=storage.info.filesystem,
-        volatile=storage.info.volatile,
         seconds={},
-        bytes={},
     )

@@ -31,7 +31,7 @@ async def test_a_save_is_a_checkpoint_and_safetensors() -> None:
     loaded = await read_all(storage)
     assert all(np.array_equal(loaded[name], ARRAYS[name]) for name in ARRAYS)
     data = storage._objects[data_name(SAVE, 0, 0)]
-    assert len(data) == saved.stored_bytes == saved.bytes["write"]
+    assert len(data) == saved.stored_bytes == run._trace.bytes()["write"]
     assert {name for name, _ in safetensors.deserialize(data)} == set(ARRAYS)
     assert storage.calls.index("barrier") > storage.calls.index("finish")
     record = record_in(storage)
