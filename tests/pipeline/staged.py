@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from asyncdcp.envelope import decode_record
 from asyncdcp.metadata import Record
@@ -96,3 +99,24 @@ def record_in(storage: MemoryStorage, save_id: str = SAVE) -> Record | None:
 def nothing_is_left(storage: MemoryStorage) -> None:
     assert not storage._unfinished
     assert not [name for name in storage._objects if belongs_to(name, SAVE) and name != record_name(SAVE)]
+
+
+async def is_waited_for(function: str, work: Coroutine[Any, Any, object], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Cancels a task that does ``work`` while a thread is in ``function``; whether that had ended when the task had."""
+    entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(*_: object) -> list[int]:
+        loop.call_soon_threadsafe(entered.set)
+        assert leave.wait(10)
+        left.set()
+        return []
+
+    monkeypatch.setattr(function, slow)
+    task = asyncio.create_task(work)
+    await entered.wait()
+    task.cancel()
+    loop.call_later(0.01, leave.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    return left.is_set()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
@@ -27,6 +25,7 @@ from asyncdcp.storage import Fetch, LocalStorage, MemoryStorage, ObjectReader
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 from tests.pipeline.forge import BLOCK, OTHER, SAVE, forger, read_all, save, steady
+from tests.pipeline.staged import is_waited_for
 
 T = TypeVar("T")
 
@@ -251,22 +250,8 @@ async def test_a_checkpoint_replaced_while_it_is_opened() -> None:
 
 
 async def test_a_cancelled_task_waits_for_the_thread_that_fills_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def slow(*_: object) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        assert leave.wait(10)
-        left.set()
-
-    monkeypatch.setattr(reading, "place_window", slow)
-    task = asyncio.create_task(read_all((await forger()).storage))
-    await entered.wait()
-    task.cancel()
-    loop.call_later(0.01, leave.set)
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert left.is_set()
+    storage = (await forger()).storage
+    assert await is_waited_for("asyncdcp.pipeline.reader.place_window", read_all(storage), monkeypatch)
 
 
 @given(

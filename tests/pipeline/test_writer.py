@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import Any
 
 import anyio
@@ -19,7 +18,7 @@ from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.pipeline.settle import Reason
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from tests.pipeline.forge import OTHER, SAVE, SLAB, Arrays, read_all, save, writer_of
-from tests.pipeline.staged import ARRAYS, Staged, fails, nothing_is_left, record_in
+from tests.pipeline.staged import ARRAYS, Staged, fails, is_waited_for, nothing_is_left, record_in
 
 
 async def test_a_save_is_a_checkpoint_and_safetensors() -> None:
@@ -275,20 +274,4 @@ async def test_a_cancelled_task_leaves_nothing_open() -> None:
 
 
 async def test_a_cancelled_task_waits_for_the_thread_that_reads_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def slow(data: memoryview, _: int) -> list[int]:
-        loop.call_soon_threadsafe(entered.set)
-        assert leave.wait(10)
-        left.set()
-        return []
-
-    monkeypatch.setattr(transform, "checksum_blocks", slow)
-    task = asyncio.create_task(save(Staged(), ARRAYS))
-    await entered.wait()
-    task.cancel()
-    loop.call_later(0.01, leave.set)
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert left.is_set()
+    assert await is_waited_for("asyncdcp.pipeline.transform.checksum_blocks", save(Staged(), ARRAYS), monkeypatch)
