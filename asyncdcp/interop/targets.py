@@ -11,8 +11,8 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -96,27 +96,32 @@ async def write_native(
             await session.staging_done()
 
     try:
-        with ungrouped():
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(feed)
-                await session.run()
-    except BaseException:
-        await _forget(storage, job.save_id)
-        raise
+        async with _traceless(storage, job.save_id):
+            with ungrouped():
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(feed)
+                    await session.run()
     finally:
         ring.arena.close()
     return _by_name(plan, found[0])
 
 
-async def _forget(storage: Storage, save_id: str) -> None:
-    """Takes the abort of a conversion away, and the folder that is empty then. An abort tells those who take part in a
-    save; here it was this process alone, and it has ended the save.
+@asynccontextmanager
+async def _traceless(storage: Storage, save_id: str) -> AsyncIterator[None]:
+    """Around a save that nobody else takes part in. If it comes to nothing, its abort, which tells the others, is taken
+    away, and the folder that was made for it.
     """
-    with anyio.move_on_after(_FORGETTING, shield=True), suppress(OSError, AsyncDCPError):
-        if (await read_record(storage, save_id)).outcome == "abort":
-            await storage.delete([record_name(save_id)])
-            if isinstance(storage, LocalStorage):
-                await anyio.Path(storage.info.location).rmdir()
+    folder = anyio.Path(storage.info.location)
+    made = isinstance(storage, LocalStorage) and not await folder.exists()
+    try:
+        yield
+    except BaseException:
+        with anyio.move_on_after(_FORGETTING, shield=True), suppress(OSError, AsyncDCPError):
+            if (await read_record(storage, save_id)).outcome == "abort":
+                await storage.delete([record_name(save_id)])
+                if made:
+                    await folder.rmdir()
+        raise
 
 
 class _SessionSink:

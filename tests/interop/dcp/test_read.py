@@ -32,6 +32,14 @@ def read_metadata(path: Path) -> Any:
     return pickle.loads(path.read_bytes())  # noqa: S301  # the test's own
 
 
+def put_entry(folder: Path, content: bytes) -> None:
+    """Makes ``content`` the entry of the only tensor, x."""
+    metadata = read_metadata(folder / ".metadata")
+    metadata.storage_data[MetadataIndex("x", [0])].length = len(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / "__0_0.distcp").write_bytes(content)
+
+
 def plain(state: State) -> State:
     """What DCP keeps of a state: no types of mappings."""
     return {key: plain(value) if isinstance(value, dict) else value for key, value in state.items()}
@@ -176,10 +184,7 @@ def test_an_entry_that_holds_another_tensor(tmp_path: Path, checkpointer: SyncCh
     for other in (torch.ones(5), torch.ones(4, dtype=torch.int32), [1, 2]):
         buffer = io.BytesIO()
         torch.save(other, buffer)
-        metadata = read_metadata(tmp_path / ".metadata")
-        metadata.storage_data[MetadataIndex("x", [0])].length = len(buffer.getvalue())
-        (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-        (tmp_path / "__0_0.distcp").write_bytes(buffer.getvalue())
+        put_entry(tmp_path, buffer.getvalue())
         with pytest.raises(CorruptCheckpoint, match=r"entry of x .* no torch.float32 of shape \[4\]"):
             checkpointer.load(tmp_path)
 
@@ -224,10 +229,7 @@ def test_a_bomb_is_cut_off(tmp_path: Path, checkpointer: SyncCheckpointer) -> No
     import zstandard
 
     bomb = zstandard.ZstdCompressor().compress(bytes(64 << 20))
-    metadata = read_metadata(tmp_path / ".metadata")
-    metadata.storage_data[MetadataIndex("x", [0])].length = len(bomb)
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    (tmp_path / "__0_0.distcp").write_bytes(bomb)
+    put_entry(tmp_path, bomb)
     with pytest.raises(CorruptCheckpoint, match="longer than"):
         checkpointer.load(tmp_path)
 
@@ -250,10 +252,7 @@ def test_a_tensor_without_memory_is_no_memory(tmp_path: Path, checkpointer: Sync
             file.unlink()
         buffer = io.BytesIO()
         torch.save(other, buffer)
-        metadata = read_metadata(tmp_path / ".metadata")
-        metadata.storage_data[MetadataIndex("x", [0])].length = len(buffer.getvalue())
-        (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-        (tmp_path / "__0_0.distcp").write_bytes(buffer.getvalue())
+        put_entry(tmp_path, buffer.getvalue())
         with pytest.raises(CorruptCheckpoint, match=r"entry of x .* has no such bytes"):
             checkpointer.load(tmp_path)
 
