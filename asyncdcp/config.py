@@ -32,7 +32,9 @@ class Options:
     """
 
     staging_bytes: int | None = None
-    """Bound of the staging arena in bytes; None stages a whole state at once, so that tensors are free the soonest."""
+    """Bound of the staging arena in bytes, of which it takes at least 8 MiB; None stages a whole state at once, so that
+    tensors are free the soonest.
+    """
     when_busy: WhenBusy = "queue"
     """What a save does while an earlier one is under way: wait its turn, be skipped (``SaveSkipped``), or raise
     ``CheckpointerBusy``."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from asyncdcp.format.safetensors import DATA_ALIGNMENT, HEADER_LIMIT, HeaderEntry, encode_header, entry_bound
 from asyncdcp.metadata import DTYPE_SIZES
@@ -31,11 +30,6 @@ class FileImage:
     size: int
 
 
-def chunk_bytes(entry: HeaderEntry) -> int:
-    """The bytes of a chunk's elements, packed."""
-    return prod(entry.box.sizes) * DTYPE_SIZES[entry.dtype]
-
-
 def lay_out(
     entries: Sequence[HeaderEntry],
     metadata: dict[str, str],
@@ -51,7 +45,7 @@ def lay_out(
     current: list[int] = []
     filled = described = 0
     for n in order:
-        length, text = chunk_bytes(entries[n]), entry_bound(entries[n])
+        length, text = entries[n].nbytes, entry_bound(entries[n])
         if current and (filled + length > file_limit or described + text > header_limit - DATA_ALIGNMENT):
             images.append(_image(entries, current, metadata))
             current, filled, described = [], 0, 0
@@ -68,5 +62,5 @@ def _image(entries: Sequence[HeaderEntry], chosen: list[int], metadata: dict[str
     begins, end = [], len(header)
     for n in chosen:
         begins.append(end)
-        end += chunk_bytes(entries[n])
+        end += entries[n].nbytes
     return FileImage(header, tuple(chosen), tuple(begins), end)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import msgspec
@@ -49,6 +48,11 @@ class HeaderEntry(NamedTuple):
     shape: tuple[int, ...]
     box: Box
 
+    @property
+    def nbytes(self) -> int:
+        """Of the chunk's elements, packed."""
+        return self.box.volume * DTYPE_SIZES[self.dtype]
+
 
 class _Entry(msgspec.Struct, frozen=True):
     dtype: str
@@ -73,7 +77,7 @@ def encode_header(entries: Sequence[HeaderEntry], metadata: dict[str, str]) -> b
     fields: dict[str, object] = {"__metadata__": metadata}
     begin = 0
     for entry in entries:
-        length = prod(entry.box.sizes) * DTYPE_SIZES[entry.dtype]
+        length = entry.nbytes
         dtype = SAFETENSORS_DTYPES.get(entry.dtype)
         shape = entry.box.sizes if dtype else (length,)
         fields[_unused(chunk_name(entry), fields)] = _Entry(dtype or "U8", shape, (begin, begin + length))

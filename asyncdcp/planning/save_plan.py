@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
@@ -121,7 +120,7 @@ def plan_save(structure: Structure, *, slab_bytes: int = SLAB_BYTES, file_limit:
 
 def chunk_length(structure: Structure, chunk: ChunkSpec) -> int:
     """The bytes of a chunk."""
-    return prod(chunk.box.sizes) * DTYPE_SIZES[structure.tensors[chunk.tensor].dtype]
+    return chunk.box.volume * DTYPE_SIZES[structure.tensors[chunk.tensor].dtype]
 
 
 def _split(structure: Structure, chunk: ChunkSpec, file_limit: int) -> Iterator[ChunkSpec]:
