@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +47,19 @@ def worker_of(checkpointer: AsyncCheckpointer) -> CheckpointProcess:
 
 
 Opened = Callable[..., AsyncCheckpointer]
+ROOM = 1 << 30
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A new folder, in memory where there is room: who is killed loses nothing of either, and no sync takes its time.
+    ``tests/reliability`` kills on a disk.
+    """
+    if not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free < ROOM:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
 
 
 @pytest.fixture
@@ -66,8 +81,14 @@ class Trainers:
 
     def __init__(self) -> None:
         program = Path(__file__).with_name("trainer.py")
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         self._process = subprocess.Popen(
-            [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=environment,
         )
 
     def begin(self, **order: Any) -> int:

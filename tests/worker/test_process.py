@@ -139,18 +139,16 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> None:
     (tmp_path / "began").unlink()
 
 
-def test_starts_from_any_program(tmp_path: Path) -> None:
-    """By -c and isolated, as a script without a guard, beside modules that hide the standard library's, in a hostile
-    environment.
+def test_starts_from_any_script(tmp_path: Path) -> None:
+    """As a script without a guard, beside modules that hide the standard library's, in a hostile environment. By -c
+    they start below.
     """
-    code = textwrap.dedent(PROGRAM)
-    run(tmp_path, "-I", "-c", code.replace('"saved"', '"saved2"'))
     folder = tmp_path / "scripts"
     folder.mkdir()
     for name in ("selectors", "socket", "asyncio"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     script = folder / "program.py"
-    script.write_text(code.replace('"saved"', '"saved3"'))
+    script.write_text(textwrap.dedent(PROGRAM))
     run(tmp_path, str(script), PYTHONWARNINGS="error", PYTHONINSPECT="1", PYTHONSTARTUP="nowhere")
 
 

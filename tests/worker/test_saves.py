@@ -272,12 +272,13 @@ def open_descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
 
-def test_many_saves_leak_nothing(opened: Opened, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::asyncdcp.errors.VolatileStorageWarning")
+def test_many_saves_leak_nothing(opened: Opened, folder: Path) -> None:
     checkpointer = opened()
 
     def save(count: int) -> tuple[int, int, int, int]:
         for _ in range(count):
-            checkpointer.save(tmp_path / "same", SMALL, overwrite=True).result(LONG)
+            checkpointer.save(folder / "same", SMALL, overwrite=True).result(LONG)
         seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
         children = len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
         assert seen.threads < 16  # those of its pools, which come and go

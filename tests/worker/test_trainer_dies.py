@@ -18,6 +18,8 @@ from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.names import record_save_id
 from tests.worker.conftest import LONG, Trainers, has_ended, state
 
+pytestmark = pytest.mark.filterwarnings("ignore::asyncdcp.errors.VolatileStorageWarning")
+
 Closing = Callable[[int], int]
 
 
@@ -53,11 +55,11 @@ def kill(trainers: Trainers, closing: Closing, **order: Any) -> dict[str, Any]:
     return said
 
 
-def test_staged_is_committed(trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, tmp_path: Path) -> None:
+def test_staged_is_committed(trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, folder: Path) -> None:
     for number in range(5):
-        kill(trainers, closing, path=str(tmp_path), number=number, kill_when_staged=True)
-        assert loaded(reader, tmp_path) == number
-        assert no_leftovers(tmp_path)
+        kill(trainers, closing, path=str(folder), number=number, kill_when_staged=True)
+        assert loaded(reader, folder) == number
+        assert no_leftovers(folder)
 
 
 @pytest.mark.parametrize("slab", [1, 2, 3])
@@ -66,28 +68,28 @@ def test_not_staged_is_aborted(
     trainers: Trainers,
     closing: Closing,
     reader: AsyncCheckpointer,
-    tmp_path: Path,
+    folder: Path,
     slab: int,
     staging_bytes: int | None,
 ) -> None:
     options = {} if staging_bytes is None else {"staging_bytes": staging_bytes}
-    said = kill(trainers, closing, path=str(tmp_path / "new"), number=1, kill_at_slab=slab, options=options)
+    said = kill(trainers, closing, path=str(folder / "new"), number=1, kill_at_slab=slab, options=options)
     assert "staged" not in said
-    assert loaded(reader, tmp_path / "new") is None
-    assert no_leftovers(tmp_path / "new")
+    assert loaded(reader, folder / "new") is None
+    assert no_leftovers(folder / "new")
 
 
 @pytest.mark.parametrize("hold", [False, True], ids=["while it stages", "when it has staged"])
 def test_at_every_call_that_the_worker_makes(
-    trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, tmp_path: Path, hold: bool
+    trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, folder: Path, hold: bool
 ) -> None:
     """At every second one, that is. ``hold`` stops the worker until the state is staged, so that the trainer dies after
     that wherever it dies.
     """
-    old = tmp_path / "old"
+    old = folder / "old"
     kill(trainers, closing, path=str(old), number=0, kill_when_staged=True)
     for point in itertools.count(1, 2):
-        path = tmp_path / str(point)
+        path = folder / str(point)
         shutil.copytree(old, path, copy_function=os.link)
         fault = {"operation": "any", "number": point, "action": "kill-trainer"}
         said = kill(trainers, closing, path=str(path), number=point, faults=[fault], hold=hold)
@@ -95,20 +97,21 @@ def test_at_every_call_that_the_worker_makes(
         assert found in (0, point), "neither the old one nor the new one"
         assert found == point or not (hold or said.get("staged")), "it was staged, and is lost"
         assert no_leftovers(path)
+        shutil.rmtree(path)
         if said.get("committed"):
             break
     assert point > 20
 
 
 def test_a_forked_child_that_holds_the_socket_does_not_hold_the_worker(
-    trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, tmp_path: Path
+    trainers: Trainers, closing: Closing, reader: AsyncCheckpointer, folder: Path
 ) -> None:
-    worker = closing(trainers.begin(path=str(tmp_path), number=1, c_fork=True, kill_when_staged=True))
+    worker = closing(trainers.begin(path=str(folder), number=1, c_fork=True, kill_when_staged=True))
     said = trainers.go()
     child = closing(os.pidfd_open(said["child"]))
     try:
         assert has_ended(worker)
         assert not has_ended(child, 0)
-        assert loaded(reader, tmp_path) == 1
+        assert loaded(reader, folder) == 1
     finally:
         os.kill(said["child"], signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import select
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ from asyncdcp.worker.fence import settle_without_worker
 from asyncdcp.worker.protocol import Leave
 from tests.worker.conftest import LONG, Opened, has_ended, state, worker_of
 
+pytestmark = pytest.mark.filterwarnings("ignore::asyncdcp.errors.VolatileStorageWarning")
+
 Closing = Callable[[int], int]
 SECOND = 1.0
 
@@ -38,6 +41,11 @@ def loaded(checkpointer: AsyncCheckpointer, path: Path) -> int:
     found = checkpointer.load(path).result(LONG)
     assert torch.all(found["w"] == found["number"])
     return int(found["number"])
+
+
+def small(number: int) -> dict[str, Any]:
+    """A state that is saved within a deadline that was set to pass."""
+    return {"w": torch.full((9,), number), "number": number}
 
 
 def pidfd_of(checkpointer: AsyncCheckpointer) -> int:
@@ -64,20 +72,22 @@ def check_crash(error: BaseException | None, handle: SaveHandle, number: int = s
     assert str(int(number)) in str(error)
 
 
-def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, tmp_path: Path) -> None:
-    checkpointer = opened()
+def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, folder: Path) -> None:
+    checkpointer, old = opened(), folder / "old"
+    checkpointer.save(old, state(0, slabs=2)).result(LONG)
     committed = failed = 0
     for point in itertools.count(1, 2):
-        path = tmp_path / str(point)
-        checkpointer.save(path, state(0)).result(LONG)
+        path = folder / str(point)
+        shutil.copytree(old, path, copy_function=os.link)
         worker = closing(pidfd_of(checkpointer))
         storage = FaultyStorage(path, [Fault("any", point, "kill")])
-        handle = checkpointer.save(storage, state(point), overwrite=True)
+        handle = checkpointer.save(storage, state(point, slabs=2), overwrite=True)
         wait_for_either(worker, handle)
         error = handle.exception(SECOND)
         if error is not None:
             check_crash(error, handle)
         assert loaded(checkpointer, path) == (point if error is None else 0)
+        shutil.rmtree(path)
         failed, committed = failed + (error is not None), committed + (error is None)
         if not has_ended(worker, 0):
             break
@@ -85,7 +95,7 @@ def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, tm
     assert committed > 1  # killed after its Record was out: that is found, and counts
 
 
-def test_a_commit_found_after_a_death_is_made_durable_before_it_counts(opened: Opened, tmp_path: Path) -> None:
+def test_a_commit_found_after_a_death_is_made_durable_before_it_counts(opened: Opened, folder: Path) -> None:
     """The worker dies with its Record linked, before the directory is synced: the last sync of all."""
 
     class Counting(FaultyStorage):
@@ -98,7 +108,7 @@ def test_a_commit_found_after_a_death_is_made_durable_before_it_counts(opened: O
     checkpointer = opened()
     found = []
     for point in itertools.count(1):
-        storage = Counting(tmp_path / str(point), [Fault("fsync", point, "kill")])
+        storage = Counting(folder / str(point), [Fault("fsync", point, "kill")])
         handle = checkpointer.save(storage, {"w": torch.arange(9)})
         error = handle.exception(LONG)
         if error is None and not storage.barriers:
@@ -108,38 +118,38 @@ def test_a_commit_found_after_a_death_is_made_durable_before_it_counts(opened: O
     assert set(found[:-1]) == {(False, False)}
 
 
-def test_killed_between_saves(opened: Opened, closing: Closing, tmp_path: Path) -> None:
+def test_killed_between_saves(opened: Opened, closing: Closing, folder: Path) -> None:
     checkpointer = opened()
     for number in range(3):
         worker = closing(pidfd_of(checkpointer))
-        checkpointer.save(tmp_path / str(number), state(number)).result(LONG)
+        checkpointer.save(folder / str(number), state(number)).result(LONG)
         os.kill(worker_of(checkpointer).pid, signal.SIGKILL)
         assert has_ended(worker)
-    checkpointer.save(tmp_path / "last", state(9)).result(LONG)
-    assert loaded(checkpointer, tmp_path / "last") == 9
+    checkpointer.save(folder / "last", state(9)).result(LONG)
+    assert loaded(checkpointer, folder / "last") == 9
 
 
-def test_every_save_of_a_dead_worker_fails_and_leaves_no_files(opened: Opened, tmp_path: Path) -> None:
+def test_every_save_of_a_dead_worker_fails_and_leaves_no_files(opened: Opened, folder: Path) -> None:
     checkpointer = opened(staging_bytes=8 * (8 << 20))
-    storage = FaultyStorage(tmp_path / "first", [Fault("fsync", 1, "stop")])
-    handles = [checkpointer.save(storage, state(1)), checkpointer.save(tmp_path / "second", state(2))]
+    storage = FaultyStorage(folder / "first", [Fault("fsync", 1, "stop")])
+    handles = [checkpointer.save(storage, state(1)), checkpointer.save(folder / "second", state(2))]
     handles[1].staged.result(LONG)
     os.kill(worker_of(checkpointer).pid, signal.SIGKILL)
     for handle in handles:
         check_crash(handle.exception(SECOND), handle)
-    assert not (tmp_path / "second").exists()
-    assert all(name.endswith(".json") and "index" not in name for name in os.listdir(tmp_path / "first"))
-    checkpointer.save(tmp_path / "third", state(3)).result(LONG)
-    assert loaded(checkpointer, tmp_path / "third") == 3
+    assert not (folder / "second").exists()
+    assert all(name.endswith(".json") and "index" not in name for name in os.listdir(folder / "first"))
+    checkpointer.save(folder / "third", state(3)).result(LONG)
+    assert loaded(checkpointer, folder / "third") == 3
 
 
-def test_killed_before_the_state_is_staged(opened: Opened, tmp_path: Path) -> None:
+def test_killed_before_the_state_is_staged(opened: Opened, folder: Path) -> None:
     checkpointer = opened(staging_bytes=8 << 20)
-    handle = checkpointer.save(FaultyStorage(tmp_path, [Fault("pwrite", 2, "kill")]), state(1, slabs=6))
+    handle = checkpointer.save(FaultyStorage(folder, [Fault("pwrite", 2, "kill")]), state(1, slabs=6))
     for future in handle:
         check_crash(future.exception(LONG), handle)
-    checkpointer.save(tmp_path, state(2, slabs=6)).result(LONG)
-    assert loaded(checkpointer, tmp_path) == 2
+    checkpointer.save(folder, state(2, slabs=6)).result(LONG)
+    assert loaded(checkpointer, folder) == 2
 
 
 # ── SIGSTOP ──
@@ -157,30 +167,30 @@ STOPPED_AT = [("link", 1), ("pwrite", 2), ("fsync", 1), ("mkdir", 1)]
 
 @pytest.mark.parametrize(("operation", "number"), STOPPED_AT)
 def test_stopped_through_its_deadline_it_is_killed(
-    opened: Opened, closing: Closing, tmp_path: Path, operation: str, number: int
+    opened: Opened, closing: Closing, folder: Path, operation: str, number: int
 ) -> None:
     checkpointer = opened(save_deadline=0.5, settle_seconds=2)
     worker = closing(pidfd_of(checkpointer))
-    storage = FaultyStorage(tmp_path / "stopped", [Fault(operation, number, "stop")])
+    storage = FaultyStorage(folder / "stopped", [Fault(operation, number, "stop")])
     handle = checkpointer.save(storage, state(1))
     with pytest.raises(DeadlineExceeded, match="save_deadline"):
         handle.result(LONG)
     assert has_ended(worker, 0)
     assert "commit" not in outcomes(storage, checkpointer)
-    checkpointer.save(tmp_path / "next", state(2)).result(LONG)
-    assert loaded(checkpointer, tmp_path / "next") == 2
+    checkpointer.save(folder / "next", small(2)).result(LONG)
+    assert loaded(checkpointer, folder / "next") == 2
 
 
 @pytest.mark.parametrize(("operation", "number"), STOPPED_AT)
 def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what_is_not_its_own(
-    opened: Opened, closing: Closing, tmp_path: Path, operation: str, number: int
+    opened: Opened, closing: Closing, folder: Path, operation: str, number: int
 ) -> None:
     """As a worker in an uninterruptible wait of the kernel: SIGKILL does nothing to it until it wakes."""
     checkpointer = opened(save_deadline=0.5, settle_seconds=2)
     process = worker_of(checkpointer)
     worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
-    storage = FaultyStorage(tmp_path / "stopped", [Fault(operation, number, "stop")])
+    storage = FaultyStorage(folder / "stopped", [Fault(operation, number, "stop")])
     handle = checkpointer.save(storage, state(1))
     with pytest.raises(DeadlineExceeded, match="save_deadline"):
         handle.result(LONG)
@@ -188,7 +198,7 @@ def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what
     assert outcomes(storage, checkpointer) == ["abort"]
 
     arena = process._arenas.copy()
-    checkpointer.save(tmp_path / "next", state(2)).result(LONG)
+    checkpointer.save(folder / "next", small(2)).result(LONG)
     assert worker_of(checkpointer) is not process
     assert not set(arena) & set(worker_of(checkpointer)._arenas), "the memory of a lost worker is in use again"
 
@@ -197,14 +207,14 @@ def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what
     checkpointer._engine.call(process.post, Leave())  # it exits once it has settled the save in its own eyes
     assert has_ended(worker)
     with pytest.raises(CheckpointNotFound):
-        checkpointer.load(tmp_path / "stopped").result(LONG)
+        checkpointer.load(folder / "stopped").result(LONG)
     assert outcomes(storage, checkpointer) == ["abort"]
-    assert all(name.endswith(".json") for name in os.listdir(tmp_path / "stopped"))
-    assert loaded(checkpointer, tmp_path / "next") == 2
+    assert all(name.endswith(".json") for name in os.listdir(folder / "stopped"))
+    assert loaded(checkpointer, folder / "next") == 2
 
 
 def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
-    opened: Opened, closing: Closing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, closing: Closing, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says what it has to say, and dies, while the trainer settles its save."""
     checkpointer = opened(save_deadline=0.5, settle_seconds=2)
@@ -219,38 +229,38 @@ def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
         return await settle_without_worker(*args, **kwargs)
 
     monkeypatch.setattr(session, "settle_without_worker", settle)
-    handle = checkpointer.save(FaultyStorage(tmp_path / "stopped", [Fault("pwrite", 2, "stop")]), state(1))
+    handle = checkpointer.save(FaultyStorage(folder / "stopped", [Fault("pwrite", 2, "stop")]), state(1))
     with pytest.raises(DeadlineExceeded):
         handle.result(LONG)
     assert has_ended(worker)
-    checkpointer.save(tmp_path / "next", state(2)).result(LONG)
-    assert loaded(checkpointer, tmp_path / "next") == 2
+    checkpointer.save(folder / "next", small(2)).result(LONG)
+    assert loaded(checkpointer, folder / "next") == 2
 
 
-def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(opened: Opened, tmp_path: Path) -> None:
+def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(opened: Opened, folder: Path) -> None:
     checkpointer = opened(save_deadline=2, settle_seconds=2)
     checkpointer.prepare(state(0)).result(LONG)
     process = worker_of(checkpointer)
     kill = process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
     small = {"w": torch.arange(9)}
-    handles = [checkpointer.save(FaultyStorage(tmp_path / "0", [Fault("pwrite", 1, "stop")]), small)]
-    handles += [checkpointer.save(tmp_path / str(number), small) for number in (1, 2)]
+    handles = [checkpointer.save(FaultyStorage(folder / "0", [Fault("pwrite", 1, "stop")]), small)]
+    handles += [checkpointer.save(folder / str(number), small) for number in (1, 2)]
     assert isinstance(handles[0].exception(LONG), DeadlineExceeded)
     for handle in handles[1:]:
         assert isinstance(handle.exception(2 * SECOND), WorkerCrashed)
-    checkpointer.save(tmp_path / "next", small).result(LONG)
+    checkpointer.save(folder / "next", small).result(LONG)
     process._send_kill = kill  # type: ignore[method-assign]
     checkpointer._engine.call(process.kill)
 
 
-def test_nobody_can_tell_is_said_so(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_can_tell_is_said_so(opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker does not die, and the storage does not take the abort: whether it will be committed is unknown."""
     checkpointer = opened(save_deadline=0.5, settle_seconds=2)
     process = worker_of(checkpointer)
     kill = process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
-    storage = FaultyStorage(tmp_path, [Fault("pwrite", 1, "stop")])
+    storage = FaultyStorage(folder, [Fault("pwrite", 1, "stop")])
 
     async def broken(*_: object) -> bool:
         raise StorageError("the storage is gone", errno=5)
@@ -263,10 +273,10 @@ def test_nobody_can_tell_is_said_so(opened: Opened, tmp_path: Path, monkeypatch:
 
 
 def test_a_dead_workers_save_is_known_even_if_the_storage_takes_no_abort(
-    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = opened()
-    storage = FaultyStorage(tmp_path, [Fault("link", 1, "kill")])
+    storage = FaultyStorage(folder, [Fault("link", 1, "kill")])
 
     async def broken(*_: object) -> bool:
         raise StorageError("the storage takes nothing", errno=28)
