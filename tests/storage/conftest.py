@@ -7,6 +7,12 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 Bounce = Callable[[bytes], memoryview]
+DATA = os.urandom(40_000)
+
+
+def failure(number: int) -> OSError:
+    """As the system raises it."""
+    return OSError(number, os.strerror(number))
 
 
 @pytest.fixture

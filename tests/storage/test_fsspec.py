@@ -36,6 +36,7 @@ async def test_promises(kit: StorageKit, check: Check) -> None:
     await check(kit)
 
 
+@pytest.mark.filterwarnings("ignore::asyncdcp.errors.VolatileStorageWarning")
 def test_a_round_trip(tmp_path: Path) -> None:
     with SyncCheckpointer(process=False) as checkpointer:
         storage = FsspecStorage(f"memory://{tmp_path}/step_1", single_writer=True)
