@@ -12,7 +12,7 @@ import ctypes
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from asyncdcp.boxes import Box, whole
 from asyncdcp.errors import UnsupportedFormat, ungrouped
+from asyncdcp.interop.memory import memory
 from asyncdcp.interop.selection import Chosen
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.load import load
@@ -118,7 +119,7 @@ class Digests:
     def add(self, tensors: Mapping[int, Tensor]) -> None:
         """A thread's work."""
         for number, tensor in tensors.items():
-            self.found[number] = xxhash.xxh3_128_digest(_memory(tensor))
+            self.found[number] = xxhash.xxh3_128_digest(memory(tensor))
 
 
 async def write_plan(reader: ReadableCheckpoint, plan: SavePlan, chosen: Sequence[Chosen], sink: SlabSink) -> Digests:
@@ -150,13 +151,6 @@ def _fill(plan: SavePlan, slab: Slab, held: Mapping[int, Tensor], into: memoryvi
     address = ctypes.addressof(ctypes.c_char.from_buffer(into))
     for piece in slab.pieces:
         ctypes.memmove(address + piece.offset, held[piece.chunk].data_ptr() + piece.start, piece.length)
-
-
-def _memory(tensor: Tensor) -> memoryview | bytes:
-    if not tensor.nbytes:
-        return b""
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(memory).cast("B")
 
 
 def whole_tensor(chosen: Chosen) -> Wanted:

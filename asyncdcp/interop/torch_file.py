@@ -10,7 +10,7 @@ import ctypes
 import os
 import pickle
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from asyncdcp.boxes import whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
+from asyncdcp.interop.memory import memory
 from asyncdcp.metadata import (
     BytesStorageMetadata,
     ChunkLocation,
@@ -66,9 +67,8 @@ class TorchFileCheckpoint:
 
     def _read(self, ranges: Sequence[ReadRange], trace: Trace) -> None:
         for part in ranges:
-            packed = self._tensors[part.file].detach().resolve_conj().resolve_neg().contiguous()
             with trace.span("read", part.end - part.begin):
-                data = _memory(packed)[part.begin : part.end]
+                data = memory(self._tensors[part.file])[part.begin : part.end]
                 if part.into is not None:
                     ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(part.into)), _address(data), len(data))
                 elif part.deliver is not None:
@@ -108,13 +108,6 @@ def _open(path: str) -> TorchFileCheckpoint | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a packed tensor. It has some: nobody asks for nothing."""
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # keeps it alive for as long as the view
-    return memoryview(memory).cast("B")
 
 
 def _address(data: memoryview) -> int:

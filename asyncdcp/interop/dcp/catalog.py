@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex as DcpIndex
 from asyncdcp import metadata as native
 from asyncdcp.boxes import Box, contains, tiles, whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
-from asyncdcp.interop.dcp.entries import Chunk, Entry, memory
+from asyncdcp.interop.dcp.entries import Chunk, Entry
 from asyncdcp.interop.dcp.skeleton import build, paths_of
+from asyncdcp.interop.memory import memory
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 

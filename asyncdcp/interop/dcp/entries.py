@@ -6,7 +6,6 @@ read from their place in the file, without the rest. ``locate`` finds that place
 
 from __future__ import annotations
 
-import ctypes
 import io
 import pickle
 import sys
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
+from asyncdcp.interop.memory import memory
 
 EDGE_BYTES = 4096
 """At least this much of an entry's beginning and end ``locate`` has to see: headers and the pickle, the directory."""
@@ -216,7 +216,7 @@ class NotPlain(Exception):
     """A value of objects that only running the checkpoint's code would make."""
 
 
-def decode_tensor(entry: Entry, chunk: Chunk, data: bytes | bytearray, registry: Any = None) -> bytes | memoryview:
+def decode_tensor(entry: Entry, chunk: Chunk, data: bytes | bytearray, registry: Any = None) -> memoryview:
     """A chunk's elements, packed and row-major; ``CorruptCheckpoint`` if the entry holds anything else."""
     plain = undo(entry, data, chunk.nbytes + _SLACK, registry)
     try:
@@ -283,19 +283,6 @@ def _verify(data: bytes | bytearray) -> None:
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile("torch compresses nothing")
                 _content(archive, info)
-
-
-def memory(tensor: Tensor) -> memoryview | bytes:
-    """The elements of a tensor, packed and row-major; ValueError for one that has no memory on the CPU."""
-    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_quantized:
-        raise ValueError(f"a tensor of layout {tensor.layout} on {tensor.device} has no such bytes")
-    packed = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    nbytes = packed.numel() * packed.element_size()
-    if nbytes == 0:
-        return b""
-    block = (ctypes.c_char * nbytes).from_address(packed.data_ptr())
-    block._tensor = packed  # type: ignore[attr-defined]  # it keeps the memory alive
-    return memoryview(block).cast("B")
 
 
 def _corrupt(entry: Entry, what: str) -> CorruptCheckpoint:

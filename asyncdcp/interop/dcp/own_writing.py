@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from asyncdcp.boxes import Box
 from asyncdcp.errors import UnsupportedValue
 from asyncdcp.format.blocks import BLOCK_BYTES, pack_checksums
-from asyncdcp.interop.dcp.entries import memory
 from asyncdcp.interop.dcp.new_files import NewFiles
 from asyncdcp.interop.dcp.stream import ObjectStream
+from asyncdcp.interop.memory import memory
 from asyncdcp.planning import ChunkSpec, SavePlan, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.state_dict.structure import DTYPE_NAMES
