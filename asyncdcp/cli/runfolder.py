@@ -7,9 +7,10 @@ import os
 import click
 
 from asyncdcp.cli.targets import open_folder
+from asyncdcp.cli.text import shown
 from asyncdcp.names import record_save_id
 from asyncdcp.pipeline.newest_foreign import newest_foreign
-from asyncdcp.runs import Run, look
+from asyncdcp.runs import Checkpoint, Run, look
 from asyncdcp.runs.layout import term_of
 from asyncdcp.storage import Place, open_place
 
@@ -22,6 +23,17 @@ async def open_run(target: str) -> tuple[Place, Run]:
     if not run.checkpoints and not run.term:
         raise click.ClickException(_no_run(target, run) or await _foreign(place, target, run))
     return place, run
+
+
+def note_of(checkpoint: Checkpoint) -> str:
+    """What there is to say of one that is not simply there."""
+    if checkpoint.state == "encrypted":
+        return "cannot be read without its key"
+    if checkpoint.cause is not None:
+        return shown(checkpoint.cause)
+    if checkpoint.state == "partial":
+        return "under way, or cut off"
+    return "" if checkpoint.on_line else "left behind by a rollback"
 
 
 def _no_run(target: str, run: Run) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asyncdcp.cli.runfolder import open_run
+from asyncdcp.cli.runfolder import note_of, open_run
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
@@ -72,7 +72,7 @@ def _table(found: Run) -> Iterator[str]:
         Column("term", right=True),
         Column("note", cut=True),
     ]
-    yield from table(columns, [_row(found, checkpoint, metrics, terms=terms) for checkpoint in checkpoints])
+    yield from table(columns, [_row(checkpoint, metrics, terms=terms) for checkpoint in checkpoints])
     good_ones = found.good()
     yield from map(warned, _sealed(checkpoints))
     if good_ones:
@@ -83,7 +83,7 @@ def _table(found: Run) -> Iterator[str]:
         yield dim(f"{count_text(len(good_ones), 'checkpoint')} to resume from, {latest}; {total} in all")
 
 
-def _row(found: Run, checkpoint: Checkpoint, metrics: Sequence[str], *, terms: bool) -> list[str]:
+def _row(checkpoint: Checkpoint, metrics: Sequence[str], *, terms: bool) -> list[str]:
     values = [checkpoint.metrics.get(name) for name in metrics]
     return [
         str(checkpoint.step),
@@ -93,7 +93,7 @@ def _row(found: Run, checkpoint: Checkpoint, metrics: Sequence[str], *, terms: b
         str(checkpoint.ranks or ""),
         *("" if value is None else number_text(value) for value in values),
         str(checkpoint.term or "") if terms else "",
-        dim(_note(found, checkpoint)),
+        dim(note_of(checkpoint)),
     ]
 
 
@@ -107,16 +107,6 @@ def _sealed(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     for why, named in steps.items():
         more = ", …" if len(named) > _NAMED else ""
         yield f"encrypted ({', '.join(named[:_NAMED])}{more}): {shown(why)}"
-
-
-def _note(found: Run, checkpoint: Checkpoint) -> str:
-    if checkpoint.state == "encrypted":
-        return ""
-    if checkpoint.cause is not None:
-        return shown(checkpoint.cause)
-    if checkpoint.state == "partial":
-        return "under way, or cut off"
-    return "" if checkpoint.on_line else "left behind by a rollback"
 
 
 def _as_json(found: Run, checkpoint: Checkpoint) -> dict[str, Any]:

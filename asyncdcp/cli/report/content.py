@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from asyncdcp.cli.report.charts import STAGES, Bar, Lane, Point, Series, line_chart, timeline, treemap
+from asyncdcp.cli.runfolder import note_of
 from asyncdcp.cli.text import count_text, number_text, seconds_text, shown, size_text, time_text
 from asyncdcp.cli.tree import Node
-from asyncdcp.runs import Checkpoint, Run, Saved
+from asyncdcp.runs import Run, Saved
 from asyncdcp.runs.listing import State
 
 _SAVES_SHOWN = 20
@@ -132,7 +133,7 @@ def _lines(run: Run, metrics: Sequence[str]) -> list[Line]:
             share=100 * checkpoint.size / greatest,
             ranks=str(checkpoint.ranks or ""),
             metrics=tuple(_value(checkpoint.metrics.get(name)) for name in metrics),
-            note=_note(checkpoint),
+            note=note_of(checkpoint),
             latest=checkpoint is latest,
         )
         for checkpoint in reversed(run.checkpoints)
@@ -141,14 +142,6 @@ def _lines(run: Run, metrics: Sequence[str]) -> list[Line]:
 
 def _value(value: float | None) -> str:
     return "" if value is None else number_text(value)
-
-
-def _note(checkpoint: Checkpoint) -> str:
-    if checkpoint.cause is not None:
-        return shown(checkpoint.cause)
-    if checkpoint.state == "partial":
-        return "under way, or cut off"
-    return "" if checkpoint.on_line else "left behind by a rollback"
 
 
 # ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
