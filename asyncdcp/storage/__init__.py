@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from asyncdcp.errors import InvalidOption, MissingDependency
@@ -46,6 +46,8 @@ __all__ = [
     "spec_of",
 ]
 
+T = TypeVar("T")
+
 OBJECT_STORES: Final = ("s3", "gs", "az", "memory")
 """URL schemes of object stores."""
 
@@ -60,11 +62,7 @@ def open_storage(target: str | os.PathLike[str] | Storage) -> Storage:
     for anything else, and ``MissingDependency`` for an object store without its extra.
     """
     if isinstance(target, str | os.PathLike):
-        path = _text_of(target, "Storage")
-        if _is_object_store(path):
-            storage: Storage = _object_stores().ObjectStorage(path)
-            return storage
-        return LocalStorage(os.path.expanduser(_path_of(path, "Storage")))
+        return _by_text(target, "Storage", LocalStorage)
     if not hasattr(target, "claim"):
         raise InvalidOption(f"target is {target!r:.80}; {_TAKES} Storage")
     return target
@@ -73,11 +71,7 @@ def open_storage(target: str | os.PathLike[str] | Storage) -> Storage:
 def open_place(target: str | os.PathLike[str] | Place) -> Place:
     """The Place of a run: of a path, of a URL, or the given one itself. As ``open_storage``."""
     if isinstance(target, str | os.PathLike):
-        path = _text_of(target, "Place")
-        if _is_object_store(path):
-            place: Place = _object_stores().ObjectPlace(path)
-            return place
-        return LocalPlace(os.path.expanduser(_path_of(path, "Place")))
+        return _by_text(target, "Place", LocalPlace)
     if not hasattr(target, "survey"):
         raise InvalidOption(f"target is {target!r:.80}; {_TAKES} Place")
     return target
@@ -110,16 +104,15 @@ def __getattr__(name: str) -> Any:
     return _object_stores().ObjectStorage
 
 
-def _is_object_store(target: str) -> bool:
-    scheme = _SCHEME.match(target)
-    return scheme is not None and scheme[1].lower() in OBJECT_STORES
-
-
-def _text_of(target: str | os.PathLike[str], kind: str) -> str:
-    path = os.fspath(target)
-    if not isinstance(path, str) or not path:
+def _by_text(target: str | os.PathLike[str], kind: Literal["Storage", "Place"], local: Callable[[str], T]) -> T:
+    text = os.fspath(target)
+    if not isinstance(text, str) or not text:
         raise InvalidOption(f"target is {target!r}; {_TAKES} {kind}")
-    return path
+    scheme = _SCHEME.match(text)
+    if scheme is not None and scheme[1].lower() in OBJECT_STORES:
+        made: T = getattr(_object_stores(), f"Object{kind}")(text)
+        return made
+    return local(os.path.expanduser(_path_of(text, kind)))
 
 
 def _path_of(target: str, kind: str) -> str:

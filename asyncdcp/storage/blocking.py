@@ -17,13 +17,14 @@ from typing import IO, Final, TypeVar
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import AsyncDCPError, StorageError, UsageError, storage_error
+from asyncdcp.errors import AsyncDCPError, StorageError, storage_error
 from asyncdcp.storage.port import (
     TEMPORARY,
     Buffer,
     Fetch,
     StorageInfo,
     already_there,
+    check_finish,
     check_name,
     check_removable,
     check_use,
@@ -211,10 +212,7 @@ class BlockingWriter:
 
     async def finish(self, length: int) -> None:
         self._check("length", length)
-        if self._writing:
-            raise UsageError(f"{self._writing} writes of {self._path} are still under way", path=self._path)
-        if self._failed:
-            raise StorageError(f"cannot finish {self._path}: a write of it failed: {self._failed}", path=self._path)
+        check_finish(self._path, length, self._writing, self._failed)
         self._failed = "it was finished before"  # unless this comes to its end
         await on_executor(self._finish, length)
         self._spool.close()

@@ -14,7 +14,7 @@ from typing import Final
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import Closed, InvalidOption, StorageError, UsageError
+from asyncdcp.errors import Closed, InvalidOption
 from asyncdcp.storage.files import (
     MIN_ALIGNMENT,
     NOTHING_WRITTEN,
@@ -25,7 +25,7 @@ from asyncdcp.storage.files import (
     tolerated,
     translated,
 )
-from asyncdcp.storage.port import Buffer
+from asyncdcp.storage.port import Buffer, check_finish
 from asyncdcp.storage.posix import Posix
 from asyncdcp.threads import on_executor, on_thread
 
@@ -87,12 +87,7 @@ class LocalWriter:
 
     async def finish(self, length: int) -> None:
         self._check_begun()
-        if length < 0:
-            raise InvalidOption(f"length is {length}; it takes 0 or more", path=self._path)
-        if self._writing:
-            raise UsageError(f"{self._writing} writes of {self._path} are still under way", path=self._path)
-        if self._failed:
-            raise StorageError(f"cannot finish {self._path}: a write of it failed: {self._failed}", path=self._path)
+        check_finish(self._path, length, self._writing, self._failed)
         with translated("finish", self._path):
             await on_executor(self._finish, length)
         self._state = _State.FINISHED

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption
+from asyncdcp.errors import Closed, CorruptCheckpoint, InvalidOption, StorageError, UsageError
 
 Buffer: TypeAlias = memoryview
 """A C-contiguous memoryview of format ``B``; writable where it is read into."""
@@ -68,6 +68,16 @@ def check_use(path: str, what: str, value: int, *, is_open: bool) -> None:
         raise Closed(f"{path} is closed", path=path)
     if value < 0:
         raise InvalidOption(f"{what} is {value}; it takes 0 or more", path=path)
+
+
+def check_finish(path: str, length: int, writing: int, failed: str) -> None:
+    """Whether an object may be finished: at no negative ``length``, with no writes under way, and none that failed."""
+    if length < 0:
+        raise InvalidOption(f"length is {length}; it takes 0 or more", path=path)
+    if writing:
+        raise UsageError(f"{writing} writes of {path} are still under way", path=path)
+    if failed:
+        raise StorageError(f"cannot finish {path}: a write of it failed: {failed}", path=path)
 
 
 class Fetch(NamedTuple):

@@ -54,20 +54,28 @@ class Launched(NamedTuple):
 
 def launch() -> Launched:
     """Starts the child; it has not run yet when this returns. Its session is its own. Raises ``WorkerCrashed``."""
-    with ExitStack() as undo:
-        ours, theirs = socket.socketpair()
-        undo.callback(theirs.close)
-        on_error = undo.enter_context(ExitStack())
-        on_error.callback(ours.close)
-        stderr = os.memfd_create("asyncdcp-stderr", os.MFD_CLOEXEC)
-        on_error.callback(os.close, stderr)
-        try:
+    try:
+        with ExitStack() as undo, ExitStack() as on_error:
+            ours, theirs = socket.socketpair()
+            undo.callback(theirs.close)
+            on_error.callback(ours.close)
+            stderr = os.memfd_create("asyncdcp-stderr", os.MFD_CLOEXEC)
+            on_error.callback(os.close, stderr)
             pid = _spawn(theirs, stderr, undo)
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            raise WorkerCrashed(f"the background process could not be started: {error}") from error
-        on_error.pop_all()
-        return Launched(pid, pidfd, ours, stderr)
+            pidfd = _pidfd_of(pid)
+            on_error.pop_all()
+            return Launched(pid, pidfd, ours, stderr)
+    except OSError as error:
+        raise WorkerCrashed(f"the background process could not be started: {error}") from error
+
+
+def _pidfd_of(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # without one its end could not be seen
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _spawn(sock: socket.socket, stderr: int, undo: ExitStack) -> int:

@@ -20,7 +20,6 @@ import anyio
 import anyio.lowlevel
 
 from asyncdcp.arena import Arena
-from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions import Chain, extension_of
 from asyncdcp.storage import open_spec
 from asyncdcp.worker import surroundings
@@ -130,7 +129,7 @@ class Worker:
             storage = open_spec(message.storage, kill_trainer=self._kill_trainer)
             chain = Chain([extension_of(spec) for spec in message.extensions])
             job = Job(message.job, storage, self._arenas[message.arena], chain, self.post)
-        except AsyncDCPError as error:
+        except Exception as error:  # noqa: BLE001  # a save that cannot be begun is not the others' end
             self.post(Failed(message.job.save_id, to_frame(error)))
             return
         earlier, self._last = self._last, job

@@ -25,7 +25,7 @@ from asyncdcp.storage.object_store.failures import translated
 from asyncdcp.storage.object_store.persistence import again
 from asyncdcp.storage.object_store.reader import ObjectStoreReader, Source
 from asyncdcp.storage.object_store.uploads import Uploads
-from asyncdcp.storage.object_store.url import parse_url
+from asyncdcp.storage.object_store.url import ObjectURL, parse_url
 from asyncdcp.storage.object_store.writer import PARTS_IN_FLIGHT, Finished, ObjectStoreWriter
 from asyncdcp.storage.place import Found
 from asyncdcp.storage.port import StorageInfo, already_there, check_name, read_small
@@ -66,18 +66,27 @@ class ObjectStorage:
         credentials: Callable[[], Any] | None = None,
         limits: RequestLimits | None = None,
     ) -> None:
-        self.url = parse_url(url)
-        self._access = access(self.url, config or {}, limits or RequestLimits(), credentials)
+        parsed = parse_url(url)
+        self._begin(parsed, access(parsed, config or {}, limits or RequestLimits(), credentials))
+
+    def _begin(self, url: ObjectURL, how: Access) -> None:
+        self.url = url
+        self._access = how
         self._writing: set[str] = set()
         self._unseen: dict[str, Finished] = {}
         self._lost: StorageError | None = None
 
     @classmethod
+    def _reached(cls, url: ObjectURL, how: Access) -> ObjectStorage:
+        """The storage at a URL, reached in a way that is known: the environment is not asked."""
+        storage = cls.__new__(cls)
+        storage._begin(url, how)
+        return storage
+
+    @classmethod
     def from_spec(cls, spec: ObjectStoreSpec) -> ObjectStorage:
         """The storage that ``spec()`` described, in whatever process."""
-        storage = cls(spec.url, config=spec.config, limits=spec.limits)
-        storage._access = Access(spec.config, spec.profile, spec.limits)
-        return storage
+        return cls._reached(parse_url(spec.url), Access(spec.config, spec.profile, spec.limits))
 
     def spec(self) -> StorageSpec | None:
         """As ``Travels``; None for ``memory://``, and where credentials come from a callable."""
@@ -88,11 +97,7 @@ class ObjectStorage:
 
     def child(self, name: str) -> ObjectStorage:
         """The storage at that name below this one, reached in the same way."""
-        child = ObjectStorage.__new__(ObjectStorage)
-        child.url = self.url.child(check_name(name))
-        child._access = self._access
-        child._writing, child._unseen, child._lost = set(), {}, None
-        return child
+        return self._reached(self.url.child(check_name(name)), self._access)
 
     @cached_property
     def info(self) -> StorageInfo:

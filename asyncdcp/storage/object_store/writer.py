@@ -26,12 +26,12 @@ import anyio
 from anyio.lowlevel import checkpoint
 from obstore.exceptions import BaseError
 
-from asyncdcp.errors import Closed, InvalidOption, StorageError, UsageError
+from asyncdcp.errors import Closed, InvalidOption, StorageError
 from asyncdcp.storage.object_store.claim import Claimer
 from asyncdcp.storage.object_store.failures import said, translated, was_cut
 from asyncdcp.storage.object_store.lending import Parts
 from asyncdcp.storage.object_store.persistence import again
-from asyncdcp.storage.port import Buffer
+from asyncdcp.storage.port import Buffer, check_finish
 from asyncdcp.threads import ended
 
 if TYPE_CHECKING:
@@ -229,12 +229,7 @@ class ObjectStoreWriter:
 
     async def finish(self, length: int) -> None:
         self._check_begun()
-        if length < 0:
-            raise InvalidOption(f"length is {length}; it takes 0 or more", path=self._path)
-        if self._writing:
-            raise UsageError(f"{self._writing} writes of {self._path} are still under way", path=self._path)
-        if self._failed:
-            raise StorageError(f"cannot finish {self._path}: a write of it failed: {self._failed}", path=self._path)
+        check_finish(self._path, length, self._writing, self._failed)
         try:
             finished = await (self._finish_upload(length) if self._is_long(length) else self._put(length))
         except BaseException as error:
