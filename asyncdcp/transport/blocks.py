@@ -13,6 +13,8 @@ from asyncdcp.format.blocks import checksum
 from asyncdcp.planning import Slab
 from asyncdcp.staging import SlabCopier, Sources
 from asyncdcp.staging.accelerator import wait_on_host
+from asyncdcp.transport import wire
+from asyncdcp.transport.shared import SharedBlocks
 from asyncdcp.transport.stream import Stream
 
 
@@ -28,7 +30,8 @@ class Stager:
     """Makes the batches of one transfer, one after another, on threads.
 
     ``whole``: each batch gets memory of its own, and no tensor is sent from where it lies. Else the buffers of batch n
-    are used again for batch n + 2, and ``staged`` batches may refer to tensors until they are sent.
+    are used again for batch n + 2, and ``staged`` batches may refer to tensors until they are sent. As long as batches
+    are shared, all blocks are copied to the shared memory, for receivers over the link too.
     """
 
     def __init__(self, stream: Stream, device: torch.device, *, whole: bool, checksums: bool) -> None:
@@ -39,8 +42,15 @@ class Stager:
         self._copier: SlabCopier | None = None
         self._sources: list[Tensor] = []
         self._changed: Callable[[], list[int]] = list
-        self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._shared: SharedBlocks | None = None
         self._spare: Tensor | None = None
+
+    def share(self) -> wire.SharedMemory | None:
+        """Makes the shared memory, if there can be some; what a receiver opens it by."""
+        if self._device.type == "cpu" and not self._whole:
+            self._shared = SharedBlocks.make(len(self._stream.blocks), self._stream.largest)
+        return None if self._shared is None else self._shared.offer
 
     def reserve(self) -> None:
         """Before anything is promised: memory for ``blank``, which is to do where there is none left. On the host no
@@ -56,11 +66,17 @@ class Stager:
         if self._device.type != "cpu":  # what is sent from where it lies does not wait for the fence by itself
             wait_on_host([(work, sources.fence.marks[device]) for device, work in sources.fence.work.items()])
 
-    def stage(self, number: int) -> Batch:
-        """The batch, all of it there."""
-        numbers = self._stream.batches[number - 1]
-        blocks = [self._block(number, place, self._stream.blocks[block]) for place, block in enumerate(numbers)]
-        return Batch(number, blocks, tuple(map(checksum_of, blocks)) if self._checksums else ())
+    def stage(self, number: int, *, shared: bool) -> Batch:
+        """The batch, all of it there. ``shared`` as long as there may be a receiver that takes it so."""
+        if not shared and self._shared is not None:
+            self._shared.close()
+            self._shared = None
+        blocks, digests = [], []
+        for block in self._stream.batches[number - 1]:
+            blocks.append(self._block(block))
+            if self._checksums:
+                digests.append(checksum_of(blocks[-1]))  # while it is in the cache
+        return Batch(number, blocks, tuple(digests))
 
     def blank(self, number: int) -> Batch:
         """In the place of one that could not be staged: as many bytes, of no meaning."""
@@ -78,12 +94,19 @@ class Stager:
         self._copier, self._sources, self._changed = None, [], list
         self._buffers.clear()
         self._spare = None
+        if self._shared is not None:
+            self._shared.close()
 
-    def _block(self, number: int, place: int, block: Slab) -> Tensor:
+    def _block(self, number: int) -> Tensor:
+        block = self._stream.blocks[number]
+        if self._shared is not None:
+            buffer = self._shared.take(number, block.length)
+            self._copy(block, buffer)
+            return buffer
         direct = None if self._whole else self._direct(block)
         if direct is not None:
             return direct
-        buffer = self._buffer(number, place, block.length)
+        buffer = self._buffer(number, block.length)
         if self._device.type == "cpu" or self._all_there(block):
             self._copy(block, buffer)
         else:
@@ -98,13 +121,13 @@ class Stager:
         if arrival is not None:
             arrival()
 
-    def _buffer(self, number: int, place: int, length: int) -> Tensor:
+    def _buffer(self, number: int, length: int) -> Tensor:
         if self._whole:
             return torch.empty(length, dtype=torch.uint8, device=self._device)
-        key = (number % 2, place)
-        found = self._buffers.get(key)
+        slot = number % (wire.AHEAD * wire.BATCH_BLOCKS)
+        found = self._buffers.get(slot)
         if found is None or len(found) < length:
-            found = self._buffers[key] = torch.empty(length, dtype=torch.uint8, device=self._device)
+            found = self._buffers[slot] = torch.empty(length, dtype=torch.uint8, device=self._device)
         return found[:length]
 
     def _direct(self, block: Slab) -> Tensor | None:

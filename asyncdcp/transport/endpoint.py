@@ -87,9 +87,9 @@ class Endpoint:
         except LinkError as error:
             raise self._failed(error, what, tensors) from error
 
-    def send_bytes(self, data: bytes, what: str) -> Pending:
+    def send_bytes(self, data: bytes, what: str, tensors: Names = tuple) -> Pending:
         """As ``send``; the bytes are copied."""
-        return self.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device), what)
+        return self.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device), what, tensors)
 
     def say_all(self, message: tuple[bytes, bytes], what: str) -> None:
         """Sends an encoded message."""
@@ -106,15 +106,29 @@ class Endpoint:
         self.wait(self.receive(into, what), what)
         return bytes_of(into)
 
-    def post_tick(self) -> tuple[Pending, Tensor]:
-        """Begins to receive a tick."""
+    def post_tick(self, tensors: Names) -> tuple[Pending, Tensor]:
+        """Begins to receive a tick, behind ``tensors``."""
         into = torch.empty(wire.TICK_BYTES, dtype=torch.uint8, device=self.device)
-        return self.receive(into, "receiving"), into
+        return self.receive(into, "receiving", tensors), into
 
     def take_tick(self, posted: tuple[Pending, Tensor], number: int, tensors: Names) -> Tick:
-        """Waits for a tick, behind ``tensors``."""
+        """Waits for a tick."""
         self.wait(posted[0], "receiving", tensors)
         return wire.decode_tick(bytes_of(posted[1]), number, self.peer)
+
+    def send_taken(self, number: int, tensors: Names) -> None:
+        """Says that batch ``number``, of ``tensors``, is not needed any more where it is shared."""
+        self.wait(self.send_bytes(wire.encode_taken(number), "receiving", tensors), "receiving", tensors)
+
+    def post_taken(self, tensors: Names) -> tuple[Pending, Tensor]:
+        """Begins to receive that."""
+        into = torch.empty(wire.TAKEN_BYTES, dtype=torch.uint8, device=self.device)
+        return self.receive(into, "sending", tensors), into
+
+    def wait_taken(self, posted: tuple[Pending, Tensor], number: int, tensors: Names) -> None:
+        """Waits until batch ``number``, of ``tensors``, is taken."""
+        self.wait(posted[0], "sending", tensors)
+        wire.check_taken(bytes_of(posted[1]), number, self.peer)
 
     def _failed(self, error: LinkError, what: str, tensors: Names) -> PeerFailed:
         names = tensors()

@@ -14,7 +14,6 @@ from asyncdcp.trace import Span, Trace
 from asyncdcp.transport import wire
 from asyncdcp.transport.blocks import Batch
 from asyncdcp.transport.endpoint import Endpoint
-from asyncdcp.transport.link import Pending
 from asyncdcp.transport.stream import Stream
 from asyncdcp.transport.wire import Accept, Done, Failure, Tick, Verdict
 from asyncdcp.worker.failures import to_frame
@@ -25,6 +24,13 @@ class Staged(NamedTuple):
 
     batch: Batch
     tick: Tick
+
+
+class _UnderWay(NamedTuple):
+    """Something that was posted with a batch, and the wait for it."""
+
+    batch: int
+    wait: Callable[[], None]
 
 
 class Flow:
@@ -66,9 +72,11 @@ class Lane:
         self.all_sent = False
         self.done = False
         """The receiver has verified all of it."""
+        self.shared: bool | None = None
+        """Whether its receiver takes the blocks from shared memory; None until that is known."""
         self._flow = flow
         self._end = endpoint
-        self._under_way: deque[tuple[Pending, int]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
         self._given: deque[Staged] = deque()
         self._ended = False
 
@@ -101,7 +109,8 @@ class Lane:
     async def _carried_out(self, offer: tuple[bytes, bytes]) -> bool:
         """Whether all was sent. Who has accepted waits for ticks: a send that failed meanwhile says so by them."""
         await self._end.call(self._end.say_all, offer, "sending the offer of the state")
-        await self._end.hear(Accept, f"waiting for rank {self._end.peer} to accept the state")
+        accept = await self._end.hear(Accept, f"waiting for rank {self._end.peer} to accept the state")
+        self.shared = accept.shared
         return await self._end.call_long(self._stream)
 
     def _give(self, staged: Staged) -> None:
@@ -124,8 +133,8 @@ class Lane:
     def _stream(self) -> bool:
         """Whether all was sent, and not stopped."""
         verdict = Verdict.GO if self._flow.error is None else Verdict.STOP
-        for number in (1, 2):
-            self._under_way.append((self._end.send_bytes(wire.encode_tick(Tick(number, verdict)), "sending"), 0))
+        for number in range(1, wire.AHEAD + 1):
+            self._post_tick(0, Tick(number, verdict))
         if verdict is Verdict.STOP:
             return False
         last = len(self._flow.stream.batches)
@@ -133,7 +142,7 @@ class Lane:
             verdict, number = staged.tick.verdict, staged.batch.number
             self._post(staged)
             del staged
-            self._finish(number - 1)
+            self._finish(number - wire.AHEAD + 1)
         self._finish(last, stopped=verdict is Verdict.STOP)
         if verdict is Verdict.GO:
             self._flow.change(self._mark_sent)
@@ -144,23 +153,28 @@ class Lane:
         return self._given.popleft() if self._given else None
 
     def _post(self, staged: Staged) -> None:
-        """The batch's blocks, and the tick after them."""
+        """The batch's blocks, and the tick after them; or the tick alone, if they are shared, until they are taken."""
         number, stream = staged.batch.number, self._flow.stream
+        if self.shared:
+            names = partial(stream.names_in, number)
+            taken = partial(self._end.wait_taken, self._end.post_taken(names), number, names)
+            self._under_way.append(_UnderWay(number, taken))
+            self._post_tick(number, staged.tick)
+            return
         for block, data in zip(stream.batches[number - 1], staged.batch.blocks, strict=True):
             names = partial(stream.names, stream.blocks[block])
-            self._under_way.append((self._end.send(data, "sending", names), block + 1))
-        self._under_way.append((self._end.send_bytes(wire.encode_tick(staged.tick), "sending"), -number))
+            sent = partial(self._end.wait, self._end.send(data, "sending", names), "sending", names)
+            self._under_way.append(_UnderWay(number, sent))
+        self._post_tick(number, staged.tick)
+
+    def _post_tick(self, batch: int, tick: Tick) -> None:
+        pending = self._end.send_bytes(wire.encode_tick(tick), "sending")
+        self._under_way.append(_UnderWay(batch, partial(self._end.wait, pending, "sending")))
 
     def _finish(self, number: int, *, stopped: bool = False) -> None:
         """Waits for all that was posted up to batch ``number``, its tick included."""
-        stream = self._flow.stream
-        blocks = stream.batches[number - 1].stop if number else 0
-        while self._under_way:
-            pending, what = self._under_way[0]
-            if what > blocks or -what > number:
-                break
-            names = partial(stream.names, stream.blocks[what - 1]) if what > 0 else tuple
-            self._end.wait(pending, "sending", names)
+        while self._under_way and self._under_way[0].batch <= number:
+            self._under_way[0].wait()
             self._under_way.popleft()
         if not stopped:
             self._flow.change(partial(self._advance, number))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asyncdcp.errors import InvalidOption
-from asyncdcp.transport.wire import BATCH_BLOCKS
+from asyncdcp.transport.wire import AHEAD, BATCH_BLOCKS
 
 _PAGE = 4096
-_LEAST = 2 * BATCH_BLOCKS * _PAGE
+_LEAST = AHEAD * BATCH_BLOCKS * _PAGE
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class TransportOptions:
     they may be changed once all is sent. "whole": the whole state, at once, so that it may be changed the soonest."""
     checksums: bool = True
     """Whether every block is verified. The sender's counts. On accelerators each block is copied to the host for it."""
+    shared_memory: bool = True
+    """Whether blocks that are on the host go to a receiver on the same host by memory that both map, not by the group.
+    The sender's counts, with ``staging="bounded"``. Where a receiver may not open it, they go by the group."""
     eager_bytes: int = 64 << 20
     """As ``Options.eager_bytes``."""
     guard_deadline: float = 60.0
@@ -41,5 +44,5 @@ class TransportOptions:
 
     @property
     def block_bytes(self) -> int:
-        """The most bytes of a block: all blocks of two batches make the bound."""
-        return self.buffer_bytes // (2 * BATCH_BLOCKS) // _PAGE * _PAGE
+        """The most bytes of a block: all blocks of the batches on their way make the bound."""
+        return self.buffer_bytes // (AHEAD * BATCH_BLOCKS) // _PAGE * _PAGE

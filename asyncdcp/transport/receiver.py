@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerError, PeerFailed
+from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerError, PeerFailed, drop_frames
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.results import frozen
 from asyncdcp.trace import Trace
 from asyncdcp.transport import wire
 from asyncdcp.transport.binding import Anew, InPlace
 from asyncdcp.transport.blocks import checksum_of
-from asyncdcp.transport.endpoint import Endpoint, named
+from asyncdcp.transport.endpoint import Endpoint, Names, named
 from asyncdcp.transport.landing import Landing
 from asyncdcp.transport.link import Link, Pending
 from asyncdcp.transport.offered import LayoutCache, Offered
 from asyncdcp.transport.reports import ReceiveReport
+from asyncdcp.transport.shared import SharedBlocks
 from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Accept, Done, Failure, Offer, Verdict
 from asyncdcp.worker.failures import to_frame
@@ -31,10 +32,10 @@ _TOUCHED = ". The state may be partly written: receive or load it again"
 
 
 class _Arriving(NamedTuple):
-    """A block under way: to where, and whether that is a tensor's own memory."""
+    """A block under way: to where, and whether that is a tensor's own memory. One that is shared is already there."""
 
     block: int
-    pending: Pending
+    pending: Pending | None
     into: Tensor
     in_place: bool
 
@@ -52,7 +53,8 @@ class ReceiveTask:
         self._error: AsyncDCPError | None = None
         self._offered: Offered | None = None
         self._landing: Landing | None = None
-        self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._shared: SharedBlocks | None = None
         self._digests: list[tuple[int, ...]] = []
         self._found: list[tuple[int, ...]] = []
         self._landed = self._last_in_place = 0
@@ -68,19 +70,34 @@ class ReceiveTask:
     async def run(self, turns: Turns) -> None:
         """Never raises but for cancellation, at the engine's end."""
         try:
-            async with turns.of("from", [self._end.peer]):
-                state = await self._receive()
+            state = await self._in_turn(turns)
         except AsyncDCPError as error:
+            drop_frames(error)
             self.future.fail(self._error or error)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever awaits the future
             known = AsyncDCPError(f"the {self.future.name} failed: {type(error).__name__}: {error}{self._touched()}")
             known.__cause__ = error
+            drop_frames(known)
             self.future.fail(known)
         else:
             self.future.resolve(state)
         finally:
-            self._buffers.clear()
             self.future.fail(Cancelled(f"the {self.future.name} was given up when its transport closed"))
+
+    async def _in_turn(self, turns: Turns) -> Any:
+        try:
+            async with turns.of("from", [self._end.peer]):
+                return await self._receive()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all memory."""
+        self._buffers.clear()
+        if self._error is not None:
+            drop_frames(self._error)
+        if self._shared is not None:
+            self._shared.close()
 
     def _failure(self) -> AsyncDCPError | None:
         return self._error
@@ -99,7 +116,7 @@ class ReceiveTask:
         except AsyncDCPError as error:
             await end.say(Failure(to_frame(error, with_traceback=False)), "refusing the state")
             raise
-        await end.say(Accept(self._link.rank), "accepting the state")
+        await end.say(Accept(self._link.rank, self._shared is not None), "accepting the state")
         assert self._offered is not None
         self._landing = landing
         await self._stream(self._offered)
@@ -111,7 +128,8 @@ class ReceiveTask:
         with self.trace.span("restore"):
             state = await end.call(self._into.finish)
         seconds, stages = time.monotonic() - begun, frozen(self.trace.seconds())
-        self.future.report = ReceiveReport(end.peer, tensors, total, self._landed, seconds, stages)
+        shared = self._shared is not None
+        self.future.report = ReceiveReport(end.peer, tensors, total, self._landed, shared, seconds, stages)
         return state
 
     def _agree(self, offer: Offer) -> tuple[Landing, int]:
@@ -125,6 +143,9 @@ class ReceiveTask:
                 self._offered = self._layouts.read(offer)
                 targets = self._into.bind(self._offered)
                 self.trace.total = self._offered.layout.total
+                if offer.shared is not None and self._link.device.type == "cpu":
+                    blocks = self._offered.layout.plan.blocks
+                    self._shared = SharedBlocks.open(offer.shared, len(blocks), max(blocks, default=0))
                 return Landing(self._offered, targets, self._link.device), len(targets)
         except AsyncDCPError:
             raise
@@ -142,20 +163,29 @@ class ReceiveTask:
             self._verify(offered, batches)
 
     def _take_all(self, batches: list[range]) -> bool:
-        """Ticks and batches as they come, on a thread: whether the sender has stopped. Two batches are under way."""
-        ticks = deque(self._end.post_tick() for _ in range(2))
-        arriving: deque[tuple[int, list[_Arriving]]] = deque()
+        """Ticks and batches as they come, on a thread: whether the sender has stopped."""
+
+        def behind(number: int) -> Names:
+            return partial(self._names_of, batches, number)
+
+        ticks = deque(self._end.post_tick(behind(number)) for number in range(wire.AHEAD))
+        arriving: deque[list[_Arriving]] = deque()
         stopped = False
-        for number in range(1, len(batches) + 3):
-            if arriving and arriving[0][0] == number - 2:
-                self._take_batch(*arriving.popleft())
-            behind = partial(self._names_of, batches, number - 2)
-            tick = self._end.take_tick(ticks.popleft(), number, behind)
+        for number in range(1, len(batches) + wire.AHEAD + 1):
+            due = number - wire.AHEAD
+            if due > 0 and self._shared is None:
+                self._take_batch(due, arriving.popleft())
+            tick = self._end.take_tick(ticks.popleft(), number, behind(due))
             self._digests.append(tick.digests)
             stopped = stopped or tick.verdict is Verdict.STOP
+            if due > 0 and self._shared is not None:  # only now is it known what lies there
+                blocks = arriving.popleft()
+                if not stopped:
+                    self._take_batch(due, blocks)
+                self._end.send_taken(due, behind(due))
             if not stopped and number <= len(batches):
-                arriving.append((number, self._post(number, batches[number - 1])))
-                ticks.append(self._end.post_tick())
+                arriving.append(self._post(number, batches[number - 1]))
+                ticks.append(self._end.post_tick(behind(number)))
             if not ticks:
                 break
         return stopped
@@ -173,24 +203,26 @@ class ReceiveTask:
             raise PeerFailed(f"{error}{self._touched()}", rank=error.rank, tensors=error.tensors) from error.__cause__
 
     def _post(self, number: int, batch: range) -> list[_Arriving]:
-        return [self._post_block(number, place, block) for place, block in enumerate(batch)]
+        return [self._post_block(number, block) for block in batch]
 
-    def _post_block(self, number: int, place: int, block: int) -> _Arriving:
+    def _post_block(self, number: int, block: int) -> _Arriving:
         assert self._offered is not None
         assert self._landing is not None
         begin, end = self._offered.layout.borders[block : block + 2]
+        if self._shared is not None:
+            return _Arriving(block, None, self._shared.block(block, end - begin), in_place=False)
         memory = self._landing.in_place(block) if self._error is None else None
         if memory is not None:
             self._last_in_place = number
-        into = self._buffer(number, place, end - begin) if memory is None else memory
+        into = self._buffer(block, end - begin) if memory is None else memory
         names = partial(self._offered.layout.tensors_in, block)
         return _Arriving(block, self._end.receive(into, "receiving", names), into, memory is not None)
 
-    def _buffer(self, number: int, place: int, length: int) -> Tensor:
-        key = (number % 2, place)
-        found = self._buffers.get(key)
+    def _buffer(self, block: int, length: int) -> Tensor:
+        slot = block % (wire.AHEAD * wire.BATCH_BLOCKS)
+        found = self._buffers.get(slot)
         if found is None or len(found) < length:
-            found = self._buffers[key] = torch.empty(length, dtype=torch.uint8, device=self._link.device)
+            found = self._buffers[slot] = torch.empty(length, dtype=torch.uint8, device=self._link.device)
         return found[:length]
 
     def _take_batch(self, number: int, arriving: list[_Arriving]) -> None:
@@ -209,7 +241,8 @@ class ReceiveTask:
     def _take_block(self, each: _Arriving) -> int:
         assert self._offered is not None
         assert self._landing is not None
-        self._end.wait(each.pending, "receiving", partial(self._offered.layout.tensors_in, each.block))
+        if each.pending is not None:
+            self._end.wait(each.pending, "receiving", partial(self._offered.layout.tensors_in, each.block))
         if self._error is not None:
             return 0
         with self.trace.span("receive", len(each.into)):
@@ -221,7 +254,7 @@ class ReceiveTask:
         return digest
 
     def _verify(self, offered: Offered, batches: list[range]) -> None:
-        for batch, found, told in zip(batches, self._found, self._digests[2:], strict=True):
+        for batch, found, told in zip(batches, self._found, self._digests[wire.AHEAD :], strict=True):
             for block, ours, theirs in zip(batch, found, told, strict=False):
                 if ours != theirs:
                     names = offered.layout.tensors_in(block)

@@ -33,6 +33,8 @@ class ReceiveReport:
     bytes: int
     in_place_bytes: int
     """As many of them were received straight into tensors' memory."""
+    shared: bool
+    """Whether they came by memory shared with the sender, a process of the same host, and not over the group."""
     seconds: float
     """From the offer on: the wait for a sender to come is not counted."""
     stage_seconds: Mapping[str, float]

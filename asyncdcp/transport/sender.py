@@ -11,7 +11,7 @@ import anyio
 import msgspec
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, TornSnapshotError, ungrouped
+from asyncdcp.errors import AsyncDCPError, Cancelled, TornSnapshotError, drop_frames, ungrouped
 from asyncdcp.staging import Sources
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
@@ -87,6 +87,8 @@ class SendTask:
     def _settle(self, error: AsyncDCPError) -> None:
         self.request.sources.drop()
         self._stager.end()
+        for each in (error, *(lane.error for lane in self._lanes if lane.error is not None)):
+            drop_frames(each)  # they hold blocks
         self.handle.staged.fail(error)
         self.handle.sent.fail(error)
 
@@ -120,7 +122,8 @@ class SendTask:
     def _offer(self) -> tuple[bytes, bytes]:
         self._try(self._stager.reserve)
         plan, values = msgspec.Raw(self.request.stream.encoded), msgspec.Raw(self.request.values)
-        return wire.encode(Offer(self._rank, self._options.checksums, plan, values))
+        shared = self._stager.share() if self._options.shared_memory else None
+        return wire.encode(Offer(self._rank, self._options.checksums, plan, values, shared))
 
     # ── staging, once for all ──
 
@@ -134,11 +137,12 @@ class SendTask:
             self._wait_for_room(number)
             if not any(lane.live for lane in self._lanes):
                 break
-            batch = self._try(partial(self._stager.stage, number))
+            shared = any(lane.live and lane.shared is not False for lane in self._lanes)
+            batch = self._try(partial(self._stager.stage, number, shared=shared))
             if number == last:
                 self._try(self._check_torn)
             verdict = Verdict.GO if self._flow.error is None else Verdict.STOP
-            tick = Tick(number + 2, verdict, batch.digests if batch else ())
+            tick = Tick(number + wire.AHEAD, verdict, batch.digests if batch else ())
             for lane in self._lanes:
                 lane.give(Staged(batch or self._stager.blank(number), tick))
             if stopped:
@@ -177,9 +181,9 @@ class SendTask:
             )
 
     def _wait_for_room(self, number: int) -> None:
-        """Until no lane needs the buffers of batch ``number - 2`` any more."""
+        """Until no lane needs the buffers of batch ``number - AHEAD`` any more."""
         if self._options.staging == "bounded":
-            self._flow.wait(lambda: not any(lane.live and lane.finished < number - 2 for lane in self._lanes))
+            self._flow.wait(lambda: not any(lane.live and lane.finished < number - wire.AHEAD for lane in self._lanes))
 
     def _staged(self) -> None:
         """No tensor is read any more."""

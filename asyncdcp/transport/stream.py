@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import msgspec
 
@@ -46,6 +47,11 @@ class Stream:
         """The tensors that have bytes in a block."""
         structure = self.plan.structure
         return list(dict.fromkeys(structure.tensors[structure.chunks[p.chunk].tensor].name for p in block.pieces))
+
+    def names_in(self, batch: int) -> list[str]:
+        """As ``names``, of a batch by its number."""
+        found = (self.names(self.blocks[block]) for block in self.batches[batch - 1])
+        return list(dict.fromkeys(chain.from_iterable(found)))
 
 
 def plan_stream(structure: Structure, block_bytes: int) -> Stream:

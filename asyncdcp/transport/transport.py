@@ -50,7 +50,9 @@ class PGTransport(Closing):
     transport's own. Give it a group of its own: on gloo a wait that times out closes the group, and on NCCL nothing
     else may be sent meanwhile. ``timeout`` (seconds, or a timedelta) is how long a rank waits while nothing moves, not
     how long a transfer may take. ``device`` is where the blocks are sent from and received to; by default the host,
-    where the group's backend takes that, else the current accelerator.
+    where the group's backend takes that, else the current accelerator. Blocks on the host go to a receiver on the same
+    host by shared memory, if it may open that of the sender (the same user, in the same process namespace), and over
+    the group otherwise; ``shared_memory`` of the options says no to it.
 
     A transfer begins when both sides have called, within ``timeout`` of each other. First they agree: what is missing,
     unexpected or of another shape or dtype is found before any tensor moves, and both sides fail, the receiver with
@@ -163,7 +165,7 @@ class PGTransport(Closing):
         ``report``.
 
         Without ``into`` a new nested state is made, of CPU tensors. With it the rules are those of a load: tensors are
-        filled in place, contiguous ones straight from the group; other Statefuls than modules take what the sender has;
+        filled in place, contiguous ones straight from the group or the shared memory; other Statefuls than modules take what the sender has;
         every ``load_state_dict`` is called, in order, after all has been verified. ``into`` must not be used until
         then. ``PerRank`` values are the sender's.
         """

@@ -6,7 +6,8 @@ seen from both ends, so that it holds on links that know no tags (NCCL) too::
     S → R   message    Offer
     R → S   message    Accept, or Failure: then it is over, and nothing of the state has moved
     S → R   tick 1, tick 2
-            for each batch n = 1, 2, …:    its blocks, then tick n + 2
+            for each batch n = 1, 2, …:    its blocks, then tick n + 2; and if Accept says ``shared``:
+    R → S   taken n
             ticks have a verdict. STOP is repeated by all later ticks, and after the second one comes
             message    Failure, and it is over
     R → S   message    Done (all has arrived, and verifies), or Failure
@@ -14,6 +15,8 @@ seen from both ends, so that it holds on links that know no tags (NCCL) too::
 - A *message* is a head (magic, version, length and digest of what follows) and a struct as JSON.
 - A *block* is bare bytes, a run of the stream of which the Offer says everything: the tensors' chunks lie in it one
   after another. Up to ``BATCH_BLOCKS`` blocks are a *batch*.
+- ``shared``: both map the memory that Offer names. The blocks lie there, each in its slot, and are not sent: tick n + 2
+  says that batch n is there, *taken* n that it is not needed any more, and its slots are those of batch n + 2.
 - A *tick* has a fixed size. ``GO`` in tick n licenses batch n: before it is heard, no receive is posted for the batch.
   Two ticks go ahead, so two batches are on their way at a time. Tick n carries the checksums (XXH3-64) of the blocks
   of batch n - 2. So a sender that fails ends the transfer in an orderly way, and the link can be used again.
@@ -37,6 +40,8 @@ from asyncdcp.worker.protocol import ErrorFrame
 
 VERSION: Final = 1
 BATCH_BLOCKS: Final = 8
+AHEAD: Final = 2
+"""How many batches are on their way at a time."""
 MESSAGE_LIMIT: Final = 4 << 30
 BLOCK_LIMIT: Final = 1 << 30
 
@@ -44,9 +49,12 @@ _MAGIC: Final = b"adcpxfer"
 _HEAD: Final = struct.Struct("<8sHxxxxxxQQ")
 _TICK: Final = struct.Struct(f"<QQ{BATCH_BLOCKS}Q")
 _SEAL: Final = struct.Struct("<Q")
+_TAKEN: Final = struct.Struct("<8sQ")
+_TAKEN_MAGIC: Final = b"adcptook"
 
 HEAD_BYTES: Final = _HEAD.size
 TICK_BYTES: Final = _TICK.size + _SEAL.size
+TAKEN_BYTES: Final = _TAKEN.size
 
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,21 +76,31 @@ class StreamPlan(msgspec.Struct, frozen=True):
     tree: msgspec.Raw
 
 
+class SharedMemory(msgspec.Struct, frozen=True):
+    """A descriptor of a process, and the bytes by which its memory is known. See ``shared.py`` for what lies where."""
+
+    pid: int
+    fd: int
+    key: bytes
+
+
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """``plan`` is a ``StreamPlan``, ``values`` are plain values by name, as in an Index. Without ``checksums`` those in
-    the ticks mean nothing.
+    the ticks mean nothing. ``shared``: where a receiver on the same host may take the blocks from.
     """
 
     rank: int
     checksums: bool
     plan: msgspec.Raw
     values: msgspec.Raw
+    shared: SharedMemory | None = None
 
 
 class Accept(msgspec.Struct, frozen=True, tag=True):
-    """The state fits, and its blocks may come."""
+    """The state fits, and its blocks may come: by the offer's shared memory, or over the link."""
 
     rank: int
+    shared: bool = False
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -189,6 +207,17 @@ def decode_tick(data: bytes | memoryview, number: int, peer: int) -> Tick:
     if seal != xxhash.xxh3_64_intdigest(content) or found != number or verdict not in Verdict.__members__.values():
         raise CorruptCheckpoint(f"rank {peer} sent something else than tick {number}", rank=peer)
     return Tick(found, Verdict(verdict), tuple(digests))
+
+
+def encode_taken(number: int) -> bytes:
+    """Always ``TAKEN_BYTES``."""
+    return _TAKEN.pack(_TAKEN_MAGIC, number)
+
+
+def check_taken(data: bytes | memoryview, number: int, peer: int) -> None:
+    """``CorruptCheckpoint`` if it is not about batch ``number``."""
+    if _TAKEN.unpack(data) != (_TAKEN_MAGIC, number):
+        raise CorruptCheckpoint(f"rank {peer} sent something else than that it has taken batch {number}", rank=peer)
 
 
 def batches(blocks: Sequence[Any]) -> list[range]:

@@ -49,13 +49,14 @@ def test_what_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_transfers_are_put_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(setting: object, receivers: int) -> transfer.Samples:
-        names = (transfer.OWN, transfer.UNVERIFIED, transfer.Torch.name, transfer.Raw.name)
+        own = (transfer.OWN, transfer.UNVERIFIED, transfer.BY_GROUP, transfer.BY_GROUP_UNVERIFIED)
+        names = (*own, transfer.Torch.name, transfer.Raw.name)
         metrics = {"big": [0.5], "small": [0.1 * receivers], "lag p99": [0.001], "memory": [0.06]}
         return {name: dict(metrics) for name in names}
 
     monkeypatch.setattr(transport, "measured", measured)
     found = transport.run(Setting(Path(), "tiny", 1, 1, [], lambda _: None))
-    assert [found.values(ratio) for ratio in found.ratios] == [[1.0]] * 8
+    assert [found.values(ratio) for ratio in found.ratios] == [[1.0]] * 14
     assert "MISSED: at most 0.2" in found.table()
 
 

@@ -108,6 +108,8 @@ class Raw:
 
 OWN: Final = "asyncdcp"
 UNVERIFIED: Final = "asyncdcp, no checksums"
+BY_GROUP: Final = "asyncdcp, by the group"
+BY_GROUP_UNVERIFIED: Final = "asyncdcp, by the group, no checksums"
 WHOLE: Final = "asyncdcp, staged whole"
 
 
@@ -116,6 +118,8 @@ def subjects(group: Any) -> list[Subject]:
     return [
         Own(group, OWN, TransportOptions()),
         Own(group, UNVERIFIED, TransportOptions(checksums=False)),
+        Own(group, BY_GROUP, TransportOptions(shared_memory=False)),
+        Own(group, BY_GROUP_UNVERIFIED, TransportOptions(shared_memory=False, checksums=False)),
         Own(group, WHOLE, TransportOptions(staging="whole")),
         Torch(group),
         Raw(group),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,14 @@ TINY = TransportOptions(buffer_bytes=1 << 16)
 World = Callable[..., tuple[MemoryHub, list[PGTransport]]]
 
 
+@pytest.fixture(params=["group", "shared"])
+def way(request: pytest.FixtureRequest) -> str:
+    """How blocks go: over the link, or by shared memory."""
+    return str(request.param)
+
+
 @pytest.fixture
-def world() -> Iterator[World]:
+def world(way: str) -> Iterator[World]:
     """Makes a hub and a transport for each rank, and closes them."""
     made: list[PGTransport] = []
 
@@ -30,7 +37,8 @@ def world() -> Iterator[World]:
         links: list[Any] = [hub.link(rank) for rank in range(ranks)]
         if link is not None:
             links = [link(each) for each in links]
-        transports = [PGTransport(each, timeout=timeout, options=options) for each in links]
+        chosen = replace(options, shared_memory=way == "shared")
+        transports = [PGTransport(each, timeout=timeout, options=chosen) for each in links]
         made.extend(transports)
         return hub, transports
 

@@ -27,6 +27,7 @@ def test_a_state_goes_to_all_at_once(results: list[Any]) -> None:
     for turn in (1, 2):
         assert results[0][f"digest {turn}"] == results[1][f"digest {turn}"]
         assert results[0][f"digest {turn}"][-3:] == [turn, "x", None]
+        assert results[1][f"shared {turn}"] == (turn == 1)
 
 
 def test_one_that_does_not_come_fails_the_send_within_the_timeout(results: list[Any]) -> None:

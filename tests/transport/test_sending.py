@@ -18,7 +18,7 @@ from tests.transport.conftest import LONG, TINY, World, empty_like
 Same = Callable[[Any, Any], bool]
 
 
-def test_one_staging_serves_several(world: World, same: Same) -> None:
+def test_one_staging_serves_several(world: World, way: str, same: Same) -> None:
     _, transports = world(4)
     state = {"w": torch.randn(200_000), "many": [torch.full((100,), float(n)) for n in range(500)], "n": 5}
     send = transports[0].send_checkpoint([3, 1, 2], state)
@@ -34,7 +34,8 @@ def test_one_staging_serves_several(world: World, same: Same) -> None:
     assert send.staged.done()
     told = futures[1].report
     assert isinstance(told, ReceiveReport)
-    assert told.in_place_bytes == 800_000
+    assert told.shared == (way == "shared")
+    assert told.in_place_bytes == (0 if told.shared else 800_000)
     assert told.bytes == report.bytes
     assert told.bytes_per_second > 0
 

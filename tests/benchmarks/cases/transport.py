@@ -9,7 +9,16 @@ from typing import Final
 
 from tests.benchmarks.measuring import Setting
 from tests.benchmarks.results import Budget, Ratio, Results
-from tests.benchmarks.transfer import OWN, SMALL_TENSORS, UNVERIFIED, Raw, Samples, Torch
+from tests.benchmarks.transfer import (
+    BY_GROUP,
+    BY_GROUP_UNVERIFIED,
+    OWN,
+    SMALL_TENSORS,
+    UNVERIFIED,
+    Raw,
+    Samples,
+    Torch,
+)
 
 RECEIVERS: Final = (1, 3)
 
@@ -24,14 +33,18 @@ def run(setting: Setting) -> Results:
             name = _name(subject, receivers)
             for values in zip(*metrics.values(), strict=True):
                 results.add(name, **dict(zip(metrics, values, strict=True)))
-        own, raw, torch = (_name(subject, receivers) for subject in (OWN, Raw.name, Torch.name))
+        own, grouped, raw, torch = (_name(subject, receivers) for subject in (OWN, BY_GROUP, Raw.name, Torch.name))
+        bare = _name(BY_GROUP_UNVERIFIED, receivers)
         results.ratios += [
             Ratio(f"1 to {receivers}, unverified / torch", _name(UNVERIFIED, receivers), "big", torch, "big", 1.0),
             Ratio(f"1 to {receivers}, verified / torch", own, "big", torch, "big", 1 / 0.9),
             Ratio(f"1 to {receivers}, verified / raw", own, "big", raw, "big", 1 / 0.9),
+            Ratio(f"1 to {receivers}, by the group, unverified / torch", bare, "big", torch, "big", 1.0),
+            Ratio(f"1 to {receivers}, by the group, verified / torch", grouped, "big", torch, "big", 1 / 0.9),
             Ratio(f"1 to {receivers}, small / torch", own, "small", torch, "small", 0.2),
+            Ratio(f"1 to {receivers}, by the group, small / torch", grouped, "small", torch, "small", 0.2),
         ]
-        results.budgets.append(Budget(own, "lag p99", 0.008))
+        results.budgets += [Budget(own, "lag p99", 0.008), Budget(grouped, "lag p99", 0.008)]
     results.notes.append("a structure is sent again, after a first round; lag and memory are of turns of their own")
     results.notes.append("memory is in GB, beyond what the processes held before; the bound is 0.067")
     return results
