@@ -91,7 +91,7 @@ class Endpoint:
         """As ``send``; the bytes are copied."""
         return self.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device), what, tensors)
 
-    def say_all(self, message: tuple[bytes, bytes], what: str) -> None:
+    def say_all(self, message: Sequence[bytes], what: str) -> None:
         """Sends an encoded message."""
         for pending in [self.send_bytes(part, what) for part in message]:
             self.wait(pending, what)

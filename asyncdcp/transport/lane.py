@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -92,8 +92,8 @@ class Lane:
 
     # ── on the loop ──
 
-    async def run(self, offer: tuple[bytes, bytes]) -> None:
-        """From the offer to the receiver's last word."""
+    async def run(self, offer: Sequence[bytes]) -> None:
+        """From the offer, an encoded message, to the receiver's last word."""
         peer, flow = self._end.peer, self._flow
         try:
             if flow.error is None and await self._carried_out(offer):
@@ -106,7 +106,7 @@ class Lane:
         finally:
             flow.change(self._close)
 
-    async def _carried_out(self, offer: tuple[bytes, bytes]) -> bool:
+    async def _carried_out(self, offer: Sequence[bytes]) -> bool:
         """Whether all was sent. Who has accepted waits for ticks: a send that failed meanwhile says so by them."""
         await self._end.call(self._end.say_all, offer, "sending the offer of the state")
         accept = await self._end.hear(Accept, f"waiting for rank {self._end.peer} to accept the state")

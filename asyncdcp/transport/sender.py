@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import anyio
 import msgspec
@@ -16,7 +17,7 @@ from asyncdcp.staging import Sources
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 from asyncdcp.transport import wire
-from asyncdcp.transport.blocks import Batch, Stager
+from asyncdcp.transport.blocks import Stager
 from asyncdcp.transport.endpoint import Endpoint, named
 from asyncdcp.transport.handle import SendHandle
 from asyncdcp.transport.lane import Flow, Lane, Staged
@@ -26,6 +27,8 @@ from asyncdcp.transport.reports import SendReport
 from asyncdcp.transport.stream import Stream
 from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Offer, Tick, Verdict
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -94,12 +97,12 @@ class SendTask:
 
     async def _send(self) -> SendReport:
         request = self.request
-        message = await on_thread(self._limiter, self._offer)
+        offer = await on_thread(self._limiter, self._try, self._offer)
         offered = self._flow.error is None  # else every lane says so, and nothing more
         with ungrouped():
             async with anyio.create_task_group() as tasks:
                 for lane in self._lanes:
-                    tasks.start_soon(lane.run, message)
+                    tasks.start_soon(lane.run, offer or ())
                 try:
                     if offered:
                         await on_thread(self._limiter, self._feed)
@@ -120,7 +123,7 @@ class SendTask:
         return SendReport(request.ranks, len(plan.structure.tensors), plan.tensor_bytes, self._staged_seconds, seconds)
 
     def _offer(self) -> tuple[bytes, bytes]:
-        self._try(self._stager.reserve)
+        self._stager.reserve()
         plan, values = msgspec.Raw(self.request.stream.encoded), msgspec.Raw(self.request.values)
         shared = self._stager.share() if self._options.shared_memory else None
         return wire.encode(Offer(self._rank, self._options.checksums, plan, values, shared))
@@ -158,7 +161,7 @@ class SendTask:
         for lane in self._lanes:
             lane.end()
 
-    def _try(self, work: Callable[[], Batch | None]) -> Batch | None:
+    def _try(self, work: Callable[[], T]) -> T | None:
         """Unless the send has failed; if it fails now, all of it does."""
         if self._flow.error is None:
             try:

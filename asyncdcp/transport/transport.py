@@ -165,9 +165,9 @@ class PGTransport(Closing):
         ``report``.
 
         Without ``into`` a new nested state is made, of CPU tensors. With it the rules are those of a load: tensors are
-        filled in place, contiguous ones straight from the group or the shared memory; other Statefuls than modules take what the sender has;
-        every ``load_state_dict`` is called, in order, after all has been verified. ``into`` must not be used until
-        then. ``PerRank`` values are the sender's.
+        filled in place, contiguous ones straight from the group or the shared memory; other Statefuls than modules take
+        what the sender has; every ``load_state_dict`` is called, in order, after all has been verified. ``into`` must
+        not be used until then. ``PerRank`` values are the sender's.
         """
         self._check_open()
         [src] = self._check_ranks([src_rank])

@@ -259,6 +259,21 @@ def test_a_send_that_ends_before_it_is_accepted_leaves_the_link_in_order(
         send.result(LONG)
 
 
+def test_an_offer_that_cannot_be_made_is_told_to_the_receiver(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, [sender, receiver] = world()
+    monkeypatch.setattr(Stager, "share", lambda _: 1 / 0)
+    monkeypatch.setattr(Stager, "reserve", lambda _: 1 / 0)
+    send = sender.send_checkpoint([1], STATE)
+    error = receiver.recv_checkpoint(0).exception(LONG)
+    assert isinstance(error, PeerFailed)
+    for each in (error, send.exception(LONG)):
+        assert "the state could not be staged: ZeroDivisionError" in str(each)
+    monkeypatch.undo()
+    send = sender.send_checkpoint([1], STATE)
+    assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
+    send.result(LONG)
+
+
 @pytest.mark.parametrize("way", ["group"])
 @pytest.mark.parametrize("left", [0, 1, 2, 4])
 @pytest.mark.parametrize("staging", ["bounded", "whole"])
