@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import threading
@@ -41,7 +42,7 @@ class Arena:
       memoryview, a slice, an array made from one). An ``address`` keeps nothing alive.
     - The mapping is neither inherited by ``os.fork()`` nor part of a core dump; in such a child the descriptor is
       closed, every access through this object raises ``Closed``, and views made before must not be touched.
-    - The descriptor is not inherited over ``exec``; hand it on by name.
+    - The descriptor is not inherited over ``exec``; hand it on by name. Nobody can change the memfd's size.
 
     ``slot_bytes`` is a multiple of 4,096. Raises ``MemoryLimit`` where the machine or a cgroup has not that much left,
     before anything is made.
@@ -51,9 +52,10 @@ class Arena:
         self._fd: int | None = None
         _check_size(slots, slot_bytes)
         check_memory(slots * slot_bytes, what="the staging arena")
-        fd = os.memfd_create("asyncdcp-arena", os.MFD_CLOEXEC)
+        fd = os.memfd_create("asyncdcp-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, slots * slot_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self._map(fd, slots, slot_bytes)
         except BaseException as error:
             os.close(fd)

@@ -14,7 +14,7 @@ from asyncdcp.planning import Slab
 from asyncdcp.staging import SlabCopier, Sources
 from asyncdcp.staging.accelerator import wait_on_host
 from asyncdcp.transport import wire
-from asyncdcp.transport.shared import SharedBlocks
+from asyncdcp.transport.shared import SharedBlocks, SharedPool
 from asyncdcp.transport.stream import Stream
 
 
@@ -34,8 +34,11 @@ class Stager:
     are shared, all blocks are copied to the shared memory, for receivers over the link too.
     """
 
-    def __init__(self, stream: Stream, device: torch.device, *, whole: bool, checksums: bool) -> None:
+    def __init__(
+        self, stream: Stream, device: torch.device, pool: SharedPool | None, *, whole: bool, checksums: bool
+    ) -> None:
         self._stream = stream
+        self._pool = pool
         self._device = device
         self._whole = whole
         self._checksums = checksums
@@ -47,10 +50,10 @@ class Stager:
         self._spare: Tensor | None = None
 
     def share(self) -> wire.SharedMemory | None:
-        """Makes the shared memory, if there can be some; what a receiver opens it by."""
-        if self._device.type == "cpu" and not self._whole:
-            self._shared = SharedBlocks.make(len(self._stream.blocks), self._stream.largest)
-        return None if self._shared is None else self._shared.offer
+        """Takes shared memory, if there is to be some; what a receiver opens it by."""
+        if self._pool is not None:
+            self._shared = self._pool.take()
+        return None if self._shared is None else self._shared.offer()
 
     def reserve(self) -> None:
         """Before anything is promised: memory for ``blank``, which is to do where there is none left. On the host no
@@ -68,7 +71,7 @@ class Stager:
 
     def stage(self, number: int, *, shared: bool) -> Batch:
         """The batch, all of it there. ``shared`` as long as there may be a receiver that takes it so."""
-        if not shared and self._shared is not None:
+        if not shared and self._shared is not None:  # earlier batches may still be on their way from there
             self._shared.close()
             self._shared = None
         blocks, digests = [], []
@@ -94,8 +97,9 @@ class Stager:
         self._copier, self._sources, self._changed = None, [], list
         self._buffers.clear()
         self._spare = None
-        if self._shared is not None:
-            self._shared.close()
+        if self._pool is not None and self._shared is not None:
+            self._pool.give(self._shared)
+        self._shared = None
 
     def _block(self, number: int) -> Tensor:
         block = self._stream.blocks[number]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from asyncdcp.errors import AsyncDCPError
+from asyncdcp.errors import AsyncDCPError, PeerError
 from asyncdcp.trace import Span, Trace
 from asyncdcp.transport import wire
 from asyncdcp.transport.blocks import Batch
@@ -41,6 +41,8 @@ class Flow:
         self.trace = trace
         self.error: AsyncDCPError | None = None
         """Why the whole send is given up; the first counts."""
+        self.shares = False
+        """Whether shared memory was offered."""
         self._changed = threading.Condition()
 
     def fail(self, error: AsyncDCPError) -> None:
@@ -68,7 +70,7 @@ class Lane:
         self.error: AsyncDCPError | None = None
         self.live = True
         self.finished = 0
-        """The last batch of which every byte is sent."""
+        """The last batch of which every byte is sent, or taken."""
         self.all_sent = False
         self.done = False
         """The receiver has verified all of it."""
@@ -110,7 +112,9 @@ class Lane:
         """Whether all was sent. Who has accepted waits for ticks: a send that failed meanwhile says so by them."""
         await self._end.call(self._end.say_all, offer, "sending the offer of the state")
         accept = await self._end.hear(Accept, f"waiting for rank {self._end.peer} to accept the state")
-        self.shared = accept.shared
+        if accept.shared and not self._flow.shares:
+            raise PeerError(f"rank {self._end.peer} takes blocks from shared memory, and none was offered")
+        self._flow.change(partial(self._mark_shared, shared=accept.shared))
         return await self._end.call_long(self._stream)
 
     def _give(self, staged: Staged) -> None:
@@ -119,6 +123,9 @@ class Lane:
 
     def _end_given(self) -> None:
         self._ended = True
+
+    def _mark_shared(self, *, shared: bool) -> None:
+        self.shared = shared
 
     def _mark_sent(self) -> None:
         self.all_sent = True
@@ -168,8 +175,9 @@ class Lane:
         self._post_tick(number, staged.tick)
 
     def _post_tick(self, batch: int, tick: Tick) -> None:
-        pending = self._end.send_bytes(wire.encode_tick(tick), "sending")
-        self._under_way.append(_UnderWay(batch, partial(self._end.wait, pending, "sending")))
+        names = partial(self._flow.stream.names_in, batch) if batch else tuple
+        pending = self._end.send_bytes(wire.encode_tick(tick), "sending", names)
+        self._under_way.append(_UnderWay(batch, partial(self._end.wait, pending, "sending", names)))
 
     def _finish(self, number: int, *, stopped: bool = False) -> None:
         """Waits for all that was posted up to batch ``number``, its tick included."""
@@ -180,7 +188,7 @@ class Lane:
             self._flow.change(partial(self._advance, number))
 
     def _advance(self, number: int) -> None:
-        """Every byte up to batch ``number`` is sent."""
+        """Every byte up to batch ``number`` is sent, or taken."""
         stream = self._flow.stream
         nbytes = sum(stream.blocks[block].length for n in range(self.finished, number) for block in stream.batches[n])
         self.finished = max(self.finished, number)

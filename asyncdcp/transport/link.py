@@ -42,6 +42,9 @@ class Link(Protocol):
     world_size: int
     device: torch.device
     """Where its buffers are: contiguous tensors of dtype uint8, not empty."""
+    may_share: bool
+    """Whether blocks may go beside it where both processes can map the same memory. Its two directions are then used
+    at a time, and what it does to the bytes it carries is not done to these."""
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
         """Begins to send; ``data`` is not changed until that is done."""
@@ -63,6 +66,7 @@ class GroupLink:
         self.rank = int(group.rank())
         self.world_size = int(group.size())
         self.device = _device_of(group) if device is None else device
+        self.may_share = self.device.type == "cpu"
         if self.device.type == "meta":
             raise InvalidOption("device takes where the group's buffers are, such as 'cpu' or 'cuda:0', not 'meta'")
 

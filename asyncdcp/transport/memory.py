@@ -15,13 +15,15 @@ from asyncdcp.transport.link import LinkError, Pending
 
 class MemoryHub:
     """Connects ``world_size`` ranks. As on a process group a send waits for its receive, and copies straight into it.
+    ``may_share`` lets blocks go beside it, by shared memory, as between processes of one host.
 
     ``lose(rank)`` is the death of a rank: whatever is, or comes to be, under way with it fails everywhere. ``tamper``,
     if set, is called with sender, receiver and each buffer after it has arrived, and may change it.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, *, may_share: bool = False) -> None:
         self.world_size = world_size
+        self.may_share = may_share
         self.moved = 0
         """Buffers that have arrived so far."""
         self.tamper: Callable[[int, int, Tensor], None] | None = None
@@ -95,6 +97,7 @@ class MemoryLink:
         self._hub = hub
         self.rank = rank
         self.world_size = hub.world_size
+        self.may_share = hub.may_share
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
         """As ``Link``."""

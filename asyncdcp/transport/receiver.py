@@ -32,7 +32,7 @@ _TOUCHED = ". The state may be partly written: receive or load it again"
 
 
 class _Arriving(NamedTuple):
-    """A block under way: to where, and whether that is a tensor's own memory. One that is shared is already there."""
+    """A block under way: to where, and whether that is a tensor's own memory. A shared one has arrived."""
 
     block: int
     pending: Pending | None
@@ -143,9 +143,8 @@ class ReceiveTask:
                 self._offered = self._layouts.read(offer)
                 targets = self._into.bind(self._offered)
                 self.trace.total = self._offered.layout.total
-                if offer.shared is not None and self._link.device.type == "cpu":
-                    blocks = self._offered.layout.plan.blocks
-                    self._shared = SharedBlocks.open(offer.shared, len(blocks), max(blocks, default=0))
+                if offer.shared is not None and self._link.may_share:
+                    self._shared = SharedBlocks.open(offer.shared, max(self._offered.layout.plan.blocks, default=0))
                 return Landing(self._offered, targets, self._link.device), len(targets)
         except AsyncDCPError:
             raise
@@ -178,13 +177,13 @@ class ReceiveTask:
             tick = self._end.take_tick(ticks.popleft(), number, behind(due))
             self._digests.append(tick.digests)
             stopped = stopped or tick.verdict is Verdict.STOP
-            if due > 0 and self._shared is not None:  # only now is it known what lies there
-                blocks = arriving.popleft()
+            if due > 0 and self._shared is not None:
                 if not stopped:
-                    self._take_batch(due, blocks)
+                    self._take_batch(due, self._post(due, batches[due - 1]))
                 self._end.send_taken(due, behind(due))
             if not stopped and number <= len(batches):
-                arriving.append(self._post(number, batches[number - 1]))
+                if self._shared is None:
+                    arriving.append(self._post(number, batches[number - 1]))
                 ticks.append(self._end.post_tick(behind(number)))
             if not ticks:
                 break

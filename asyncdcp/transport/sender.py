@@ -24,6 +24,7 @@ from asyncdcp.transport.lane import Flow, Lane, Staged
 from asyncdcp.transport.link import Link
 from asyncdcp.transport.options import TransportOptions
 from asyncdcp.transport.reports import SendReport
+from asyncdcp.transport.shared import SharedPool
 from asyncdcp.transport.stream import Stream
 from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Offer, Tick, Verdict
@@ -41,6 +42,8 @@ class SendRequest:
     sources: Sources
     trace: Trace
     begun: float
+    pool: SharedPool | None
+    """Of memory that may be shared with receivers, if this state is to be."""
 
 
 class SendTask:
@@ -53,7 +56,7 @@ class SendTask:
         self._options = options
         self._limiter = anyio.CapacityLimiter(1)
         whole = options.staging == "whole"
-        self._stager = Stager(request.stream, link.device, whole=whole, checksums=options.checksums)
+        self._stager = Stager(request.stream, link.device, request.pool, whole=whole, checksums=options.checksums)
         self._rank = link.rank
         self._flow = Flow(request.stream, request.trace)
         self._lanes = [Lane(self._flow, Endpoint(link, rank, timeout, sender=True)) for rank in request.ranks]
@@ -125,7 +128,8 @@ class SendTask:
     def _offer(self) -> tuple[bytes, bytes]:
         self._stager.reserve()
         plan, values = msgspec.Raw(self.request.stream.encoded), msgspec.Raw(self.request.values)
-        shared = self._stager.share() if self._options.shared_memory else None
+        shared = self._stager.share()
+        self._flow.shares = shared is not None
         return wire.encode(Offer(self._rank, self._options.checksums, plan, values, shared))
 
     # ── staging, once for all ──
@@ -136,6 +140,8 @@ class SendTask:
         """
         last, stopped = len(self.request.stream.batches), False
         self._try(partial(self._stager.begin, self.request.sources))
+        if self._flow.shares:
+            self._flow.wait(self._sharing_known)
         for number in range(1, last + 1):
             self._wait_for_room(number)
             if not any(lane.live for lane in self._lanes):
@@ -182,6 +188,11 @@ class SendTask:
                 "guard the optimizer",
                 tensors=names,
             )
+
+    def _sharing_known(self) -> bool:
+        """Whether a receiver takes blocks from shared memory, or none does: before, no memory is taken for it."""
+        live = [lane.shared for lane in self._lanes if lane.live]
+        return any(live) or None not in live or self._flow.error is not None
 
     def _wait_for_room(self, number: int) -> None:
         """Until no lane needs the buffers of batch ``number - AHEAD`` any more."""

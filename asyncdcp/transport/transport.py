@@ -32,6 +32,7 @@ from asyncdcp.transport.offered import LayoutCache
 from asyncdcp.transport.options import TransportOptions
 from asyncdcp.transport.receiver import ReceiveTask
 from asyncdcp.transport.sender import SendRequest, SendTask
+from asyncdcp.transport.shared import SharedPool
 from asyncdcp.transport.stream import StreamCache
 from asyncdcp.transport.turns import Turns
 
@@ -95,6 +96,7 @@ class PGTransport(Closing):
         self._structures = StructureCache()
         self._layouts = LayoutCache()
         self._streams = StreamCache(self.options.block_bytes)
+        self._pool = SharedPool(self.options.block_bytes)
         self._eager = EagerBudget(self.options.eager_bytes)
         self._guards: list[Guard] = []
         self._sends: list[SendHandle] = []
@@ -126,7 +128,7 @@ class PGTransport(Closing):
         the receives (``TornSnapshotError``, ``ChecksumMismatch``).
 
         A receiver that fails does not stop the others; the handle then raises ``PeerFailed`` for the first of them, at
-        the end.
+        the end. One that does nothing for ``timeout`` holds them up as long, and they give up too.
         """
         begun = time.monotonic()
         self._check_open()
@@ -140,7 +142,8 @@ class PGTransport(Closing):
         trace.total = stream.plan.tensor_bytes * len(ranks)
         statefuls = (taken.stateful for taken in flat.statefuls.values())
         sources = Sources(described.sources, [g for g in self._guards if g.active], statefuls, self._eager)
-        request = SendRequest(ranks, stream, values, sources, trace, begun)
+        shares = self._link.may_share and self.options.shares and stream.plan.tensor_bytes > self.options.buffer_bytes
+        request = SendRequest(ranks, stream, values, sources, trace, begun, self._pool if shares else None)
         task = SendTask(request, self._engine, self._link, self.timeout, self.options)
         with self._lock:
             self._refuse_closed()
@@ -250,6 +253,7 @@ class PGTransport(Closing):
         for future in pending:
             future.wait()  # ends by the timeout of whatever it waits for
         self._engine.close(self.timeout)
+        self._pool.close()
         self._ended = True
         for future in pending:
             error = future.unseen_failure
@@ -264,6 +268,7 @@ class PGTransport(Closing):
         warnings.warn(f"unclosed {self!r}: its thread lives on", ResourceWarning, source=self, stacklevel=2)
         with suppress(Closed):
             engine.call(engine._stop, 0.0)
+        self._pool.close()
 
 
 def _is_over(future: CheckpointFuture[Any]) -> bool:

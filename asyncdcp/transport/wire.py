@@ -1,7 +1,7 @@
 """The wire protocol of a transfer: what is said, in which frames, in which order. No I/O, no tensors, no pickle.
 
 Between the sender S of a state and each receiver R there is one order in which messages follow each other, the same
-seen from both ends, so that it holds on links that know no tags (NCCL) too::
+seen from both ends, so that it holds on links that know no tags (NCCL) too; but for ``taken``::
 
     S → R   message    Offer
     R → S   message    Accept, or Failure: then it is over, and nothing of the state has moved
@@ -16,7 +16,8 @@ seen from both ends, so that it holds on links that know no tags (NCCL) too::
 - A *block* is bare bytes, a run of the stream of which the Offer says everything: the tensors' chunks lie in it one
   after another. Up to ``BATCH_BLOCKS`` blocks are a *batch*.
 - ``shared``: both map the memory that Offer names. The blocks lie there, each in its slot, and are not sent: tick n + 2
-  says that batch n is there, *taken* n that it is not needed any more, and its slots are those of batch n + 2.
+  says that batch n is there, *taken* n that it is not needed any more, and its slots are those of batch n + 2. Both
+  directions are then used at a time, in no one order: only links that say ``may_share`` are offered it.
 - A *tick* has a fixed size. ``GO`` in tick n licenses batch n: before it is heard, no receive is posted for the batch.
   Two ticks go ahead, so two batches are on their way at a time. Tick n carries the checksums (XXH3-64) of the blocks
   of batch n - 2. So a sender that fails ends the transfer in an orderly way, and the link can be used again.
@@ -81,6 +82,7 @@ class SharedMemory(msgspec.Struct, frozen=True):
 
     pid: int
     fd: int
+    slot_bytes: int
     key: bytes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,12 +32,11 @@ def world(way: str) -> Iterator[World]:
     def make(
         ranks: int = 2, timeout: float = LONG, options: TransportOptions = TINY, link: Any = None
     ) -> tuple[MemoryHub, list[PGTransport]]:
-        hub = MemoryHub(ranks)
+        hub = MemoryHub(ranks, may_share=way == "shared")
         links: list[Any] = [hub.link(rank) for rank in range(ranks)]
         if link is not None:
             links = [link(each) for each in links]
-        chosen = replace(options, shared_memory=way == "shared")
-        transports = [PGTransport(each, timeout=timeout, options=chosen) for each in links]
+        transports = [PGTransport(each, timeout=timeout, options=options) for each in links]
         made.extend(transports)
         return hub, transports
 

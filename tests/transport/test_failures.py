@@ -93,6 +93,7 @@ class Stuck:
         self._link = link
         self._left = after
         self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+        self.may_share = link.may_share
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
         self._left -= 1
@@ -131,6 +132,7 @@ class Halting:
         self._left = after
         self._seconds = seconds
         self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+        self.may_share = link.may_share
         self.receive = link.receive
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from asyncdcp import CheckpointFuture
 from asyncdcp.arena import Arena
-from asyncdcp.errors import ChecksumMismatch, MemoryLimit, PeerFailed
-from asyncdcp.transport import MemoryHub, PGTransport, ReceiveReport, TransportOptions
+from asyncdcp.errors import ChecksumMismatch, MemoryLimit, PeerError, PeerFailed
+from asyncdcp.transport import MemoryHub, ReceiveReport, TransportOptions, wire
+from asyncdcp.transport import receiver as receiver_module
 from asyncdcp.transport.shared import SharedBlocks
-from asyncdcp.transport.wire import BATCH_BLOCKS, SharedMemory
+from asyncdcp.transport.wire import BATCH_BLOCKS, Accept, SharedMemory
 from tests.transport.conftest import LONG, TINY, World, brought, empty_like
 
 Same = Callable[[Any, Any], bool]
@@ -40,8 +42,9 @@ def memfds() -> list[str]:
 def test_nothing_is_left_of_it(world: World, same: Same) -> None:
     """Not after a transfer, nor after one that failed on either side."""
     before = memfds()
-    hub, transports = world()
+    _, transports = world()
     assert same(brought(transports, STATE, empty_like(STATE)), STATE)
+    transports[0].close()
     assert memfds() == before
     for rank in (0, 1):
         hub, [sender, receiver] = world()
@@ -65,21 +68,23 @@ def shared(received: CheckpointFuture[Any]) -> bool:
     return received.report.shared
 
 
-def made() -> SharedBlocks:
-    blocks = SharedBlocks.make(20, 5000)
+def made(slot_bytes: int = 8192) -> tuple[SharedBlocks, SharedMemory]:
+    blocks = SharedBlocks.make(slot_bytes)
     assert blocks is not None
-    return blocks
+    offer = blocks.offer()
+    assert offer is not None
+    return blocks, offer
 
 
 def test_what_one_side_puts_there_the_other_finds() -> None:
-    blocks = made()
-    opened = SharedBlocks.open(blocks.offer, 20, 5000)
+    blocks, offer = made()
+    opened = SharedBlocks.open(offer, 5000)
     assert opened is not None
-    slots = 2 * BATCH_BLOCKS
-    for number in (0, 3, slots - 1, slots, 19):
+    slots = wire.AHEAD * BATCH_BLOCKS
+    for number in (0, 3, slots - 1, slots, slots + 3):
         blocks.take(number, 5000).fill_(number)
         assert bool((opened.block(number, 5000) == number).all())
-    assert bool((opened.block(3, 5000) == 19).all()), "block 19 has the slot of block 3"
+    assert bool((opened.block(3, 5000) == slots + 3).all()), "it has the slot of block 3"
     kept = opened.block(0, 10)
     blocks.close()
     opened.close()
@@ -89,25 +94,73 @@ def test_what_one_side_puts_there_the_other_finds() -> None:
 
 def test_nobody_takes_other_memory_for_it(tmp_path: Path) -> None:
     """A process that is not there, another key, another size, a pipe, a file, another memory of the same name."""
-    blocks = made()
-    offer = blocks.offer
+    blocks, offer = made()
     read, write = os.pipe()
     file = (tmp_path / "file").open("wb")
     file.truncate(1 << 20)
-    with file, Arena(40, 8192) as other:
-        wrong = [replace_(offer, fd=fd) for fd in (read, write, file.fileno(), other.fd, 10_000)]
-        wrong += [replace_(offer, pid=2**22 + 1), replace_(offer, key=b"x" * 32), replace_(offer, key=b"")]
-        for each in wrong:
-            assert SharedBlocks.open(each, 20, 5000) is None, each
-    assert SharedBlocks.open(offer, 20, 50_000) is None, "it is smaller than that"
-    os.close(read)
-    os.close(write)
+    other, _ = made()
+    unsealed = os.memfd_create("asyncdcp-arena", os.MFD_CLOEXEC)
+    os.truncate(unsealed, 1 << 20)
+    os.pwrite(unsealed, offer.key, 16 * 8192)
+    fds = (read, write, file.fileno(), other._arena.fd, unsealed, 10_000, -1)
+    wrong = [structs.replace(offer, fd=fd) for fd in fds]
+    wrong += [structs.replace(offer, pid=2**22 + 1), structs.replace(offer, key=b"x" * 32)]
+    wrong += [
+        structs.replace(offer, key=b""),
+        *(structs.replace(offer, slot_bytes=n) for n in (0, 4096, 8191, 1 << 60)),
+    ]
+    for each in wrong:
+        assert SharedBlocks.open(each, 5000) is None, each
+    assert SharedBlocks.open(offer, 50_000) is None, "it is smaller than that"
+    for fd in (read, write, unsealed):
+        os.close(fd)
+    file.close()
+    other.close()
     blocks.close()
-    assert SharedBlocks.open(offer, 20, 5000) is None
+    assert SharedBlocks.open(offer, 5000) is None
 
 
-def replace_(offer: SharedMemory, **fields: Any) -> SharedMemory:
-    return SharedMemory(**{"pid": offer.pid, "fd": offer.fd, "key": offer.key, **fields})
+def test_the_memory_is_kept_between_sends_and_has_another_key_for_each(world: World, same: Same) -> None:
+    before, [sender, receiver] = memfds(), world()[1]
+    keys = []
+    for _ in range(2):
+        assert same(brought([sender, receiver], STATE, empty_like(STATE)), STATE)
+        assert sender._pool._kept is not None
+        keys.append(sender._pool._kept._key)
+    assert keys[0] != keys[1]
+    first, second = sender._pool.take(), sender._pool.take()
+    assert first is not None
+    assert second is not None
+    sender._pool.give(first)
+    sender._pool.give(second)
+    assert sender._pool._kept is first
+    taken = sender._pool.take()
+    sender.close()
+    assert taken is first
+    sender._pool.give(taken)
+    assert memfds() == before
+
+
+def test_what_fits_the_buffers_goes_by_the_group(world: World) -> None:
+    _, [sender, receiver] = world()
+    send = sender.send_checkpoint([1], {"w": torch.ones(TINY.buffer_bytes // 4)})
+    received = receiver.recv_checkpoint(0)
+    received.result(LONG)
+    send.result(LONG)
+    assert not shared(received)
+
+
+def test_a_receiver_that_wants_what_was_not_offered_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, [sender, receiver] = world()
+    monkeypatch.setattr(receiver_module, "Accept", lambda rank, _: Accept(rank, True))
+    send = sender.send_checkpoint([1], {"w": torch.ones(3)})
+    received = receiver.recv_checkpoint(0)
+    error = send.exception(LONG)
+    assert isinstance(error, PeerError)
+    assert "rank 1 takes blocks from shared memory, and none was offered" in str(error)
+    sender.close()
+    receiver._link._hub.lose(0)  # type: ignore[attr-defined]  # it would wait for long
+    assert isinstance(received.exception(LONG), PeerFailed)
 
 
 def test_who_cannot_open_it_gets_the_blocks_by_the_group(
@@ -131,15 +184,13 @@ def test_who_cannot_open_it_gets_the_blocks_by_the_group(
 
 
 @pytest.mark.parametrize("options", [replace(TINY, shared_memory=False), replace(TINY, staging="whole")])
-def test_a_sender_may_not_want_it(same: Same, options: TransportOptions) -> None:
-    hub = MemoryHub(2)
-    first = PGTransport(hub.link(0), timeout=LONG, options=options)
-    with first as sender, PGTransport(hub.link(1), timeout=LONG, options=TINY) as receiver:
-        send = sender.send_checkpoint([1], STATE)
-        received = receiver.recv_checkpoint(0, empty_like(STATE))
-        assert same(received.result(LONG), STATE)
-        assert not shared(received)
-        send.result(LONG)
+def test_a_sender_may_not_want_it(world: World, same: Same, options: TransportOptions) -> None:
+    _, [sender, receiver] = world(options=options)
+    send = sender.send_checkpoint([1], STATE)
+    received = receiver.recv_checkpoint(0, empty_like(STATE))
+    assert same(received.result(LONG), STATE)
+    assert not shared(received)
+    send.result(LONG)
 
 
 @pytest.mark.parametrize("error", [MemoryLimit("none is left"), OSError("no descriptors")])
@@ -171,7 +222,7 @@ def test_memory_that_runs_out_on_the_way_ends_in_order(
     send = transports[0].send_checkpoint([1], STATE)
     received = transports[1].recv_checkpoint(0).exception(LONG)
     assert isinstance(received, PeerFailed)
-    assert "none is left" in str(received)
+    assert "give the transport a smaller buffer_bytes=, or shared_memory=False" in str(received)
     assert isinstance(send.exception(LONG), MemoryLimit)
     monkeypatch.undo()
     assert same(brought(transports, STATE, empty_like(STATE)), STATE)
