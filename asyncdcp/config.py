@@ -98,3 +98,10 @@ class Options:
         cpus = self.worker_affinity
         if cpus is not None and (not cpus or any(not isinstance(cpu, int) or cpu < 0 for cpu in cpus)):
             raise InvalidOption(f"worker_affinity takes a set of CPU numbers or None, not {cpus!r}")
+
+
+def known_options(options: Options | None) -> Options:
+    """The options that a user gave, or the defaults; ``InvalidOption`` for what are none."""
+    if not isinstance(options, Options | None):
+        raise InvalidOption(f"options takes an Options, such as Options(staging_bytes=1 << 30), not {options!r:.80}")
+    return options or Options()

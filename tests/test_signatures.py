@@ -97,11 +97,45 @@ async def test_each_load_hands_all_of_them_on(tmp_path: Path, monkeypatch: pytes
     assert given[3] == {**alone, "replicas": "read"}
 
 
-@pytest.mark.parametrize("options", [{"device": "gpu"}, {"device": 1.5}, {"keys": ["a", 1]}, {"keys": "a"}])
-def test_an_option_that_means_nothing_is_refused(options: dict[str, Any]) -> None:
-    (name,) = options
-    with SyncCheckpointer(process=False) as checkpointer, pytest.raises(InvalidOption, match=f"{name} takes a "):
-        checkpointer.load("nowhere", **options)
+WRONG: list[tuple[str, Any]] = [
+    ("device", "gpu"),
+    ("device", 1.5),
+    ("keys", "a"),
+    ("keys", ["a", 1]),
+    ("keys", []),
+    ("keys", (name for name in "ab")),  # which could be looked at only once
+    ("keys", 3),
+    ("rename", {"a": 1}),
+    ("rename", 3),
+    ("on_progress", "print"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_an_option_that_means_nothing_is_refused_by_name(name: str, value: Any) -> None:
+    with SyncCheckpointer(process=False) as checkpointer:
+        with pytest.raises(InvalidOption, match=f"^{name} takes a "):
+            checkpointer.load("nowhere", **{name: value})
+        if name in ("keys", "on_progress"):
+            with pytest.raises(InvalidOption, match=f"^{name} takes a "):
+                checkpointer.save("nowhere", {"a": 1}, **{name: value})
+
+
+def test_a_rename_that_gives_no_name_is_told(tmp_path: Path) -> None:
+    with SyncCheckpointer(process=False) as checkpointer:
+        checkpointer.save(tmp_path / "it", {"a": 1})
+        with pytest.raises(InvalidOption, match="rename makes None of .*, and that is no name"):
+            checkpointer.load(tmp_path / "it", {"a": 2}, rename=lambda name: None)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(("name", "value"), [("options", {}), ("process_group", 3), ("telemetry", print)])
+def test_so_are_those_of_a_constructor(name: str, value: Any) -> None:
+    makes: list[Any] = [partial(CheckpointManager, "run")]
+    if name != "telemetry":
+        makes += [AsyncCheckpointer, SyncCheckpointer]
+    for make in makes:
+        with pytest.raises(InvalidOption, match=f"^{name} takes a"):
+            make(**{name: value}, process=False)
 
 
 def test_options_are_given_by_name() -> None:

@@ -25,7 +25,7 @@ from asyncdcp.checkpointer.read_verbs import OnProgress, Place, ReadVerbs
 from asyncdcp.checkpointer.saving import SaveRequest, SaveTask
 from asyncdcp.checkpointer.volatile import VolatileWarnings
 from asyncdcp.closing import weakly
-from asyncdcp.config import Options, check_flags
+from asyncdcp.config import Options, check_flags, known_options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
     AsyncDCPError,
@@ -106,7 +106,7 @@ class AsyncCheckpointer(ReadVerbs):
         registry: ExtensionRegistry | None = None,
     ) -> None:
         check_flags(process=process)
-        self._options = options or Options()
+        self._options = known_options(options)
         self.ranks = find_ranks(process_group, self._options.agreement_deadline)
         self._chain = Chain(extensions)
         self._chain.warn_of_order(stacklevel=2)

@@ -15,7 +15,7 @@ from asyncdcp.checkpointer.reading import ReadTask
 from asyncdcp.closing import Closing
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Closed
+from asyncdcp.errors import Closed, InvalidOption
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.pipeline.descriptions import OtherWorld
@@ -199,6 +199,8 @@ class ReadVerbs(Closing):
 
     def _trace(self, total: int, on_progress: OnProgress | None) -> Trace:
         meter = None
+        if not (on_progress is None or callable(on_progress)):
+            raise InvalidOption(f"on_progress takes a function of a Progress, not {on_progress!r:.80}")
         if on_progress is not None:  # a stage a callback: one stage's reports never replace another's
             meter = ProgressMeter({stage: self._engine.callback(on_progress) for stage in PROGRESS_STAGES})
         trace = Trace(meter)

@@ -16,7 +16,7 @@ from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
 from asyncdcp.checkpointer.read_verbs import OnProgress
 from asyncdcp.closing import weakly
-from asyncdcp.config import Options, check_flags
+from asyncdcp.config import Options, check_flags, known_options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import CheckpointExists, DeadlineExceeded, InvalidOption, PeerFailed
 from asyncdcp.extensions import Chain, Extension, ExtensionRegistry, known_extensions
@@ -106,7 +106,7 @@ class CheckpointManager(ReadVerbs):
         if isinstance(takeover_seconds, bool) or not takeover_seconds >= 0:
             raise InvalidOption(f"takeover_seconds takes a number of seconds from 0 up, not {takeover_seconds!r}")
         self.read_only = read_only
-        self._options = options or Options()
+        self._options = known_options(options)
         ranks = find_ranks(process_group, self._options.agreement_deadline)
         self._alone, self._leads = ranks.world_size == 1, ranks.rank == 0
         self._lock = threading.RLock()
@@ -114,7 +114,7 @@ class CheckpointManager(ReadVerbs):
         self._asked: tuple[int, bool] | None = None
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
-        self._reporter = Reporter(telemetry or Telemetry(), self.location, self._engine)
+        self._reporter = Reporter(telemetry, self.location, self._engine)
         chain = Chain(extensions)
         keys = known_extensions(registry, extensions)
         self._session = RunSession(self._place, ranks, self._reporter, retention, takeover_seconds, keys)

@@ -98,8 +98,12 @@ class Telemetry:
 class Reporter:
     """Tells all that listen; ``on_event`` on the engine's callback thread, in the order of events."""
 
-    def __init__(self, telemetry: Telemetry, run: str, engine: Engine) -> None:
-        self.telemetry = telemetry
+    def __init__(self, telemetry: Telemetry | None, run: str, engine: Engine) -> None:
+        if not isinstance(telemetry, Telemetry | None):
+            raise InvalidOption(
+                f"telemetry takes a Telemetry, such as Telemetry(on_event=print), not {telemetry!r:.80}"
+            )
+        self.telemetry = telemetry or Telemetry()
         self._run = run
         self._engine = engine
 

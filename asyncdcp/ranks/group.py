@@ -8,7 +8,7 @@ import os
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # torch exports them without saying so
 
-from asyncdcp.errors import UsageError
+from asyncdcp.errors import InvalidOption, UsageError
 from asyncdcp.ranks.port import Ranks, SoleRank
 from asyncdcp.ranks.store import StoreRanks, own_connection
 
@@ -20,6 +20,8 @@ def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> R
     process is not in the group. Waits for nobody.
     """
     if process_group is not None and not isinstance(process_group, ProcessGroup):
+        if not hasattr(process_group, "world_size"):
+            raise InvalidOption(f"process_group takes a ProcessGroup of torch, or Ranks, not {process_group!r:.80}")
         return process_group
     if not (dist.is_available() and dist.is_initialized()):
         world = os.environ.get("WORLD_SIZE", "1")

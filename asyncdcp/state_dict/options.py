@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -38,7 +38,7 @@ class LoadOptions:
             raise InvalidOption(f"replicas takes 'read' or 'broadcast', not {self.replicas!r}")
         check_flags(strict=self.strict, assign=self.assign, allow_pickle=self.allow_pickle)
         check_keys(self.keys)
-        if not (self.rename is None or callable(self.rename) or isinstance(self.rename, Mapping)):
+        if not (self.rename is None or callable(self.rename) or _is_renaming(self.rename)):
             raise InvalidOption(
                 "rename takes a mapping of the checkpoint's names to the state's, such as {'net': 'model'}, or a "
                 f"function, not {self.rename!r:.80}"
@@ -55,7 +55,10 @@ class LoadOptions:
         if self.rename is None:
             return name
         if callable(self.rename):
-            return self.rename(name)
+            new: object = self.rename(name)
+            if not isinstance(new, str):
+                raise InvalidOption(f"rename makes {new!r:.80} of {name!r}, and that is no name")
+            return new
         old = longest_prefix(name, self.rename)
         return name if old is None else with_prefix(name, old, self.rename[old])
 
@@ -64,12 +67,17 @@ class LoadOptions:
         return None if self.keys is None else key_pattern(self.keys)
 
 
+def _is_renaming(rename: object) -> bool:
+    return isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair)
+
+
 def check_keys(keys: Sequence[str] | None) -> None:
     """``InvalidOption`` for ``keys`` that are no globs."""
     if isinstance(keys, str):
         raise InvalidOption(f"keys takes a sequence of patterns, such as [{keys!r}], not a single string")
-    if keys is not None and not all(isinstance(key, str) for key in keys):
-        raise InvalidOption(f"keys takes a sequence of patterns, such as ['model.*'], not {keys!r:.80}")
+    if keys is None or (isinstance(keys, Collection) and keys and all(isinstance(key, str) for key in keys)):
+        return
+    raise InvalidOption(f"keys takes a sequence of patterns, such as ['model.*'], not {keys!r:.80}")
 
 
 def known_device(device: torch.device | str) -> torch.device:
