@@ -124,7 +124,7 @@ def test_an_option_that_means_nothing_is_refused_by_name(name: str, value: Any) 
 def test_a_rename_that_gives_no_name_is_told(tmp_path: Path) -> None:
     with SyncCheckpointer(process=False) as checkpointer:
         checkpointer.save(tmp_path / "it", {"a": 1})
-        with pytest.raises(InvalidOption, match="rename makes None of .*, and that is no name"):
+        with pytest.raises(InvalidOption, match=r"rename makes None of .*, and that is no name"):
             checkpointer.load(tmp_path / "it", {"a": 2}, rename=lambda name: None)  # type: ignore[arg-type,return-value]
 
 
