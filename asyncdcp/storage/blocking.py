@@ -185,6 +185,7 @@ class BlockingWriter:
         self._path = storage.path_of(name)
         with translated("spool", self._path):
             self._spool = tempfile.TemporaryFile()  # noqa: SIM115  # closed by finish or abort
+        self._open = True
         self._writing = 0
         self._failed = ""  # what it failed of; not the error itself, whose frames hold its buffer
         self._stored = False
@@ -203,6 +204,7 @@ class BlockingWriter:
             raise
         finally:
             self._writing -= 1
+            self._close_unused()
 
     def _write(self, offset: int, buffer: Buffer) -> None:
         with translated("spool", self._path):
@@ -215,7 +217,8 @@ class BlockingWriter:
         check_finish(self._path, length, self._writing, self._failed)
         self._failed = "it was finished before"  # unless this comes to its end
         await on_executor(self._finish, length)
-        self._spool.close()
+        self._open = False
+        self._close_unused()
         self._storage.ended(self._name, length)
 
     def _finish(self, length: int) -> None:
@@ -226,8 +229,9 @@ class BlockingWriter:
             self._storage.store(self._name, self._spool)
 
     async def abort(self) -> None:
-        if not self._spool.closed:
-            self._spool.close()
+        if self._open:
+            self._open = False
+            self._close_unused()
             try:
                 if self._stored:
                     await on_executor(self._remove)
@@ -239,7 +243,12 @@ class BlockingWriter:
             self._storage.remove(self._name)
 
     def _check(self, what: str, value: int) -> None:
-        check_use(self._path, what, value, is_open=not self._spool.closed)
+        check_use(self._path, what, value, is_open=self._open)
+
+    def _close_unused(self) -> None:
+        """Closes the spool after its end, but not below a write: its number may be another file's by then."""
+        if not self._open and not self._writing:
+            self._spool.close()
 
 
 class BlockingReader:

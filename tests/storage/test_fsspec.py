@@ -6,6 +6,7 @@ import asyncio
 import errno
 import itertools
 import os
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -86,6 +87,28 @@ async def test_of_two_that_create_a_name_at_once_one_is_refused(tmp_path: Path) 
     first, second = await asyncio.gather(storage.create("a", 0), storage.create("a", 0), return_exceptions=True)
     assert isinstance(second, FileExistsError) and not isinstance(first, BaseException)
     await first.abort()
+
+
+async def test_a_write_that_goes_on_after_its_abort_writes_to_nobody_elses_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, release, pwrite = threading.Event(), threading.Event(), os.pwrite
+
+    def slow(fd: int, data: memoryview, offset: int) -> int:
+        begun.set()
+        assert release.wait(30)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    writer = await FsspecStorage(f"memory://{tmp_path}", single_writer=True).create("a", 0)
+    task = asyncio.create_task(writer.write(0, memoryview(b"four")))
+    assert await asyncio.to_thread(begun.wait, 30)
+    await writer.abort()
+    other = os.open(tmp_path / "other", os.O_CREAT | os.O_RDWR)  # gets the number, if that is free
+    release.set()
+    await task
+    assert os.fstat(other).st_size == 0
+    os.close(other)
 
 
 def test_what_cannot_be_had_is_named() -> None:
