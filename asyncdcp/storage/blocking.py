@@ -17,7 +17,7 @@ from typing import IO, Final, TypeVar
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import AsyncDCPError, StorageError, storage_error
+from asyncdcp.errors import AsyncDCPError, CommitUnknown, CorruptCheckpoint, StorageError, storage_error
 from asyncdcp.storage.port import (
     TEMPORARY,
     Buffer,
@@ -105,10 +105,25 @@ class BlockingStorage(ABC):
 
     async def claim(self, name: str, data: bytes) -> bool:
         check_name(name)
-        won = await self._run("claim", name, lambda: self.store_new(name, data))
+        try:
+            won = await self._run("claim", name, lambda: self.store_new(name, data))
+        except StorageError as error:
+            won = await self._was_claimed(name, data, error)
         if won:
             self._unseen[name] = len(data)
         return won
+
+    async def _was_claimed(self, name: str, data: bytes, error: StorageError) -> bool:
+        """A storage can carry out what it then reports as failed: what is there tells."""
+        try:
+            return await self.get(name, len(data)) == data
+        except CorruptCheckpoint:  # longer, and so another's
+            return False
+        except FileNotFoundError:
+            raise error from error.__cause__
+        except StorageError as unknown:
+            path = self.path_of(name)
+            raise CommitUnknown(f"whether {path} was claimed cannot be told ({error}): {unknown}", path=path) from error
 
     async def barrier(self) -> None:
         """Looks whether what was stored is there, as long as it was."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from asyncdcp import SyncCheckpointer
-from asyncdcp.errors import InvalidOption, MissingDependency, StorageError, StorageFull, UsageError
+from asyncdcp.errors import CommitUnknown, InvalidOption, MissingDependency, StorageError, StorageFull, UsageError
 from asyncdcp.storage import Storage, open_storage, spec_of
 from asyncdcp.storage.fsspec import FsspecStorage
 from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
@@ -80,6 +80,34 @@ async def test_what_cannot_be_stored_whole_is_removed_and_its_name_is_free(tmp_p
     await writer.abort()
     assert os.listdir(tmp_path) == []
     await (await storage.create("a", 0)).abort()
+
+
+@pytest.mark.parametrize(
+    ("carried_out", "readable", "outcome"),
+    [(True, True, "won"), (False, True, StorageError), (True, False, CommitUnknown), (False, False, CommitUnknown)],
+)
+async def test_a_claim_that_failed_is_looked_into(
+    tmp_path: Path, carried_out: bool, readable: bool, outcome: str | type[StorageError]
+) -> None:
+    class Lossy(FsspecStorage):
+        def store_new(self, name: str, data: bytes) -> bool:
+            if carried_out:
+                super().store_new(name, data)
+            raise TimeoutError("no answer")
+
+        def size_of(self, name: str) -> int:
+            if not readable:
+                raise TimeoutError("no answer either")
+            return super().size_of(name)
+
+    storage = Lossy(f"file://{tmp_path}", single_writer=True)
+    if isinstance(outcome, str):
+        assert await storage.claim("a", b"mine")
+        assert not await storage.claim("a", b"a longer one of another's")
+        return
+    with pytest.raises(StorageError, match="no answer") as caught:
+        await storage.claim("a", b"mine")
+    assert type(caught.value) is outcome
 
 
 async def test_of_two_that_create_a_name_at_once_one_is_refused(tmp_path: Path) -> None:
