@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
@@ -105,22 +105,36 @@ class CheckpointFuture(Generic[T]):
 
     async def _wait(self) -> T:
         if not self._done:
-            self._host.check_process()
-            event, token = anyio.Event(), current_token().native_token
-            with self._lock:
-                waits = not self._done
-                if waits:
-                    self._wakers[event] = token
-                    self._waiting += 1
-            try:
-                if waits:
-                    await event.wait()
-            finally:
-                if waits:
-                    with self._lock:
-                        self._wakers.pop(event, None)
-                        self._waiting -= 1
+            with self._awaiting():
+                await self.settled()
         return self._outcome()
+
+    async def settled(self) -> None:
+        """Returns once it is done, however. For the owner: it does not count as seeing an error, nor as waiting."""
+        if self.done():
+            return
+        self._host.check_process()
+        event, token = anyio.Event(), current_token().native_token
+        with self._lock:
+            if self._done:
+                return
+            self._wakers[event] = token
+        try:
+            await event.wait()
+        finally:
+            with self._lock:
+                self._wakers.pop(event, None)
+
+    @contextmanager
+    def _awaiting(self) -> Iterator[None]:
+        """Somebody waits for the outcome."""
+        with self._lock:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def result(self, timeout: float | None = None) -> T:
         """Block until it is done and return the value or raise the error.
@@ -146,14 +160,9 @@ class CheckpointFuture(Generic[T]):
                 f"{self.name}: blocking here would wait for this very thread; await the future, or give the wait to "
                 "a thread of your own"
             )
-        with self._lock:
-            self._waiting += 1
-        try:
+        with self._awaiting():
             if not self.wait(timeout):
                 raise DeadlineExceeded(f"{self.name} was not done within timeout={timeout} s")
-        finally:
-            with self._lock:
-                self._waiting -= 1
 
     def _outcome(self) -> T:
         if self._failure is None:

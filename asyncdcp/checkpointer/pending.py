@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,8 +19,6 @@ from asyncdcp.futures import CheckpointFuture
 _logger = logging.getLogger("asyncdcp")
 
 _FRAMES_TO_CALLER = 4  # surface, the verb's own helper, the verb: a warning is about the line that called the verb
-
-
 _STOP_SECONDS = 30.0  # a copy that is under way ends within milliseconds; if it hangs, so does the memory it reads
 
 
@@ -57,19 +55,11 @@ class PendingSaves:
 
     def all_staged(self, engine: Engine) -> CheckpointFuture[None]:
         """Resolves once all saves that are under way have copied their tensors, or have failed."""
-        future: CheckpointFuture[None] = engine.future("staging of all pending saves")
-        waiting = self.unsettled()
-        left = [len(waiting)]
-
-        def staged(_: object) -> None:  # all callbacks run on one thread
-            left[0] -= 1
-            if not left[0]:
-                future.resolve(None)
-
-        for handle in waiting:
-            handle.staged.add_done_callback(staged)
-        if not waiting:
-            future.resolve(None)
+        name, waiting = "staging of all pending saves", [handle.staged for handle in self.unsettled()]
+        if waiting:
+            return engine.submit(_settled, waiting, name=name)
+        future: CheckpointFuture[None] = engine.future(name)
+        future.resolve(None)
         return future
 
     def hold(self, deadline: float) -> None:
@@ -152,6 +142,11 @@ class PendingSaves:
             handles, self._handles = self._handles, []
         for handle in handles:
             handle.add_done_callback(partial(_log_unseen, handle))
+
+
+async def _settled(futures: Sequence[CheckpointFuture[None]]) -> None:
+    for future in futures:
+        await future.settled()
 
 
 def _log_unseen(handle: SaveHandle, _: object) -> None:

@@ -265,7 +265,7 @@ class CheckpointManager(ReadVerbs):
         await opened
         await self._saves.settle()
         if self._mirror is not None and self._leads:
-            await self._saves.follow()
+            await self._saves.copy()
         failures = self._saves.failures()
         if self._saves.fenced is not None:
             failures.append(self._saves.fenced)
@@ -306,7 +306,7 @@ class CheckpointManager(ReadVerbs):
 
     def _end_work(self) -> None:
         try:
-            self._checkpointer.close()  # its callbacks, which begin what follows from a save, have run then
+            self._checkpointer.close()
         finally:
             if self._watching is not None:
                 self._watching.cancel()

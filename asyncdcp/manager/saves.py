@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import SupportsFloat
 
 import anyio
@@ -17,7 +16,7 @@ import anyio
 from asyncdcp.checkpointer import SaveHandle
 from asyncdcp.config import OnError
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Closed, Fenced, InvalidOption, UnseenFailure
+from asyncdcp.errors import Fenced, InvalidOption, UnseenFailure
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.session import Finished, RunSession
 from asyncdcp.manager.telemetry import Reporter
@@ -81,16 +80,14 @@ class Saves:
     def add(self, called: Called, handle: SaveHandle) -> None:
         """Another save is under way."""
         self._reporter.emit("save", f"step {called.step} is being saved", called.step)
-        save = _Save(called, handle, self._engine.future(f"all that follows from step {called.step}"))
         self.failures(take=False)  # lets go of saves that are over
         with self._lock:
-            self._saves.append(save)
-        handle.add_done_callback(partial(self._settled, save))
+            over = self._engine.submit(self._follow, called, handle, name=f"all that follows from step {called.step}")
+            self._saves.append(_Save(called, handle, over))
 
     def limit(self, handle: SaveHandle, until: float) -> None:
         """Gives the save up if it is not durable by then, on the clock of ``time.monotonic``."""
-        timer = self._engine.submit(self._cut_off, handle, until)
-        handle.add_done_callback(lambda _: timer.cancel())
+        self._engine.submit(self._cut_off, handle, until)
 
     def newest(self) -> int:
         """The newest step that was saved, or is being saved, on the run's line; -1 for none."""
@@ -147,49 +144,45 @@ class Saves:
     def _is_gone(self, save: _Save) -> bool:
         return save.over.done() and not save.handle.awaited
 
-    # ── from a save's settling on ──
+    # ── from a save's call on ──
 
-    def _settled(self, save: _Save, future: CheckpointFuture[SaveResult]) -> None:
-        """On the checkpointer's callback thread, save after save."""
-        step = save.called.step
-        if future.failed:
-            why = str(future.failure)
-            self._reporter.emit("failed", f"the save of step {step} failed: {why}", step, cause=why)
-            save.over.resolve(None)
+    async def _follow(self, called: Called, handle: SaveHandle) -> None:
+        """To the last that follows from it, whoever's done callbacks take their time."""
+        await handle.committed.settled()
+        step, failure = called.step, handle.committed.failure
+        if failure is not None:
+            self._reporter.emit("failed", f"the save of step {step} failed: {failure}", step, cause=str(failure))
             return
-        result = future.result()
+        result = handle.committed.result()
         self._session.committed(step, result.save_id)
+        self._tell_committed(called, result)
+        if self._leads:
+            await self._finish(Finished(step, result, called.metrics, called.seconds))
+
+    def _tell_committed(self, called: Called, result: SaveResult) -> None:
         self._reporter.emit(
             "committed",
-            f"step {step} is durable",
-            step,
+            f"step {called.step} is durable",
+            called.step,
             tensor_bytes=result.tensor_bytes,
             stored_bytes=result.stored_bytes,
             staged_seconds=result.staged_seconds,
             durable_seconds=result.durable_seconds,
-            metrics=save.called.metrics,
+            metrics=called.metrics,
         )
-        self._reporter.trace_save(step, result)
-        try:
-            self._engine.submit(self._finish, save, result, name=f"all that follows from step {step}")
-        except Closed:
-            save.over.resolve(None)
+        self._reporter.trace_save(called.step, result)
 
-    async def _finish(self, save: _Save, result: SaveResult) -> None:
+    async def _finish(self, finished: Finished) -> None:
         try:
-            if self._leads:
-                called = save.called
-                await self._session.finish(Finished(called.step, result, called.metrics, called.seconds))
+            await self._session.finish(finished)
         except Fenced as error:
             self.fenced = error
         except Exception as error:  # noqa: BLE001  # it surfaces at the next verb
             self.collect(error)
-        finally:
-            save.over.resolve(None)
-        if self._leads and self.fenced is None:
-            await self.follow()
+        if self.fenced is None and self._session.mirror is not None:
+            self._engine.submit(self.copy, name="the mirror")  # apart from what follows: who waits for it says so
 
-    async def follow(self) -> None:
+    async def copy(self) -> None:
         """Brings the mirror up to date; a failure surfaces at the next verb, and the next save tries again."""
         try:
             await self._session.follow()
@@ -197,7 +190,8 @@ class Saves:
             self.collect(error)
 
     async def _cut_off(self, handle: SaveHandle, until: float) -> None:
-        await anyio.sleep(max(until - time.monotonic(), 0.0))
+        with anyio.move_on_after(max(until - time.monotonic(), 0.0)):
+            await handle.committed.settled()
         if handle.cancel():
             _logger.error("the last save, to %s, was not durable in time before the process ends", handle.path)
 

@@ -21,6 +21,7 @@ from asyncdcp.errors import (
     CheckpointExists,
     CheckpointNotFound,
 )
+from asyncdcp.staging.copier import SlabCopier
 from tests.checkpointer.conftest import Opened, save_ids
 
 MIB = 1 << 20
@@ -148,6 +149,34 @@ def test_two_savers_on_different_threads(checkpointer: AsyncCheckpointer) -> Non
         for n, storage in enumerate(row):
             loaded = checkpointer.load(storage).result()
             assert loaded["n"] == n and bool((loaded["w"] == thread).all())
+
+
+def test_a_slow_done_callback_holds_up_neither_the_training_nor_a_load(
+    checkpointer: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, copy = MemoryStorage(), SlabCopier.copy
+    called, returns, copied = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(_: object) -> None:
+        called.set()
+        returns.wait(30)
+
+    def copies(*args: Any) -> Any:
+        assert copied.wait(30)
+        return copy(*args)
+
+    target = {"w": torch.zeros(3)}
+    checkpointer.save(storage, {"w": torch.ones(3)}).add_done_callback(slow)
+    try:
+        assert called.wait(30)
+        monkeypatch.setattr(SlabCopier, "copy", copies)
+        checkpointer.save(MemoryStorage(), target)
+        staged, loaded = checkpointer.wait_staged(), checkpointer.load(storage, target)
+        copied.set()
+        staged.result(10)
+        assert loaded.result(10)["w"].tolist() == [1, 1, 1]
+    finally:
+        returns.set()
 
 
 def test_a_done_callback_may_save(checkpointer: AsyncCheckpointer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_a_step_whose_save_failed_can_be_saved_again(opened: Opened, training: T
     handle.cancel()
     failed = handle.exception() is not None
     manager.save(10 if failed else 11, training.at(11)).result()
+
+
+def test_a_done_callback_may_wait_for_what_is_under_way(opened: Opened, training: Training) -> None:
+    manager, other = opened(), Training()
+    saved, waited, told = threading.Event(), threading.Event(), list[BaseException | None]()
+
+    def wait(_: object) -> None:
+        saved.wait(30)
+        told.append(manager.wait().exception(20))
+        waited.set()
+
+    manager.save(1, training.at(1)).add_done_callback(wait)
+    manager.save(2, other.at(2))
+    saved.set()
+    assert waited.wait(30) and told == [None]
 
 
 def test_read_only_claims_nothing(opened: Opened, training: Training, run: Path) -> None:

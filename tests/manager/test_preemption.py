@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from asyncdcp import CheckpointManager, EverySteps, OnPreemption
@@ -232,13 +233,15 @@ class StuckHandle:
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
+        self.committed = self
 
     def cancel(self) -> bool:
         self.cancelled.set()
         return True
 
-    def add_done_callback(self, fn: Any) -> None:
-        """It is never done."""
+    async def settled(self) -> None:
+        """It never is."""
+        await anyio.sleep_forever()
 
 
 def test_the_last_save_is_cut_off_at_its_deadline(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
