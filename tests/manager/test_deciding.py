@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -94,18 +94,30 @@ def test_steps_may_be_far_apart(job: Any) -> None:
     assert found[0] == found[1] == [(200, "save")]
 
 
-def test_preemption_of_one_rank_is_that_of_all(job: Any) -> None:
-    made, together = job(2, [OnPreemption((signal.SIGUSR1,))]), threading.Barrier(2)
+def paced(made: Job, on_rank_1: Callable[[], None]) -> Callable[[int, int], None]:
+    """Two ranks enter each window together, and find it long enough to be told in, however busy the machine is.
+    Something happens on rank 1 at step 20.
+    """
+    together = threading.Barrier(2)
 
     def pause(rank: int, step: int) -> None:
         if rank == 1 and step == 20:
-            made.preemptions[1].heard = time.monotonic()
-        if step % WINDOW == 0:  # however busy the machine: a window is long enough to tell the other rank
+            on_rank_1()
+        if step % WINDOW == 0:
             if (background := made.deciders[rank]._background) is not None:
                 background.wait(30)
             together.wait(30)
 
-    found = made.run(range(1, 101), pause)
+    return pause
+
+
+def test_preemption_of_one_rank_is_that_of_all(job: Any) -> None:
+    made = job(2, [OnPreemption((signal.SIGUSR1,))])
+
+    def on_rank_1() -> None:
+        made.preemptions[1].heard = time.monotonic()
+
+    found = made.run(range(1, 101), paced(made, on_rank_1))
     assert found[0] == found[1] and len(found[0]) == 1
     step, what = found[0][0]
     assert 20 < step <= 20 + 5 * WINDOW and what == "save preempted"
@@ -115,12 +127,10 @@ def test_preemption_of_one_rank_is_that_of_all(job: Any) -> None:
 def test_a_failure_of_one_rank_surfaces_on_all_at_one_step(job: Any) -> None:
     made = job(2, [EverySteps(1000)])
 
-    def pause(rank: int, step: int) -> None:
-        if rank == 1 and step == 20:
-            made.failures[1] = "StorageFull: no space"
-        time.sleep(0.001)
+    def on_rank_1() -> None:
+        made.failures[1] = "StorageFull: no space"
 
-    found = made.run(range(1, 101), pause)
+    found = made.run(range(1, 101), paced(made, on_rank_1))
     assert found[0] == found[1] and [what for _, what in found[0]] == ["failure"]
 
 
