@@ -105,6 +105,7 @@ class CheckpointFuture(Generic[T]):
 
     async def _wait(self) -> T:
         if not self._done:
+            self._host.check_process()  # first of all: in a forked child a lock may be held for good
             with self._awaiting():
                 await self.settled()
         return self._outcome()
