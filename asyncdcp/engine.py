@@ -101,6 +101,7 @@ class Engine:
 
         Raises ``Closed`` once ``close`` was called; only work that is pending may start more then, on the loop.
         """
+        self.check_process()  # first of all: in a forked child the lock may be held for good
         with self._lock:
             if self._closing and not self._on_loop():
                 raise Closed(f"{self.name} is closed")

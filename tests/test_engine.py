@@ -230,5 +230,19 @@ def test_after_a_fork_the_engine_refuses_and_its_exit_waits_for_nothing() -> Non
         own.close(LONG)
         threading._shutdown()  # type: ignore[attr-defined]  # what multiprocessing's children call at their end
 
-    in_child(check)
+    holds, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with engine._lock:  # in the child nobody ever releases it
+            holds.set()
+            forked.wait(LONG)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    assert holds.wait(LONG)
+    try:
+        in_child(check)
+    finally:
+        forked.set()
+        holding.join()
     engine.close(0)
