@@ -1,4 +1,4 @@
-"""The program as a process: how fast it starts, what it imports, and what pipes, terminals and signals do to it."""
+"""The program as a process: what it imports, and what pipes, terminals and signals do to it."""
 
 from __future__ import annotations
 
@@ -16,37 +16,11 @@ from pathlib import Path
 import pytest
 
 from asyncdcp.cli.main import COMMANDS, main, program
-from asyncdcp.envelope import encode_record
 from asyncdcp.errors import VolatileStorageWarning
-from asyncdcp.metadata import IndexRef, Record, Summary
-from asyncdcp.names import data_name, index_name, make_save_id, record_name
 from tests.cli.conftest import Call
 
 _PROGRAM = [sys.executable, "-m", "asyncdcp.cli"]
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-@pytest.fixture
-def thousand(tmp_path: Path) -> Path:
-    """A run of 1,000 checkpoints, without their tensors."""
-    for number in range(1000):
-        save_id = make_save_id("run", str(number), 1)
-        folder = tmp_path / "thousand" / f"step_{number}"
-        folder.mkdir(parents=True)
-        (folder / data_name(save_id, 0, 0)).write_bytes(b"d" * 100)
-        (folder / index_name(save_id, 0)).write_bytes(b"i" * 50)
-        record = Record(
-            save_id=save_id,
-            outcome="commit",
-            time=1.7e9 + number,
-            world_size=1,
-            versions={"asyncdcp": "0.1", "torch": "2.13.0", "python": "3.11"},
-            indexes=[IndexRef(index_name(save_id, 0), 50, "")],
-            summary=Summary(400, 10**9, 100, []),
-            metrics={"loss": 3 / (number + 1), "accuracy": 0.5},
-        )
-        (folder / record_name(save_id)).write_bytes(encode_record(record))
-    return tmp_path / "thousand"
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -76,23 +50,6 @@ assert "torch" not in sys.modules
 """
     ran = subprocess.run([sys.executable, "-c", code], env=_ENVIRONMENT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-
-
-def _costs_at_most(limit: float, *arguments: object) -> bool:
-    """Whether a command takes no more seconds of CPU, interpreter and all; a busy machine gets five tries."""
-    for _ in range(5):
-        with start(*arguments, stdout=subprocess.DEVNULL) as child:
-            _, status, used = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        assert child.returncode == 0
-        if used.ru_utime + used.ru_stime <= limit:
-            return True
-    return False
-
-
-def test_it_starts_fast(thousand: Path) -> None:
-    assert _costs_at_most(0.2, "--help")
-    assert _costs_at_most(0.5, "ls", thousand)
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(run: Path) -> None:

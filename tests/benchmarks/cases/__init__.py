@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tests.benchmarks.cases import (
+    cli,
     drop_in,
     first,
     growth,
@@ -36,4 +37,5 @@ CASES: Mapping[str, Callable[[Setting], Results]] = {
     "drop-in": drop_in.run,
     "ranks": ranks.run,
     "sharing": sharing.run,
+    "cli": cli.run,
 }
