@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -34,8 +35,10 @@ def run(setting: Setting) -> Results:
 
 
 def _seconds(*arguments: str) -> float:
+    program = [sys.executable, "-m", "asyncdcp.cli", *arguments]
+    compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "asyncdcp.cli", *arguments], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(program, stdout=subprocess.DEVNULL, env=compiled, check=True)
     return time.perf_counter() - begun
 
 
