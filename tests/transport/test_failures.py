@@ -16,7 +16,7 @@ from asyncdcp.transport import MemoryHub, PGTransport, TransportOptions, blocks
 from asyncdcp.transport.blocks import Stager
 from asyncdcp.transport.link import Link, Pending
 from asyncdcp.transport.sender import SendTask
-from tests.transport.conftest import LONG, TINY, World
+from tests.transport.conftest import BOTH_WAYS, LONG, TINY, World
 
 STATE = {"w": torch.arange(25_000.0), "many": [torch.full((50,), float(n)) for n in range(100)], "n": 1}
 """Four batches of blocks."""
@@ -43,6 +43,7 @@ def buffers_of_a_transfer(world: World) -> int:
     return hub.moved
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("dies", [0, 1])
 def test_either_side_dies_at_any_point(world: World, way: str, dies: int) -> None:
     """The other fails, or had all it needed; nobody waits for the timeout."""
@@ -70,6 +71,7 @@ def test_either_side_dies_at_any_point(world: World, way: str, dies: int) -> Non
         assert stateful.loaded == (errors[1] is None)
 
 
+@BOTH_WAYS
 def test_the_error_names_what_was_on_its_way(world: World) -> None:
     hub, [sender, receiver] = world()
 
@@ -105,6 +107,7 @@ class Stuck:
         return self._link.receive(peer, tag, into)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("after", [0, 2, 10])
 def test_a_sender_that_stalls_fails_both_within_the_timeout(world: World, way: str, after: int) -> None:
     after = after if way == "group" else min(after, 6)
@@ -172,6 +175,7 @@ def test_nobody_comes(world: World) -> None:
     assert "sending the offer of the state: rank 1 did nothing" in str(error)
 
 
+@BOTH_WAYS
 def test_the_others_get_it_all_when_one_receiver_dies(world: World) -> None:
     hub, transports = world(3)
     send = transports[0].send_checkpoint([1, 2], STATE)
@@ -183,7 +187,6 @@ def test_the_others_get_it_all_when_one_receiver_dies(world: World) -> None:
     assert error.rank == 1
 
 
-@pytest.mark.parametrize("way", ["group"])
 def test_damage_on_the_way_is_found_and_told_on_both_sides(world: World) -> None:
     hub, [sender, receiver] = world()
 
@@ -206,6 +209,7 @@ def test_damage_on_the_way_is_found_and_told_on_both_sides(world: World) -> None
     send.result(LONG)
 
 
+@BOTH_WAYS
 def test_a_cancelled_send_ends_in_order(world: World) -> None:
     _, [sender, receiver] = world()
     send = sender.send_checkpoint([1], STATE)
@@ -220,6 +224,7 @@ def test_a_cancelled_send_ends_in_order(world: World) -> None:
     send.result(LONG)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("ending", ["cancelled", "failing"])
 @pytest.mark.parametrize("state", [STATE, {"n": 1}], ids=["blocks", "none"])
 def test_a_send_that_ends_before_it_is_accepted_leaves_the_link_in_order(
@@ -276,7 +281,6 @@ def test_an_offer_that_cannot_be_made_is_told_to_the_receiver(world: World, monk
     send.result(LONG)
 
 
-@pytest.mark.parametrize("way", ["group"])
 @pytest.mark.parametrize("left", [0, 1, 2, 4])
 @pytest.mark.parametrize("staging", ["bounded", "whole"])
 def test_a_sender_without_memory_ends_in_order(
@@ -306,6 +310,7 @@ def test_a_sender_without_memory_ends_in_order(
     send.result(LONG)
 
 
+@BOTH_WAYS
 def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> None:
     _, [sender, receiver] = world()
     send = sender.send_checkpoint([1], {"w": torch.zeros(300_000)}, on_progress=lambda _: send.cancel())
@@ -322,6 +327,7 @@ def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> N
     send.result(LONG)
 
 
+@BOTH_WAYS
 def test_a_cancelled_receive_takes_what_comes_and_throws_it_away(world: World) -> None:
     _, [sender, receiver] = world()
     send = sender.send_checkpoint([1], {"w": torch.zeros(200_000)})

@@ -13,11 +13,12 @@ from torch import nn
 from asyncdcp import Progress
 from asyncdcp.errors import PeerFailed, TornSnapshotError
 from asyncdcp.transport import ReceiveReport, SendReport, TransportOptions
-from tests.transport.conftest import LONG, TINY, World, empty_like
+from tests.transport.conftest import BOTH_WAYS, LONG, TINY, World, empty_like
 
 Same = Callable[[Any, Any], bool]
 
 
+@BOTH_WAYS
 def test_one_staging_serves_several(world: World, way: str, same: Same) -> None:
     _, transports = world(4)
     state = {"w": torch.randn(200_000), "many": [torch.full((100,), float(n)) for n in range(500)], "n": 5}
@@ -51,6 +52,7 @@ def test_a_whole_staging_frees_the_state_before_anybody_receives(world: World, s
     send.result(LONG)
 
 
+@BOTH_WAYS
 def test_a_guarded_step_waits_until_the_state_is_sent(world: World, same: Same) -> None:
     _, transports = world()
     parameter = nn.Parameter(torch.ones(50_000))
@@ -101,6 +103,7 @@ def test_a_change_during_the_send_is_found(world: World) -> None:
         assert isinstance(other, PeerFailed)
 
 
+@BOTH_WAYS
 def test_a_tensor_that_changed_before_the_end_fails_both(world: World) -> None:
     _, [sender, receiver] = world()
     state = {"a": torch.zeros(50_000), "b": torch.zeros(10)}
@@ -116,6 +119,7 @@ def test_a_tensor_that_changed_before_the_end_fails_both(world: World) -> None:
     assert "a; wait for staged" in str(other)
 
 
+@BOTH_WAYS
 def test_progress_comes_to_the_end(world: World) -> None:
     _, [sender, receiver] = world()
     told: dict[str, list[Progress]] = {"send": [], "receive": []}

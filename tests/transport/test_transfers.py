@@ -22,7 +22,7 @@ from asyncdcp.errors import PeerFailed, StateMismatch
 from asyncdcp.metadata import DTYPE_SIZES
 from asyncdcp.transport.stream import plan_stream
 from tests.checkpointer.test_roundtrip import views
-from tests.transport.conftest import LONG, TINY, World, brought, empty_like
+from tests.transport.conftest import BOTH_WAYS, LONG, TINY, World, brought, empty_like
 
 Same = Callable[[Any, Any], bool]
 
@@ -50,9 +50,14 @@ def strided(state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]
     return {dtype: {name: target(tensor) for name, tensor in group.items()} for dtype, group in state.items()}
 
 
+LARGE = torch.zeros(TINY.buffer_bytes // 4 + 1)
+"""With it a state is larger than the buffers."""
+
+
+@BOTH_WAYS
 def test_every_dtype_and_view_comes_new_and_in_place(world: World) -> None:
     _, transports = world()
-    state = {dtype: views(dtype) for dtype in DTYPE_SIZES}
+    state = {**{dtype: views(dtype) for dtype in DTYPE_SIZES}, "large": {"zeros": LARGE}}
     expected = bits(state)
     assert bits(brought(transports, state)) == expected
     for target in (empty_like(state), strided(state)):
@@ -85,11 +90,14 @@ _states = st.recursive(
 )
 
 
+@BOTH_WAYS
 @settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=_states)
-def test_any_state_arrives(world: World, same: Same, state: Any) -> None:
+def test_any_state_arrives(world: World, way: str, same: Same, state: Any) -> None:
     if not hasattr(world, "pair"):
         world.pair = world()[1]  # type: ignore[attr-defined]  # one pair for all examples
+    if way == "shared":
+        state = [state, LARGE]
     assert same(brought(world.pair, state), _packed(state))  # type: ignore[attr-defined]  # as above
 
 
@@ -172,7 +180,7 @@ _TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("rows", [3, 900, 9000])
+@pytest.mark.parametrize(("rows", "way"), [(3, "group"), (900, "group"), (9000, "group"), (9000, "shared")])
 def test_what_is_tied_at_the_sender_fills_targets_that_are_not(world: World, rows: int) -> None:
     """Two and three targets of every kind and order for one tensor that is sent: packed with others, in one block of
     its own, in many.
