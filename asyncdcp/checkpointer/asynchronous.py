@@ -170,10 +170,10 @@ class AsyncCheckpointer(ReadVerbs):
         """
         begun = time.monotonic()
         self._check_open()
-        check_flags(overwrite=overwrite, allow_pickle=allow_pickle)
         storage = open_storage(path)
         name = self._planner.name(storage.info.location)
         try:
+            check_flags(overwrite=overwrite, allow_pickle=allow_pickle)
             self._pending.surface()
             order = SaveOrder(name, storage, overwrite, plain_json("metadata", metadata), run)
             with self._pending.entering() as busy:

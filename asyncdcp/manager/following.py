@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import anyio
 import torch
@@ -15,14 +15,12 @@ from asyncdcp.errors import InvalidOption
 from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.manager import CheckpointManager
+from asyncdcp.manager.read_verbs import StateT
 from asyncdcp.pipeline.descriptions import OtherWorld
 from asyncdcp.ranks import SoleRank
 from asyncdcp.runs import Checkpoint
 from asyncdcp.runs.layout import check_step
 from asyncdcp.storage import Place
-
-if TYPE_CHECKING:
-    from asyncdcp.manager.read_verbs import StateT
 
 
 class Published:

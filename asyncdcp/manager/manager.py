@@ -305,13 +305,18 @@ class CheckpointManager(ReadVerbs):
         self._surface(self._saves.failures())
 
     def _end_work(self) -> None:
+        patience = 0.0  # where a signal cuts the checkpointer's close short, what follows from its saves is cut too
         try:
             self._checkpointer.close()
+            patience = self._options.close_deadline
+        except Exception:
+            patience = self._options.close_deadline
+            raise
         finally:
             if self._watching is not None:
                 self._watching.cancel()
                 self._watching.mark_seen()
-            self._engine.close(self._options.close_deadline)
+            self._engine.close(patience)
 
     def _back_on_thread(self) -> None:
         if self._preemption is not None and self._ending.over.is_set() and not self._engine.inherited:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     StateT = DefaultTypeVar("StateT", default=Any)
     """The type of the state that is loaded into; a new one can be anything."""
+else:
+    StateT = TypeVar("StateT")
 
 
 class ReadVerbs(Closing):

@@ -8,7 +8,9 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import SupportsFloat
 
 import anyio
@@ -82,7 +84,8 @@ class Saves:
         self._reporter.emit("save", f"step {called.step} is being saved", called.step)
         self.failures(take=False)  # lets go of saves that are over
         with self._lock:
-            over = self._engine.submit(self._follow, called, handle, name=f"all that follows from step {called.step}")
+            name = f"all that follows from step {called.step}"
+            over = self._engine.submit(self._follow, called, handle, copy_context(), name=name)
             self._saves.append(_Save(called, handle, over))
 
     def limit(self, handle: SaveHandle, until: float) -> None:
@@ -146,16 +149,19 @@ class Saves:
 
     # ── from a save's call on ──
 
-    async def _follow(self, called: Called, handle: SaveHandle) -> None:
-        """To the last that follows from it, whoever's done callbacks take their time."""
+    async def _follow(self, called: Called, handle: SaveHandle, context: Context) -> None:
+        """To the last that follows from it, whoever's done callbacks take their time. Listeners and the tracer are
+        called in the context of the save's call.
+        """
         await handle.committed.settled()
         step, failure = called.step, handle.committed.failure
         if failure is not None:
-            self._reporter.emit("failed", f"the save of step {step} failed: {failure}", step, cause=str(failure))
+            what = f"the save of step {step} failed: {failure}"
+            context.run(partial(self._reporter.emit, "failed", what, step, cause=str(failure)))
             return
         result = handle.committed.result()
         self._session.committed(step, result.save_id)
-        self._tell_committed(called, result)
+        context.run(self._tell_committed, called, result)
         if self._leads:
             await self._finish(Finished(step, result, called.metrics, called.seconds))
 
@@ -170,7 +176,8 @@ class Saves:
             durable_seconds=result.durable_seconds,
             metrics=called.metrics,
         )
-        self._reporter.trace_save(called.step, result)
+        # Not here: a tracer may take its time, and all of the manager waits for this loop.
+        self._engine.schedule(copy_context(), partial(self._reporter.trace_save, called.step, result))
 
     async def _finish(self, finished: Finished) -> None:
         try:

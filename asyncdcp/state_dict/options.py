@@ -90,7 +90,7 @@ def known_device(device: torch.device | str) -> torch.device:
 
 def key_pattern(keys: Sequence[str]) -> re.Pattern[str]:
     """One expression for several globs (``*`` also matches dots) of which any may match a whole FQN."""
-    return re.compile("|".join(fnmatch.translate(key) for key in keys) or r"(?!)")
+    return re.compile("|".join(fnmatch.translate(key) for key in keys))
 
 
 def longest_prefix(name: str, prefixes: Container[str]) -> str | None:

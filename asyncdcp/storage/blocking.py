@@ -114,9 +114,9 @@ class BlockingStorage(ABC):
         return won
 
     async def _was_claimed(self, name: str, data: bytes, error: StorageError) -> bool:
-        """A storage can carry out what it then reports as failed: what is there tells."""
+        """A storage can carry out what it then reports as failed: what is there tells. Part of it is nobody's claim."""
         try:
-            return await self.get(name, len(data)) == data
+            there = await self.get(name, len(data))
         except CorruptCheckpoint:  # longer, and so another's
             return False
         except FileNotFoundError:
@@ -124,6 +124,9 @@ class BlockingStorage(ABC):
         except StorageError as unknown:
             path = self.path_of(name)
             raise CommitUnknown(f"whether {path} was claimed cannot be told ({error}): {unknown}", path=path) from error
+        if there != data and data.startswith(there):
+            raise error from error.__cause__
+        return there == data
 
     async def barrier(self) -> None:
         """Looks whether what was stored is there, as long as it was."""

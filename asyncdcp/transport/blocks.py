@@ -51,9 +51,12 @@ class Stager:
 
     def share(self) -> wire.SharedMemory | None:
         """Takes shared memory, if there is to be some; what a receiver opens it by."""
-        if self._pool is not None:
-            self._shared = self._pool.take()
-        return None if self._shared is None else self._shared.offer()
+        self._shared = None if self._pool is None else self._pool.take()
+        offer = None if self._shared is None else self._shared.offer()
+        if offer is None and self._shared is not None:
+            self._shared.close()
+            self._shared = None
+        return offer
 
     def reserve(self) -> None:
         """Before anything is promised: memory for ``blank``, which is to do where there is none left. On the host no

@@ -143,7 +143,7 @@ class ReceiveTask:
                 self._offered = self._layouts.read(offer)
                 targets = self._into.bind(self._offered)
                 self.trace.total = self._offered.layout.total
-                if offer.shared is not None and self._link.may_share:
+                if offer.shared is not None and getattr(self._link, "may_share", False):
                     self._shared = SharedBlocks.open(offer.shared, max(self._offered.layout.plan.blocks, default=0))
                 return Landing(self._offered, targets, self._link.device), len(targets)
         except AsyncDCPError:

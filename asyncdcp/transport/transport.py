@@ -51,9 +51,9 @@ class PGTransport(Closing):
     transport's own. Give it a group of its own: on gloo a wait that times out closes the group, and on NCCL nothing
     else may be sent meanwhile. ``timeout`` (seconds, or a timedelta) is how long a rank waits while nothing moves, not
     how long a transfer may take. ``device`` is where the blocks are sent from and received to; by default the host,
-    where the group's backend takes that, else the current accelerator. Blocks on the host go to a receiver on the same
-    host by shared memory, if it may open that of the sender (the same user, in the same process namespace), and over
-    the group otherwise; ``shared_memory`` of the options says no to it.
+    where the group's backend takes that, else the current accelerator. Blocks on the host, of states larger than
+    ``buffer_bytes``, go to a receiver on the same host by shared memory, if it may open that of the sender (the same
+    user, in the same process namespace), and over the group otherwise; ``shared_memory`` of the options says no to it.
 
     A transfer begins when both sides have called, within ``timeout`` of each other. First they agree: what is missing,
     unexpected or of another shape or dtype is found before any tensor moves, and both sides fail, the receiver with
@@ -96,6 +96,7 @@ class PGTransport(Closing):
         self._structures = StructureCache()
         self._layouts = LayoutCache()
         self._streams = StreamCache(self.options.block_bytes)
+        self._may_share = self.options.shares and getattr(self._link, "may_share", False)
         self._pool = SharedPool(self.options.block_bytes)
         self._eager = EagerBudget(self.options.eager_bytes)
         self._guards: list[Guard] = []
@@ -142,7 +143,7 @@ class PGTransport(Closing):
         trace.total = stream.plan.tensor_bytes * len(ranks)
         statefuls = (taken.stateful for taken in flat.statefuls.values())
         sources = Sources(described.sources, [g for g in self._guards if g.active], statefuls, self._eager)
-        shares = self._link.may_share and self.options.shares and stream.plan.tensor_bytes > self.options.buffer_bytes
+        shares = self._may_share and stream.plan.tensor_bytes > self.options.buffer_bytes
         request = SendRequest(ranks, stream, values, sources, trace, begun, self._pool if shares else None)
         task = SendTask(request, self._engine, self._link, self.timeout, self.options)
         with self._lock:
@@ -252,8 +253,10 @@ class PGTransport(Closing):
         pending: list[CheckpointFuture[Any]] = [*(handle.sent for handle in self._sends), *self._receives]
         for future in pending:
             future.wait()  # ends by the timeout of whatever it waits for
-        self._engine.close(self.timeout)
-        self._pool.close()
+        try:
+            self._engine.close(self.timeout)
+        finally:
+            self._pool.close()
         self._ended = True
         for future in pending:
             error = future.unseen_failure

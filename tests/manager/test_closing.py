@@ -108,17 +108,44 @@ def test_a_first_close_in_a_callback_is_refused_and_nothing_is_closed(
     assert manager.steps().result() == [1, 2]
 
 
+release = threading.Event()
+
+
+class Stuck(MemoryStorage):
+    async def barrier(self) -> None:
+        await asyncio.to_thread(release.wait, 30)
+
+
+class Run(MemoryPlace):
+    """Its second step does not become durable before ``release``."""
+
+    def child(self, name: str) -> MemoryStorage:
+        return Stuck(name) if name == "step_2" else super().child(name)
+
+
+def test_a_signal_that_cuts_a_close_short_is_not_held_up_by_what_follows_from_a_save(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release.clear()
+    manager = CheckpointManager(Run("run"), process=False, takeover_seconds=0.0)
+    handle = manager.save(2, training.at(2))
+    close = manager._checkpointer.close
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manager._checkpointer, "close", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            manager.close()
+        assert not handle.done(), "it was not waited for"
+    finally:
+        release.set()
+        close()
+
+
 def test_what_failed_unseen_is_noted_where_closing_is_late(training: Training) -> None:
-    release = threading.Event()
-
-    class Stuck(MemoryStorage):
-        async def barrier(self) -> None:
-            await asyncio.to_thread(release.wait, 30)
-
-    class Run(MemoryPlace):
-        def child(self, name: str) -> MemoryStorage:
-            return Stuck(name) if name == "step_2" else super().child(name)
-
+    release.clear()
     options = Options(close_deadline=0.05, settle_seconds=0.05)
     manager = CheckpointManager(Run("run"), process=False, options=options, takeover_seconds=0.0)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,33 @@ def test_events_come_in_order_with_their_numbers(opened: Opened, training: Train
     committed = events[2].fields
     assert committed["metrics"] == {"loss": 0.5} and committed["tensor_bytes"] == 128
     assert 0 < committed["staged_seconds"] <= committed["durable_seconds"]
+
+
+def test_who_watches_is_called_in_the_context_of_the_save_and_apart_from_the_managers_work(
+    opened: Opened, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracer that takes its time holds nothing up but what comes after it."""
+    step: ContextVar[int] = ContextVar("step", default=0)
+    seen: list[tuple[str, int]] = []
+    release = threading.Event()
+    manager = opened(telemetry=Telemetry(on_event=lambda event: seen.append((event.kind, step.get()))))
+
+    def trace(number: int, result: object) -> None:
+        assert release.wait(30)
+        seen.append(("traced", step.get()))
+
+    monkeypatch.setattr(manager._reporter, "trace_save", trace)
+    for number in (1, 2):
+        token = step.set(number)
+        manager.save(number, training.at(number)).result()
+        step.reset(token)
+    assert manager.steps().result(30) == [1, 2]
+    release.set()
+    manager.close()
+    assert manager._engine._callbacks.join(10)
+    assert [each for each in seen if each[0] in ("committed", "traced")] == [
+        ("committed", 1), ("traced", 1), ("committed", 2), ("traced", 2),
+    ]  # fmt: skip
 
 
 def test_why_a_save_failed_is_told_even_where_somebody_has_seen_it_before(opened: Opened, training: Training) -> None:

@@ -110,6 +110,16 @@ async def test_a_claim_that_failed_is_looked_into(
     assert type(caught.value) is outcome
 
 
+async def test_why_an_object_was_stored_in_part_is_told(tmp_path: Path) -> None:
+    class Full(FsspecStorage):
+        def store_new(self, name: str, data: bytes) -> bool:
+            (tmp_path / name).write_bytes(data[:2])
+            raise OSError(errno.ENOSPC, "there is no more room")
+
+    with pytest.raises(StorageFull, match="there is no more room"):
+        await Full(f"file://{tmp_path}", single_writer=True).put("a", b"four")
+
+
 async def test_of_two_that_create_a_name_at_once_one_is_refused(tmp_path: Path) -> None:
     storage = FsspecStorage(f"file://{tmp_path}", single_writer=True)
     first, second = await asyncio.gather(storage.create("a", 0), storage.create("a", 0), return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -203,6 +204,18 @@ def test_where_there_is_no_memory_for_it_the_group_is_used(
     monkeypatch.setattr(Arena, "__init__", refuse)
     monkeypatch.setattr(Arena, "__del__", lambda _: None)
     _, transports = world()
+    assert same(brought(transports, STATE, empty_like(STATE)), STATE)
+
+
+def test_where_no_page_is_left_for_its_key_the_group_is_used(
+    world: World, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    _, transports = world()
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(Arena, "prefault_slot", full)
     assert same(brought(transports, STATE, empty_like(STATE)), STATE)
 
 
