@@ -15,6 +15,9 @@ LONG = 60.0  # a wait that only a failing test comes to the end of
 TINY = TransportOptions(buffer_bytes=1 << 16)
 """Blocks of 4 KiB, batches of 32 KiB."""
 
+STATE = {"w": torch.arange(25_000.0), "many": [torch.full((50,), float(n)) for n in range(100)], "n": 1}
+"""Four batches of blocks."""
+
 World = Callable[..., tuple[MemoryHub, list[PGTransport]]]
 
 
