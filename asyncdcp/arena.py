@@ -211,8 +211,9 @@ class Arena:
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None and os.getpid() == self._pid:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            said = f"unclosed {self!r}"
+            self.close()  # before the warning, which may be an error
+            warnings.warn(said, ResourceWarning, source=self, stacklevel=2)
 
     def __repr__(self) -> str:
         return f"<Arena {self.slots}*{self.slot_bytes} fd={self._fd}>"

@@ -79,7 +79,7 @@ async def test_slabs_go_to_threads_in_batches_that_leave_nobody_idle(
     await stager.stage(held(sources), announce)
     assert sum(batches) == len(plan.slabs) == 13
     assert max(batches) == SLABS_A_TRIP
-    assert batches[-1] == 1, "the last ones are shared out"
+    assert min(batches) == 1, "the last ones are shared out"  # threads begin with them in any order
     for slot in stager.held:
         arena.ring.release(slot)
     arenas.release(arena)
