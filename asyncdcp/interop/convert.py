@@ -75,13 +75,10 @@ async def convert(
     changes = changes or Changes()
     if to not in FORMATS:
         raise InvalidOption(f"to takes one of {', '.join(FORMATS)}, not {to!r}")
-    storage = open_storage(source)
+    storage, place = open_storage(source), open_storage(target)
     async with aclosing(await open_checkpoint(storage)) as reader:
         selection = select(reader.metadata, changes.keys, changes.rename, changes.dtype)
-        written = await _write(reader, selection, target, to, changes)
-    place = open_storage(target)
-    async with aclosing(await open_checkpoint(place)) as reader:
-        await _verify(reader, selection, written, place.info.location)
+        await _write(reader, selection, place, to, changes)
     only_tensors = to in ("hf", "safetensors")
     sizes = [whole_tensor(tensor).nbytes for tensor in selection.tensors]
     left_out = tuple(selection.values) if only_tensors else ()
@@ -90,29 +87,29 @@ async def convert(
 
 
 async def _write(
-    reader: ReadableCheckpoint,
-    selection: Selection,
-    target: str | os.PathLike[str] | Storage,
-    to: Format,
-    changes: Changes,
-) -> Written:
-    storage = open_storage(target)
+    reader: ReadableCheckpoint, selection: Selection, storage: Storage, to: Format, changes: Changes
+) -> None:
+    async def read_back(place: Storage, written: Written) -> None:
+        async with aclosing(await open_checkpoint(place)) as found:
+            await _compare(found, selection, written, storage.info.location)
+
     if to == "native":
         metadata = {"converted_from": reader.metadata.storage_meta.checkpoint_id}
-        return await write_native(reader, selection, storage, {**reader.metadata.storage_meta.user, **metadata})
+        metadata = {**reader.metadata.storage_meta.user, **metadata}
+        return await write_native(reader, selection, storage, read_back, metadata)
     if not isinstance(storage, LocalStorage):
         raise InvalidOption(f"{storage.info.location}: the format {to} is written to local paths only")
     path = Path(storage.info.location)
     if to == "dcp":
         from asyncdcp.interop.dcp_target import write_dcp
 
-        return await write_dcp(reader, selection, path, allow_pickle=changes.allow_pickle)
+        return await write_dcp(reader, selection, path, read_back, allow_pickle=changes.allow_pickle)
     if to == "torch":
-        return await write_torch(reader, selection, path, allow_pickle=changes.allow_pickle)
-    return await write_huggingface(reader, selection, path, changes.shard_bytes)
+        return await write_torch(reader, selection, path, read_back, allow_pickle=changes.allow_pickle)
+    return await write_huggingface(reader, selection, path, read_back, changes.shard_bytes)
 
 
-async def _verify(reader: ReadableCheckpoint, selection: Selection, written: Written, path: str) -> None:
+async def _compare(reader: ReadableCheckpoint, selection: Selection, written: Written, path: str) -> None:
     """Reads everything back. What fails here is the fault of the disk, or of this program."""
     stored = select(reader.metadata, None, None, None)
     found = {tensor.name: tensor for tensor in stored.tensors}

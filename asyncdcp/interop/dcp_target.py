@@ -19,20 +19,23 @@ from asyncdcp.errors import AsyncDCPError, StorageError
 from asyncdcp.interop.dcp import FileSystemWriter
 from asyncdcp.interop.selection import Selection
 from asyncdcp.interop.streaming import Digests, known_dtype, read_tensors, whole_tensor
-from asyncdcp.interop.targets import Written, replacing
+from asyncdcp.interop.targets import ReadBack, Written, replacing
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.state_dict.unflatten import unflatten
+from asyncdcp.storage import LocalStorage
 from asyncdcp.trace import Trace
 
 
-async def write_dcp(reader: ReadableCheckpoint, selection: Selection, path: Path, *, allow_pickle: bool) -> Written:
+async def write_dcp(
+    reader: ReadableCheckpoint, selection: Selection, path: Path, read_back: ReadBack, *, allow_pickle: bool
+) -> None:
     """A directory that ``torch.distributed.checkpoint.load`` reads. Its plain values are pickled, as DCP does."""
     lazy = _Lazy(reader, selection, asyncio.get_running_loop())
     ties = {alias: lazy.metas[name] for alias, name in selection.aliases.items()}
     state = unflatten(selection.tree, {**lazy.metas, **ties}, selection.values, allow_pickle=allow_pickle)
     with replacing(path) as scratch:
         await to_thread.run_sync(_save, state, scratch, _Planner(lazy))
-    return lazy.written
+        await read_back(LocalStorage(scratch), lazy.written)
 
 
 def _save(state: dict[str, Any], path: Path, planner: DefaultSavePlanner) -> None:

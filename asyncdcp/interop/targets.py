@@ -1,7 +1,7 @@
 """What a conversion can write: a checkpoint of asyncdcp's own, Hugging Face's files, a ``.pt`` file, a DCP directory.
 
-Nothing has the target's name before it is complete and durable. A native checkpoint is committed as any other; the
-rest is written beside its place under a name that ends in ``.partial``, and renamed.
+A native checkpoint is committed as any other, and removed if it then turns out not to hold what was written. The rest
+is written beside its place under a name that ends in ``.partial``, read back there, and renamed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,9 @@ from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
 from asyncdcp.interop.huggingface import INDEX_SUFFIX, encode_weight_index, shard_names
 from asyncdcp.interop.selection import Selection
 from asyncdcp.interop.streaming import Digests, Fill, known_dtype, read_ahead, whole_tensor, write_plan
-from asyncdcp.names import make_save_id, record_name
+from asyncdcp.names import file_save_id, make_save_id, record_name
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.messages import SlabReady
-from asyncdcp.pipeline.records import read_record
 from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
@@ -55,6 +54,8 @@ _FORGETTING: Final = 10.0
 
 Written = dict[str, bytes]
 """XXH3-128 of the bytes of each tensor that was written, by its name."""
+ReadBack = Callable[[Storage, Written], Awaitable[None]]
+"""Raises if what is at a place is not what was written to it."""
 
 
 class _Ring:
@@ -69,8 +70,8 @@ class _Ring:
 
 
 async def write_native(
-    reader: ReadableCheckpoint, selection: Selection, storage: Storage, metadata: dict[str, Any]
-) -> Written:
+    reader: ReadableCheckpoint, selection: Selection, storage: Storage, read_back: ReadBack, metadata: dict[str, Any]
+) -> None:
     """Commits a checkpoint of one rank. Raises as a save does, and leaves nothing then."""
     plan = _plan(selection, None)
     location = storage.info.location
@@ -101,15 +102,15 @@ async def write_native(
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(feed)
                     await session.run()
+            await read_back(storage, _by_name(plan, found[0]))
     finally:
         ring.arena.close()
-    return _by_name(plan, found[0])
 
 
 @asynccontextmanager
 async def _traceless(storage: Storage, save_id: str) -> AsyncIterator[None]:
-    """Around a save that nobody else takes part in. If it comes to nothing, its abort, which tells the others, is taken
-    away, and the folder that was made for it.
+    """Around a save that nobody else takes part in. If it comes to nothing, its Record, which tells the others, is
+    taken away, then what it wrote, and the folder that was made for it.
     """
     folder = anyio.Path(storage.info.location)
     made = isinstance(storage, LocalStorage) and not await folder.exists()
@@ -117,8 +118,11 @@ async def _traceless(storage: Storage, save_id: str) -> AsyncIterator[None]:
         yield
     except BaseException:
         with anyio.move_on_after(_FORGETTING, shield=True), suppress(OSError, AsyncDCPError):
-            if (await read_record(storage, save_id)).outcome == "abort":
+            own = [name for name in await storage.list() if file_save_id(name) == save_id]
+            if record_name(save_id) in own:  # else it may still commit
                 await storage.delete([record_name(save_id)])
+                await storage.barrier()
+                await storage.delete(own)
                 if made:
                     await folder.rmdir()
         raise
@@ -139,8 +143,8 @@ class _SessionSink:
 
 
 async def write_huggingface(
-    reader: ReadableCheckpoint, selection: Selection, path: Path, shard_bytes: int = SHARD_BYTES
-) -> Written:
+    reader: ReadableCheckpoint, selection: Selection, path: Path, read_back: ReadBack, shard_bytes: int
+) -> None:
     """A directory with ``model.safetensors``, or shards of at most ``shard_bytes`` (or of one larger tensor) with their
     index. Tensors only: plain values have no place there, and of tied tensors one name is kept.
     """
@@ -166,7 +170,7 @@ async def write_huggingface(
             }
             await storage.put(f"model{INDEX_SUFFIX}", encode_weight_index(places, plan.tensor_bytes))
         await storage.barrier()
-    return _by_name(plan, digests)
+        await read_back(storage, _by_name(plan, digests))
 
 
 class _FileSink:
@@ -216,7 +220,9 @@ class _FileSink:
 # ── torch.save ──
 
 
-async def write_torch(reader: ReadableCheckpoint, selection: Selection, path: Path, *, allow_pickle: bool) -> Written:
+async def write_torch(
+    reader: ReadableCheckpoint, selection: Selection, path: Path, read_back: ReadBack, *, allow_pickle: bool
+) -> None:
     """A ``.pt`` file with the containers and values as they were. The file is made without its tensors' bytes, mapped,
     and filled in place, so that what it takes of memory is page cache.
     """
@@ -230,7 +236,7 @@ async def write_torch(reader: ReadableCheckpoint, selection: Selection, path: Pa
                 await to_thread.run_sync(_copy, {names[number]: tensor for number, tensor in window.items()}, tensors)
         tensors.clear()
         await to_thread.run_sync(_sync, scratch)
-    return {names[number]: digest for number, digest in digests.found.items()}
+        await read_back(LocalStorage(scratch), {names[number]: digest for number, digest in digests.found.items()})
 
 
 def _skeleton(path: Path, selection: Selection, *, allow_pickle: bool) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from asyncdcp.errors import (
     UnsupportedFormat,
     UsageError,
 )
+from asyncdcp.interop import convert as module
 from asyncdcp.interop import streaming
 from asyncdcp.interop.convert import Changes, Format, convert
 
@@ -269,7 +270,10 @@ async def test_a_native_one_that_is_cancelled_leaves_nothing(tmp_path: Path, mon
     assert scope.cancelled_caught and os.listdir(target) == []
 
 
-async def test_what_is_written_wrongly_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to", ["native", "hf"])
+async def test_what_is_written_wrongly_is_found_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Format
+) -> None:
     source = write_source("native", tmp_path / "source")
     real = streaming._fill
 
@@ -278,5 +282,23 @@ async def test_what_is_written_wrongly_is_found(tmp_path: Path, monkeypatch: pyt
         into[5000] ^= 1
 
     monkeypatch.setattr(streaming, "_fill", flip)
-    with pytest.raises(CorruptCheckpoint, match="does not hold what was written to it: model"):
-        await convert(source, tmp_path / "target", "hf")
+    with pytest.raises(CorruptCheckpoint, match=f"{tmp_path}/target does not hold what was written to it: model"):
+        await convert(source, tmp_path / "target", to)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("to", ["dcp", "torch"])
+async def test_what_is_read_back_otherwise_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Format
+) -> None:
+    source = write_source("native", tmp_path / "source")
+    compare = module._compare
+
+    async def changed(reader: Any, selection: Any, written: dict[str, bytes], path: str) -> None:
+        (name, *_) = written
+        await compare(reader, selection, {**written, name: b"another"}, path)
+
+    monkeypatch.setattr(module, "_compare", changed)
+    with pytest.raises(CorruptCheckpoint, match=f"{tmp_path}/target does not hold what was written to it: "):
+        await convert(source, tmp_path / "target", to)
+    assert os.listdir(tmp_path) == ["source"]
