@@ -175,7 +175,9 @@ def checkpointer(process: bool) -> Iterator[AsyncCheckpointer]:
 
 @pytest.fixture
 def opened(process: bool) -> Iterator[Callable[..., AsyncCheckpointer]]:
-    """Makes checkpointers by their options, and closes them."""
+    """Makes checkpointers by their options, and closes them. What was stuck has been let go by then, and on a busy
+    machine it takes its time to end.
+    """
     made: list[AsyncCheckpointer] = []
 
     def make(**options: Any) -> AsyncCheckpointer:
@@ -184,6 +186,7 @@ def opened(process: bool) -> Iterator[Callable[..., AsyncCheckpointer]]:
 
     yield make
     for each in made:
+        object.__setattr__(each._options, "settle_seconds", LONG)
         each.close()
 
 

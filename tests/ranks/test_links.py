@@ -174,7 +174,7 @@ def test_who_does_not_connect_after_all_keeps_nobody_waiting(
     everywhere: Everywhere, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     store = HashStore()
-    three = make_ranks(3, deadline=8.0, store=store)
+    three = make_ranks(3, deadline=30.0, store=store)
     connect = Links.connect
 
     async def fails(own: Any, rank: int, world_size: int, **options: Any) -> Links:
@@ -199,7 +199,7 @@ def test_who_does_not_connect_after_all_keeps_nobody_waiting(
     begun = time.monotonic()
     errors = everywhere(lambda each: anyio.run(meet, each, "cut"), three)
     assert [(type(error), "no network" in str(error)) for error in errors] == [(StorageError, True)] * 3, errors
-    assert time.monotonic() - begun < 7  # and not until gloo gives up
+    assert time.monotonic() - begun < 20  # and not until gloo gives up
     assert store.check(["job/links/cut/parted"])
     monkeypatch.setattr(Links, "connect", connect)
     assert everywhere(lambda each: anyio.run(meet, each, "again"), three) == [None] * 3

@@ -155,6 +155,13 @@ def test_killed_before_the_state_is_staged(opened: Opened, folder: Path) -> None
 # ── SIGSTOP ──
 
 
+def impatient(opened: Opened) -> AsyncCheckpointer:
+    """Its first save comes to where it is to be stopped within its deadline, on a busy machine too."""
+    checkpointer = opened(save_deadline=1, settle_seconds=2)
+    checkpointer.prepare(state(0)).result(LONG)
+    return checkpointer
+
+
 def be_patient(checkpointer: AsyncCheckpointer) -> None:
     """Only what is stopped is to miss its deadline: on a busy machine a new worker's first save takes long, too."""
     object.__setattr__(checkpointer._options, "save_deadline", LONG)
@@ -174,7 +181,7 @@ STOPPED_AT = [("link", 1), ("pwrite", 2), ("fsync", 1), ("mkdir", 1)]
 def test_stopped_through_its_deadline_it_is_killed(
     opened: Opened, closing: Closing, folder: Path, operation: str, number: int
 ) -> None:
-    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    checkpointer = impatient(opened)
     worker = closing(pidfd_of(checkpointer))
     storage = FaultyStorage(folder / "stopped", [Fault(operation, number, "stop")])
     handle = checkpointer.save(storage, state(1))
@@ -192,7 +199,7 @@ def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what
     opened: Opened, closing: Closing, folder: Path, operation: str, number: int
 ) -> None:
     """As a worker in an uninterruptible wait of the kernel: SIGKILL does nothing to it until it wakes."""
-    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    checkpointer = impatient(opened)
     process = worker_of(checkpointer)
     worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
@@ -224,7 +231,7 @@ def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
     opened: Opened, closing: Closing, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says what it has to say, and dies, while the trainer settles its save."""
-    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    checkpointer = impatient(opened)
     process = worker_of(checkpointer)
     worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
@@ -264,7 +271,7 @@ def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(
 
 def test_nobody_can_tell_is_said_so(opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker does not die, and the storage does not take the abort: whether it will be committed is unknown."""
-    checkpointer = opened(save_deadline=0.5, settle_seconds=2)
+    checkpointer = impatient(opened)
     process = worker_of(checkpointer)
     kill = process._send_kill
     process._send_kill = lambda: None  # type: ignore[method-assign]
