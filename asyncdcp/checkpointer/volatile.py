@@ -22,7 +22,7 @@ class VolatileWarnings:
         if info.volatile and info.filesystem not in self._told:
             self._told.add(info.filesystem)
             warnings.warn(
-                f"{info.location} is on {info.filesystem}, which is kept in memory: checkpoints there do not survive "
+                f"{info.location} is kept in memory ({info.filesystem}): checkpoints there do not survive "
                 "a restart of the machine",
                 VolatileStorageWarning,
                 stacklevel=3,

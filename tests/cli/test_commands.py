@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from asyncdcp import CheckpointManager, PerRank, SyncCheckpointer
+from asyncdcp import AsyncCheckpointer, CheckpointManager, PerRank, SaveResult, SyncCheckpointer
 from asyncdcp.cli import targets
+from asyncdcp.cli.checkpoints import damage_of
+from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.runs import Saved
 from tests.cli.conftest import Call, Small
 from tests.cli.test_wrong_input import spoil
@@ -61,6 +63,21 @@ class TestInspect:
         assert half["max"] == pytest.approx(expected.max(), rel=1e-2)
         table = call("inspect", checkpoint, "-t", "model.head.*").out
         assert "MEAN" in table and "model.head.weight" in table
+
+    def test_one_that_is_replaced_meanwhile_is_no_damage(
+        self, call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replaced: list[SaveResult] = []
+
+        async def replacing(target: str, reader: ReadableCheckpoint) -> str | None:
+            if not replaced:
+                async with AsyncCheckpointer(process=False) as checkpointer:
+                    replaced.append(await checkpointer.save(target, {"x": 1}, overwrite=True))
+            return await damage_of(target, reader)
+
+        monkeypatch.setattr("asyncdcp.cli.commands.inspect.damage_of", replacing)
+        found = call("inspect", checkpoint, "--json").json
+        assert found["damage"] is None and found["save_id"] == replaced[0].save_id
 
     def test_a_checkpoint_of_nothing(self, call: Call, tmp_path: Path) -> None:
         with SyncCheckpointer(process=False) as checkpointer:

@@ -83,17 +83,23 @@ def command(checkpoint: str, globs: tuple[str, ...], depth: int | None, *, every
 
 
 async def _show_tree(checkpoint: str, depth: int | None, *, everything: bool, as_json: bool) -> int:
-    async with opened(checkpoint, data=False) as reader:
-        entries, damage = entries_of(reader), await damage_of(checkpoint, reader)
-        if as_json:
-            say_json({**_as_json(reader, entries), "damage": damage})
-        else:
-            say(_header(checkpoint, reader, entries))
-            if damage is not None:
-                say(f"  {bad('damaged')}   {shown(damage)}; asyncdcp verify shows all")
-            say("")
-            say(_tree(entries, depth, everything=everything))
-    return 0 if damage is None else DIFFERENT
+    seen = None
+    while True:
+        async with opened(checkpoint, data=False) as reader:
+            damage, save_id = await damage_of(checkpoint, reader), reader.metadata.storage_meta.save_id
+            if damage is not None and save_id != seen:
+                seen = save_id  # it may have been replaced meanwhile, which is no damage
+                continue
+            entries = entries_of(reader)
+            if as_json:
+                say_json({**_as_json(reader, entries), "damage": damage})
+            else:
+                say(_header(checkpoint, reader, entries))
+                if damage is not None:
+                    say(f"  {bad('damaged')}   {shown(damage)}; asyncdcp verify shows all")
+                say("")
+                say(_tree(entries, depth, everything=everything))
+            return 0 if damage is None else DIFFERENT
 
 
 def _header(checkpoint: str, reader: ReadableCheckpoint, entries: list[Entry]) -> Iterator[str]:
