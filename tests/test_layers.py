@@ -30,6 +30,7 @@ LEVELS: list[set[str]] = [
         "slot_ring",
         "threads",
         "trace",
+        "warn",
     },
     {"chunk_table", "envelope", "results", "storage", "arena", "futures", "closing"},
     {"stored_chunks", "extensions", "format", "engine"},

@@ -109,7 +109,7 @@ class AsyncCheckpointer(ReadVerbs):
         self._options = known_options(options)
         self.ranks = find_ranks(process_group, self._options.agreement_deadline)
         self._chain = Chain(extensions)
-        self._chain.warn_of_order(stacklevel=2)
+        self._chain.warn_of_order()
         self._registry = known_extensions(registry, extensions)
         self._lock = threading.Lock()
         self._planner = SavePlanner(self.ranks, self._options, self._chain)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,10 +14,10 @@ from asyncdcp.config import OnError
 from asyncdcp.engine import Engine
 from asyncdcp.errors import DeadlineExceeded, UnseenFailure
 from asyncdcp.futures import CheckpointFuture
+from asyncdcp.warn import warn_caller
 
 _logger = logging.getLogger("asyncdcp")
 
-_FRAMES_TO_CALLER = 4  # surface, the verb's own helper, the verb: a warning is about the line that called the verb
 _STOP_SECONDS = 30.0  # a copy that is under way ends within milliseconds; if it hangs, so does the memory it reads
 
 
@@ -128,7 +127,7 @@ class PendingSaves:
         messages = [f"an earlier save to {path} failed and nobody looked at it: {error}" for path, error in failures]
         if self._on_error == "warn":
             for message in messages:
-                warnings.warn(message, RuntimeWarning, stacklevel=_FRAMES_TO_CALLER)
+                warn_caller(message, RuntimeWarning)
         elif failures:
             path, error = failures[-1]
             raised = UnseenFailure(messages[-1], path=path)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from asyncdcp.errors import VolatileStorageWarning
 from asyncdcp.storage import MemoryStorage, Storage
+from asyncdcp.warn import warn_caller
 
 
 class VolatileWarnings:
@@ -21,9 +20,8 @@ class VolatileWarnings:
             return  # whoever hands that over knows
         if info.volatile and info.filesystem not in self._told:
             self._told.add(info.filesystem)
-            warnings.warn(
+            warn_caller(
                 f"{info.location} is kept in memory ({info.filesystem}): checkpoints there do not survive "
                 "a restart of the machine",
                 VolatileStorageWarning,
-                stacklevel=3,
             )

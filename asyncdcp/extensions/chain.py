@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import combinations
@@ -14,6 +13,7 @@ from asyncdcp.extensions.base import StreamTransformExtension as Stream
 from asyncdcp.extensions.streams import decode_stream, encode_stream
 from asyncdcp.extensions.travel import ExtensionSpec, spec_of
 from asyncdcp.names import is_descriptor
+from asyncdcp.warn import warn_caller
 
 
 class Chain:
@@ -66,17 +66,16 @@ class Chain:
     def _specs(self) -> list[ExtensionSpec | None]:
         return [spec_of(extension) for extension in self.extensions]
 
-    def warn_of_order(self, stacklevel: int) -> None:
+    def warn_of_order(self) -> None:
         """Warns (``ExtensionOrderWarning``) where an encryption leaves nothing to compress; that works, and saves
         nothing.
         """
         for first, second in combinations(self.extensions, 2):
             if first.role == "encryption" and second.role == "compression":
-                warnings.warn(
+                warn_caller(
                     f"{second.registry_name()} comes after {first.registry_name()}: what is encrypted does not "
                     "compress. Extensions are applied left to right; put the encryption last",
                     ExtensionOrderWarning,
-                    stacklevel=stacklevel + 1,
                 )
 
     def encode(self, data: memoryview, context: BlockContext) -> memoryview:

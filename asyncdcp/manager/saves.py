@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -23,10 +22,9 @@ from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.session import Finished, RunSession
 from asyncdcp.manager.telemetry import Reporter
 from asyncdcp.results import SaveResult
+from asyncdcp.warn import warn_caller
 
 _logger = logging.getLogger("asyncdcp.manager")
-
-_FRAMES_TO_CALLER = 4  # surface, the verb's helper, the verb: a warning is about the line that called the verb
 
 
 @dataclass
@@ -212,7 +210,7 @@ def surface(failures: list[BaseException], on_error: OnError) -> None:
     messages = [f"something failed that nobody looked at: {each}" for each in failures]
     if on_error == "warn":
         for message in messages:
-            warnings.warn(message, RuntimeWarning, stacklevel=_FRAMES_TO_CALLER)
+            warn_caller(message, RuntimeWarning)
     elif failures:
         raised = UnseenFailure(messages[-1])
         for message in messages[:-1]:

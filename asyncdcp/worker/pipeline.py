@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from functools import cached_property
 
 import anyio
@@ -13,10 +11,9 @@ from asyncdcp.errors import Closed, ThreadPipelineWarning
 from asyncdcp.extensions import Chain
 from asyncdcp.pipeline.session import LocalSession, SaveSession, SessionRequest
 from asyncdcp.storage import Storage, spec_of
+from asyncdcp.warn import warn_caller
 from asyncdcp.worker.process import CheckpointProcess
 from asyncdcp.worker.session import RemoteSession
-
-_logger = logging.getLogger("asyncdcp")
 
 
 class ProcessPipeline:
@@ -54,7 +51,7 @@ class ProcessPipeline:
         """
         kind = type(storage).__qualname__
         if spec_of(storage) is None:
-            self._warn(f"a {kind} cannot be opened by the background process: saves to it run on a thread of this one")
+            self._warn(f"{kind} cannot be opened by the background process: saves to it run on a thread of this one")
         for name in chain.staying:
             self._warn(
                 f"{name} cannot be made in the background process (it has no travel(), or its class is not at the top "
@@ -64,8 +61,7 @@ class ProcessPipeline:
     def _warn(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            _logger.warning(message)
-            warnings.warn(message, ThreadPipelineWarning, stacklevel=4)
+            warn_caller(message, ThreadPipelineWarning)
 
     async def acquire(self) -> CheckpointProcess:
         """The process, started if there is none that lives. ``WorkerCrashed`` if that fails, ``Closed`` if ``aclose``

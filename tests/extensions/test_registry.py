@@ -62,11 +62,11 @@ def test_an_order_that_saves_nothing_warns() -> None:
     with pytest.warns(ExtensionOrderWarning, match=r"stream.zstd comes after encrypt.aesgcm.*put the encryption last"):
         AsyncCheckpointer(extensions=[AESGCM(KEY), ZStandard()], process=False).close()
     with pytest.warns(ExtensionOrderWarning, match="stream.zstd comes after encrypt.aesgcm"):
-        Chain([AESGCM(KEY), Xor(), ZStandard()]).warn_of_order(1)
+        Chain([AESGCM(KEY), Xor(), ZStandard()]).warn_of_order()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AsyncCheckpointer(extensions=[BytePlanes(), ZStandard(), AESGCM(KEY)], process=False).close()
-        Chain([AESGCM(KEY), Xor()]).warn_of_order(1)  # such as a code that corrects errors
+        Chain([AESGCM(KEY), Xor()]).warn_of_order()  # such as a code that corrects errors
 
 
 def test_what_is_no_registry() -> None:

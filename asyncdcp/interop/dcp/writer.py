@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import uuid
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -33,6 +32,7 @@ from asyncdcp.interop.dcp.own_writing import write_part
 from asyncdcp.interop.dcp.publish import publish, remove_unnamed
 from asyncdcp.interop.dcp.stream import ObjectStream, Unclosing
 from asyncdcp.storage.local import LocalStorage
+from asyncdcp.warn import warn_caller
 
 _OVERHEAD = 2048
 """About what ``torch.save`` adds to a tensor's bytes."""
@@ -108,8 +108,8 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         if self._is_there():
             if not self.overwrite:
                 raise RuntimeError(f"Checkpoint already exists and {self.overwrite=}.")
-            warnings.warn(
-                f"Detected an existing checkpoint in {self.path}, overwriting since {self.overwrite=}.", stacklevel=2
+            warn_caller(
+                f"Detected an existing checkpoint in {self.path}, overwriting since {self.overwrite=}.", UserWarning
             )
         if self._is_alone:
             return dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{self.rank}_"))
