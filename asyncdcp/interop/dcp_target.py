@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from asyncdcp.interop.targets import ReadBack, Written, replacing
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import LocalStorage
+from asyncdcp.threads import ended
 from asyncdcp.trace import Trace
 
 
@@ -34,8 +38,22 @@ async def write_dcp(
     ties = {alias: lazy.metas[name] for alias, name in selection.aliases.items()}
     state = unflatten(selection.tree, {**lazy.metas, **ties}, selection.values, allow_pickle=allow_pickle)
     with replacing(path) as scratch:
-        await to_thread.run_sync(_save, state, scratch, _Planner(lazy))
+        await _reading_for(lazy, partial(_save, state, scratch, _Planner(lazy)))
         await read_back(LocalStorage(scratch), lazy.written)
+
+
+async def _reading_for(lazy: _Lazy, function: Callable[[], None]) -> None:
+    """Calls the function, which gets from ``lazy``, on a thread. Cancelled, it breaks off the read that the function
+    waits for, allows no other, and raises once the function has ended of that.
+    """
+    work = asyncio.ensure_future(to_thread.run_sync(function))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        lazy.stop()
+        with suppress(Exception):
+            await ended(work)
+        raise
 
 
 def _save(state: dict[str, Any], path: Path, planner: DefaultSavePlanner) -> None:
@@ -57,6 +75,8 @@ class _Lazy:
     def __init__(self, reader: ReadableCheckpoint, selection: Selection, loop: asyncio.AbstractEventLoop) -> None:
         self._reader = reader
         self._loop = loop
+        self._task: asyncio.Task[Any] | None = None
+        self._stopped = False
         self._chosen = {tensor.name: tensor for tensor in selection.tensors}
         self.metas = {
             name: torch.empty(t.shape, dtype=known_dtype(t.dtype, name), device="meta")
@@ -68,12 +88,24 @@ class _Lazy:
     def get(self, meta: Tensor) -> Tensor:
         """The tensor; on a thread that is not the loop's."""
         name = self._names[id(meta)]
-        wanted = [whole_tensor(self._chosen[name])]
-        (tensor,) = asyncio.run_coroutine_threadsafe(read_tensors(self._reader, wanted, Trace()), self._loop).result()
+        tensor = asyncio.run_coroutine_threadsafe(self._read(name), self._loop).result()
         digests = Digests()
         digests.add({0: tensor})
         self.written[name] = digests.found[0]
         return tensor
+
+    async def _read(self, name: str) -> Tensor:
+        if self._stopped:
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+        (tensor,) = await read_tensors(self._reader, [whole_tensor(self._chosen[name])], Trace())
+        return tensor
+
+    def stop(self) -> None:
+        """``get`` raises from now on, the one under way as soon as its read has ended; on the loop's thread."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 class _Planner(DefaultSavePlanner):

@@ -44,6 +44,7 @@ from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
 from asyncdcp.storage.files import sync_directory
+from asyncdcp.threads import uncut
 from asyncdcp.trace import Trace
 
 SHARD_BYTES: Final = 5 * 10**9
@@ -227,7 +228,7 @@ async def write_torch(
     and filled in place, so that what it takes of memory is page cache.
     """
     with replacing(path) as scratch:
-        tensors = await to_thread.run_sync(partial(_skeleton, scratch, selection, allow_pickle=allow_pickle))
+        tensors = await uncut(partial(_skeleton, scratch, selection, allow_pickle=allow_pickle))
         digests = Digests()
         names = [tensor.name for tensor in selection.tensors]
         async with read_ahead(reader, [whole_tensor(tensor) for tensor in selection.tensors], Trace()) as ahead:

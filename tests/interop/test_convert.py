@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from asyncdcp.errors import (
     UsageError,
 )
 from asyncdcp.interop import convert as module
-from asyncdcp.interop import streaming
+from asyncdcp.interop import dcp_target, streaming, targets
 from asyncdcp.interop.convert import Changes, Format, convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
@@ -268,6 +270,55 @@ async def test_a_native_one_that_is_cancelled_leaves_nothing(tmp_path: Path, mon
         monkeypatch.setattr(streaming, "_fill", lambda *_: anyio.from_thread.run_sync(scope.cancel))
         await convert(source, target)
     assert scope.cancelled_caught and os.listdir(target) == []
+
+
+@pytest.mark.parametrize("by", ["scope", "task"])
+async def test_a_dcp_one_that_is_cancelled_waits_for_no_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    source, reading, ended = write_source("native", tmp_path / "source"), anyio.Event(), anyio.Event()
+
+    async def stuck(*_: Any) -> None:
+        reading.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(dcp_target, "read_tensors", stuck)
+    with anyio.fail_after(20):
+        if by == "scope":
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(convert, source, tmp_path / "target", "dcp")
+                await reading.wait()
+                tasks.cancel_scope.cancel()
+        else:
+            task = asyncio.ensure_future(convert(source, tmp_path / "target", "dcp"))
+            await reading.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+    assert ended.is_set() and os.listdir(tmp_path) == ["source"]
+
+
+async def test_a_torch_one_that_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, skeleton = write_source("native", tmp_path / "source"), targets._skeleton
+    loop, ended = asyncio.get_running_loop(), threading.Event()
+
+    def late(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        loop.call_soon_threadsafe(task.cancel)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # the task has heard of it
+        try:
+            return skeleton(*args, **kwargs)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(targets, "_skeleton", late)
+    task = asyncio.ensure_future(convert(source, tmp_path / "target", "torch"))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(ended.wait)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize("to", ["native", "hf"])
