@@ -40,9 +40,9 @@ _TRANSFERS: Final = 4
 class BlockingStorage(ABC):
     """A ``Storage`` by way of the abstract methods below, and ``info``, which says where it is.
 
-    They are called on threads, several at once, with names that were checked. ``FileNotFoundError`` means that there is
-    no such object; any other error becomes a ``StorageError`` that names the operation and the object. It never travels
-    to the background process, unless it is given a ``spec``: saves to it run on a thread.
+    They are called on threads, several at once, with names that were checked. ``FileNotFoundError`` of what reads or
+    removes an object means that there is none; any other error becomes a ``StorageError`` that names the operation and
+    the object. It never travels to the background process, unless it is given a ``spec``: saves to it run on a thread.
     """
 
     def __init__(self, info: StorageInfo) -> None:
@@ -121,7 +121,7 @@ class BlockingStorage(ABC):
             return False
         except FileNotFoundError:
             raise error from error.__cause__
-        except StorageError as unknown:
+        except (StorageError, EOFError) as unknown:
             path = self.path_of(name)
             raise CommitUnknown(f"whether {path} was claimed cannot be told ({error}): {unknown}", path=path) from error
         if there != data and data.startswith(there):
@@ -142,7 +142,7 @@ class BlockingStorage(ABC):
 
     async def open(self, name: str) -> BlockingReader:
         check_name(name)
-        return BlockingReader(self, name, await self._run("open", name, lambda: self.size_of(name)))
+        return BlockingReader(self, name, await self._run("open", name, lambda: self.size_of(name), FileNotFoundError))
 
     async def list(self) -> dict[str, int]:
         return {name: size for name, size in (await self._all()).items() if not name.startswith(".")}
@@ -157,7 +157,7 @@ class BlockingStorage(ABC):
         for name in names:
             self._unseen.pop(name, None)
             with suppress(FileNotFoundError):
-                await self._run("delete", name, lambda name=name: self.remove(name))  # type: ignore[misc]
+                await self._run("delete", name, lambda name=name: self.remove(name), FileNotFoundError)  # type: ignore[misc]
 
     # ── how ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,7 +178,7 @@ class BlockingStorage(ABC):
 
     async def _is_there(self, name: str) -> bool:
         try:
-            await self._run("create", name, lambda: self.size_of(name))
+            await self._run("create", name, lambda: self.size_of(name), FileNotFoundError)
         except FileNotFoundError:
             return False
         return True
@@ -186,9 +186,9 @@ class BlockingStorage(ABC):
     async def _all(self) -> dict[str, int]:
         return await self._run("list", "", self.sizes)
 
-    async def _run(self, operation: str, name: str, function: Callable[[], T]) -> T:
+    async def _run(self, operation: str, name: str, function: Callable[[], T], *passing: type[OSError]) -> T:
         def call() -> T:
-            with translated(operation, self.path_of(name)):
+            with translated(operation, self.path_of(name), *passing):
                 return function()
 
         return await on_executor(call)
@@ -257,7 +257,7 @@ class BlockingWriter:
                 self._storage.ended(self._name, None)
 
     def _remove(self) -> None:
-        with suppress(FileNotFoundError), translated("remove", self._path):
+        with suppress(FileNotFoundError), translated("remove", self._path, FileNotFoundError):
             self._storage.remove(self._name)
 
     def _check(self, what: str, value: int) -> None:
@@ -310,7 +310,7 @@ class BlockingReader:
         end = min(offset + sum(map(len, buffers)), self._size)
         if end <= offset:
             return
-        with translated("read", self._path):
+        with translated("read", self._path, FileNotFoundError):
             data = memoryview(self._storage.read_range(self._name, offset, end))
         if len(data) != end - offset:
             raise EOFError(f"{self._path} gave {len(data)} of {end - offset} bytes at {offset}")
@@ -326,12 +326,12 @@ class BlockingReader:
 
 
 @contextmanager
-def translated(operation: str, path: str) -> Iterator[None]:
-    """What a library raises becomes asyncdcp's, but for what says that there is no such object, or no more of it."""
+def translated(operation: str, path: str, *passing: type[OSError]) -> Iterator[None]:
+    """What a library raises becomes asyncdcp's, but for ``passing``. An EOFError too: of a connection that was lost."""
     try:
         yield
-    except (AsyncDCPError, FileNotFoundError, EOFError):
-        raise
     except Exception as error:
-        message = f"cannot {operation} {path}: {error or type(error).__name__}"
+        if isinstance(error, (AsyncDCPError, *passing)):
+            raise
+        message = f"cannot {operation} {path}: {str(error) or type(error).__name__}"
         raise storage_error(message, path, getattr(error, "errno", None)) from error
