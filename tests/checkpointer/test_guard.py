@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -112,6 +113,24 @@ def test_a_step_that_waits_too_long_drops_the_save(gate: Callable[[], None], mon
         assert optimizer.steps == 1
         gate()
         assert isinstance(save.exception(), Cancelled)
+
+
+def test_a_dropped_checkpointer_still_holds_steps_back_for_what_it_has_begun(
+    gate: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncdcp.checkpointer.pending._STOP_SECONDS", 0.05)
+    optimizer = Counting([parameter := nn.Parameter(torch.zeros(9))])
+    checkpointer = AsyncCheckpointer(Options(guard_deadline=0.05), process=False)
+    guard = checkpointer.guard(optimizer)
+    save, engine = checkpointer.save(MemoryStorage(), {"x": parameter}), checkpointer._engine
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del checkpointer
+        gc.collect()
+    optimizer.step()
+    assert guard.waited >= 0.05
+    gate()
+    assert isinstance(save.exception(), Cancelled)
+    engine.close(20)
 
 
 def test_a_removed_guard_and_a_closed_checkpointer_hold_nothing(gate: Callable[[], None]) -> None:
