@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Final
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # torch exports them without saying so
@@ -11,6 +12,13 @@ from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[a
 from asyncdcp.errors import InvalidOption, UsageError
 from asyncdcp.ranks.port import Ranks, SoleRank
 from asyncdcp.ranks.store import StoreRanks, own_connection
+
+_NON_MEMBER: Final[object] = dist.GroupMember.NON_GROUP_MEMBER
+"""What ``new_group()`` gives to processes that are not in it."""
+_NOT_IN_IT: Final = (
+    "this process is not one of the process_group that was given: make no checkpointer here, or one that works alone, "
+    "with process_group=SoleRank()"
+)
 
 
 def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> Ranks:
@@ -20,6 +28,8 @@ def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> R
     process is not in the group. Waits for nobody.
     """
     if process_group is not None and not isinstance(process_group, ProcessGroup):
+        if process_group == _NON_MEMBER:
+            raise UsageError(_NOT_IN_IT)
         if not hasattr(process_group, "world_size"):
             raise InvalidOption(f"process_group takes a ProcessGroup of torch, or Ranks, not {process_group!r:.80}")
         return process_group
@@ -36,7 +46,7 @@ def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> R
     assert group is not None
     rank, members = dist.get_rank(group), dist.get_process_group_ranks(group)
     if rank < 0:
-        raise UsageError("this process is not one of the process_group that was given")
+        raise UsageError(_NOT_IN_IT)
     if len(members) == 1:
         return SoleRank()
     name = hashlib.blake2b(repr((_name(process_group), members)).encode(), digest_size=8).hexdigest()

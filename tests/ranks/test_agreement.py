@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
+from torch import distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from asyncdcp.errors import (
@@ -175,6 +176,9 @@ def test_without_a_process_group_there_is_one_rank_unless_a_launcher_says_otherw
         find_ranks(None, 1.0)
     alone = SoleRank()
     assert find_ranks(alone, 1.0) is alone
+    outside: Any = dist.GroupMember.NON_GROUP_MEMBER  # what new_group() gives to those who are not in it
+    with pytest.raises(UsageError, match="not one of the process_group"):
+        find_ranks(outside, 1.0)
 
 
 @pytest.mark.parametrize("kind", [PeerError, PeerFailed])
