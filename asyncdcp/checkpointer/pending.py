@@ -136,8 +136,8 @@ class PendingSaves:
             raise raised from error
 
     def log_unseen(self) -> None:
-        """For an owner that goes away: what failed unseen is logged, and of saves under way once they have failed. These
-        stay here, for its guards, which the optimizers keep.
+        """For an owner that goes away: what failed unseen is logged, and of saves under way once they have failed.
+        These stay here, for its guards, which the optimizers keep.
         """
         with self._lock:
             handles, self._handles = self._handles, [handle for handle in self._handles if not handle.done()]
