@@ -92,7 +92,7 @@ class AsyncDCPCheckpointIO(CheckpointIO):
             _delete(path)
             return
         self._last.committed.add_done_callback(
-            lambda saved: _delete(path) if saved.exception() is None else _logger.warning("%s is kept", path)
+            lambda saved: _logger.warning("%s is kept", path) if saved.failed else _delete(path)
         )
 
     def teardown(self) -> None:

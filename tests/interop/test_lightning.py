@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from asyncdcp import SyncCheckpointer
-from asyncdcp.errors import CheckpointNotFound, InvalidOption
+from asyncdcp.errors import CheckpointNotFound, InvalidOption, StorageError, UnseenFailure
+from asyncdcp.storage import LocalStorage
 from tests.interop.page import example
 
 if find_spec("lightning") is None:
@@ -98,6 +100,26 @@ def test_removed_only_once_the_newer_one_is_committed(tmp_path: Path) -> None:
     assert torch.equal(plugin.load_checkpoint(tmp_path / "1")["w"], torch.ones(3, dtype=torch.int64))
     plugin.teardown()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_failed_save_is_raised_though_an_older_one_was_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: Any) -> None:
+        raise StorageError("the disk is gone", path=str(tmp_path))
+
+    plugin, kept = plugin_of(), threading.Event()
+    plugin.save_checkpoint({"w": torch.ones(3)}, tmp_path / "0")
+    assert plugin.load_checkpoint(tmp_path / "0")
+    monkeypatch.setattr(LocalStorage, "put", full)
+    plugin.save_checkpoint({"w": torch.ones(3)}, tmp_path / "1")
+    plugin.remove_checkpoint(tmp_path / "0")
+    plugin._last.committed.add_done_callback(lambda _: kept.set())
+    assert kept.wait(30)
+    with pytest.raises(UnseenFailure, match="the disk is gone"):
+        plugin.teardown()
+    assert torch.equal(plugin.load_checkpoint(tmp_path / "0")["w"], torch.ones(3))
+    plugin.teardown()
 
 
 def test_removed_from_an_object_store(tmp_path: Path) -> None:
