@@ -44,7 +44,7 @@ def as_numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float |
     for name, value in (metrics or {}).items():
         try:
             number = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InvalidOption(f"metrics[{name!r}] is {value!r:.80}; metrics take numbers: {error}") from error
         if not isinstance(name, str):
             raise InvalidOption(f"metrics take names, not {name!r}")

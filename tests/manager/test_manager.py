@@ -201,6 +201,8 @@ def test_wrong_arguments_are_refused(opened: Opened, training: Training, run: Pa
     manager = opened()
     with pytest.raises(InvalidOption, match="metrics takes numbers by name"):
         manager.save(1, training.state, metrics=0.5)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(InvalidOption, match=r"metrics\['tokens'\] is 1000+; metrics take numbers: int too large"):
+        manager.save(1, training.state, metrics={"tokens": 10**400})
     with pytest.raises(InvalidOption, match=r"metrics\['loss'\] is 'low'; metrics take numbers"):
         manager.save(1, training.state, metrics={"loss": "low"})  # type: ignore[dict-item]  # on purpose
     with pytest.raises(InvalidOption, match="a step is a whole number"):
