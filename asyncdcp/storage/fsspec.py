@@ -6,6 +6,7 @@ say that nobody else does (``single_writer=True``): then claims are exclusive wi
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import threading
@@ -18,11 +19,12 @@ from asyncdcp.storage.port import StorageInfo, check_name
 
 _WHOLE: Final = ("memory", "hf")
 """Protocols where a file appears whole; with others it gets its name by a rename."""
+_PASSWORD: Final = re.compile(r"(://[^/@:]*):[^/@]*@")
 _claiming: Final = threading.Lock()  # one for the process, which is as far as exclusiveness reaches
 
 
 class FsspecStorage(BlockingStorage):
-    """A ``Storage`` at a URL of fsspec's; ``options`` go to its filesystem.
+    """A ``Storage`` at a URL of fsspec's; ``options`` go to its filesystem. A password in the URL is not shown.
 
     Without ``single_writer=True`` it only reads. ``MissingDependency`` where fsspec, or what the protocol needs, is not
     installed; ``InvalidOption`` for a protocol that it does not know.
@@ -34,14 +36,14 @@ class FsspecStorage(BlockingStorage):
 
             self._fs, path = url_to_fs(url, use_listings_cache=False, **(options or {}))
         except ImportError as error:
-            raise MissingDependency(f"{url} needs a package that is not installed: {error}") from error
+            raise MissingDependency(f"{_shown(url)} needs a package that is not installed: {error}") from error
         except ValueError as error:
-            raise InvalidOption(f"target is {url!r}: {error}") from error
+            raise InvalidOption(f"target is {_shown(url)!r}: {error}") from error
         self._path = str(path).rstrip("/")
         protocol = self._fs.protocol
         self._protocol = protocol if isinstance(protocol, str) else protocol[0]
         self._single_writer = single_writer
-        super().__init__(StorageInfo(url.rstrip("/"), self._protocol, volatile=self._protocol == "memory"))
+        super().__init__(StorageInfo(_shown(url).rstrip("/"), self._protocol, volatile=self._protocol == "memory"))
 
     async def create(self, name: str, length_hint: int) -> BlockingWriter:
         self._check_single(name)
@@ -99,3 +101,8 @@ class FsspecStorage(BlockingStorage):
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}"
+
+
+def _shown(url: str) -> str:
+    """The URL for people: where a storage is stands in logs and errors."""
+    return _PASSWORD.sub(r"\1:***@", url)

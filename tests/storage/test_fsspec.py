@@ -168,6 +168,18 @@ async def test_a_write_that_goes_on_after_its_abort_writes_to_nobody_elses_file(
     os.close(other)
 
 
+def test_a_password_in_the_url_is_shown_to_nobody() -> None:
+    """Where a storage is stands in logs, errors, events and a user's terminal."""
+    storage = FsspecStorage("memory://ann:s3cret@host/run", single_writer=True)
+    assert storage.info.location == "memory://ann:***@host/run"
+    with pytest.raises(MissingDependency, match="sftp://ann:") as caught:
+        FsspecStorage("sftp://ann:s3cret@host/x")
+    assert "s3cret" not in str(caught.value)
+    with pytest.raises(InvalidOption) as refused:
+        FsspecStorage("nonsense://ann:s3cret@host/x")
+    assert "s3cret" not in str(refused.value)
+
+
 def test_what_cannot_be_had_is_named() -> None:
     with pytest.raises(InvalidOption, match="nonsense"):
         FsspecStorage("nonsense://x")
