@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from asyncdcp.errors import DuplicateName, UnsupportedValue
 from asyncdcp.state_dict.arrays import is_numpy
@@ -266,6 +267,8 @@ def _is_container(kind: type, value: Any) -> bool:
 def _subclass_reason(value: Tensor) -> str:
     if value.is_nested:
         return "it is nested (jagged); store values() and offsets(), or unbind() it"
+    if is_lazy(value):
+        return "it is a lazy module's and has no shape yet; run the module on one batch first"
     return "it is a tensor subclass without __tensor_flatten__ and __tensor_unflatten__"
 
 

@@ -85,6 +85,7 @@ _UNSUPPORTED: list[tuple[str, Callable[[], Any]]] = [
     ("a tensor on the meta device", lambda: torch.ones(2, device="meta")),
     ("a tensor whose memory was freed (FSDP)", _freed),
     ("a tensor under a functional transform", lambda: torch._to_functional_tensor(torch.ones(2))),
+    ("a parameter of a lazy module", nn.UninitializedParameter),
     ("a tensor subclass that cannot be flattened", Opaque),
     ("a subclass with a tensor in its context", lambda: Contextual(torch.ones(2), torch.ones(2))),
     ("a tensor in a set or deque", lambda: {torch.ones(1)}),

@@ -252,7 +252,8 @@ REFUSED = [
     (_functional, "no memory"),
     (lambda: torch._efficientzerotensor(3), "no memory"),
     (_fake, "FakeTensor"),
-    (lambda: nn.UninitializedParameter(), r"UninitializedParameter"),
+    (lambda: nn.UninitializedParameter(), r"UninitializedParameter.*lazy module's.*one batch first"),
+    (lambda: nn.UninitializedBuffer(), "lazy module's"),
     (lambda: defaultdict(lambda: 1), "default_factory"),
     (object, r"builtins\.object"),
 ]
