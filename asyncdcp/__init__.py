@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from asyncdcp.runs import Checkpoint, KeepBest, KeepEvery, KeepLast
     from asyncdcp.stateful import PerRank, RNGState, Stateful
     from asyncdcp.storage import LocalStorage, MemoryStorage
-    from asyncdcp.storage.object_store import ObjectStorage
+    from asyncdcp.storage.object_store import ObjectStorage as ObjectStorage
     from asyncdcp.train_state import TrainState
     from asyncdcp.transport import PGTransport, TransportOptions, recover
 
@@ -77,6 +77,7 @@ _HOMES = {
     "recover": "transport",
 }
 
+# ObjectStorage is not among them: it takes an extra, without which ``from asyncdcp import *`` would fail.
 __all__ = [
     "AESGCM",
     "AsyncCheckpointer",
@@ -97,7 +98,6 @@ __all__ = [
     "LoadReport",
     "LocalStorage",
     "MemoryStorage",
-    "ObjectStorage",
     "OnPreemption",
     "Options",
     "PGTransport",
@@ -132,4 +132,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

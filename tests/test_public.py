@@ -37,7 +37,7 @@ _WITHOUT = {
 
 def _examples() -> Iterator[doctest.DocTest]:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for name in asyncdcp.__all__:
+    for name in asyncdcp._HOMES:
         made = getattr(asyncdcp, name)
         found = finder.find(made, name, module=inspect.getmodule(made), globs={"asyncdcp": asyncdcp, "torch": torch})
         yield from (example for example in found if example.examples)
@@ -60,11 +60,15 @@ def test_what_an_extra_brings_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asyncdcp.storage.import_module", gone)
     with pytest.raises(asyncdcp.errors.MissingDependency, match="object-store"):
         asyncdcp.__getattr__("ObjectStorage")
+    monkeypatch.delitem(vars(asyncdcp), "ObjectStorage", raising=False)
+    names: dict[str, object] = {}
+    exec("from asyncdcp import *", names)  # which takes no extra
+    assert names["CheckpointManager"] is asyncdcp.CheckpointManager
 
 
 def test_what_has_no_example_is_known() -> None:
     named = {example.name.partition(".")[0] for example in _examples()}
-    assert named | _WITHOUT == set(asyncdcp.__all__)
+    assert named | _WITHOUT == set(asyncdcp._HOMES)
     assert not named & _WITHOUT
 
 
@@ -73,11 +77,11 @@ def test_each_is_explained() -> None:
     ports = {"LocalStorage", "MemoryStorage", "ObjectStorage"}
     unexplained = [
         f"{name}.{verb}"
-        for name in asyncdcp.__all__
+        for name in asyncdcp._HOMES
         if name not in ports and inspect.isclass(getattr(asyncdcp, name))
         for verb, made in vars(getattr(asyncdcp, name)).items()
         if not verb.startswith("_") and (callable(made) or isinstance(made, (property, classmethod, staticmethod)))
         if not inspect.getdoc(getattr(getattr(asyncdcp, name), verb))
     ]
     assert not unexplained
-    assert not [name for name in asyncdcp.__all__ if not inspect.getdoc(getattr(asyncdcp, name))]
+    assert not [name for name in asyncdcp._HOMES if not inspect.getdoc(getattr(asyncdcp, name))]
