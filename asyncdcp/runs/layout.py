@@ -52,7 +52,8 @@ class LineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def check_step(step: object) -> int:
     """The step itself if it is one, else ``InvalidOption``."""
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise InvalidOption(f"a step is a whole number from 0 up, not {step!r}")
+        way_out = "; int() makes one of it" if hasattr(step, "__index__") and not isinstance(step, int) else ""
+        raise InvalidOption(f"a step is a whole number from 0 up, not {step!r:.80}{way_out}")
     return step
 
 

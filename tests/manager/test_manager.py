@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -207,6 +208,10 @@ def test_wrong_arguments_are_refused(opened: Opened, training: Training, run: Pa
         manager.save(1, training.state, metrics={"loss": "low"})  # type: ignore[dict-item]  # on purpose
     with pytest.raises(InvalidOption, match="a step is a whole number"):
         manager.save(1.0, training.state)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(InvalidOption, match=r"from 0 up, not .*int64\(7\); int\(\) makes one of it"):
+        manager.save(np.int64(7), training.state)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(InvalidOption, match=r"from 0 up, not .{80}$"):
+        manager.save({"swapped": "with the state" * 100}, 1)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(InvalidOption, match="restore takes the state"):
         manager.restore_latest(None)
     assert not list(run.glob("step_*"))
