@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -90,14 +90,21 @@ class OnPreemption:
     by_step = False
 
     def __post_init__(self) -> None:
-        if not self.signals:
-            raise InvalidOption("OnPreemption takes at least one signal")
+        given = self.signals
+        if not isinstance(given, Collection) or not given or not all(map(_can_be_heard, given)):
+            raise InvalidOption(
+                f"OnPreemption takes signals that a program can handle, such as (signal.SIGTERM,), not {given!r}"
+            )
         if isinstance(self.deadline, bool) or not isinstance(self.deadline, (int, float)) or not self.deadline > 0:
             raise InvalidOption(f"OnPreemption takes a positive deadline in seconds, not {self.deadline!r}")
 
     def due(self, moment: Moment) -> bool:
         """Whether such a signal came."""
         return moment.preempted
+
+
+def _can_be_heard(number: object) -> bool:
+    return isinstance(number, int) and number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from asyncdcp import EverySeconds, EverySteps, OnPreemption
@@ -23,6 +25,9 @@ def test_policies() -> None:
         lambda: EverySteps(0),
         lambda: EverySeconds(0),
         lambda: OnPreemption(()),
+        lambda: OnPreemption(signal.SIGTERM),  # type: ignore[arg-type]  # on purpose
+        lambda: OnPreemption(["SIGTERM"]),  # type: ignore[arg-type]  # on purpose
+        lambda: OnPreemption((signal.SIGTERM, signal.SIGKILL)),
         lambda: OnPreemption(deadline=0),
     ):
         with pytest.raises(InvalidOption):
