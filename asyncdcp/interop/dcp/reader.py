@@ -6,7 +6,6 @@ import io
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +24,7 @@ from asyncdcp.boxes import Box, whole
 from asyncdcp.interop.dcp.catalog import Described
 from asyncdcp.interop.dcp.checkpoint import DcpCheckpoint, for_each, read_entry
 from asyncdcp.interop.dcp.entries import VALUE_LIMIT, Chunk, Entry, undo
+from asyncdcp.interop.dcp.folders import folder_of
 from asyncdcp.interop.dcp.metadata_pickle import load_metadata
 from asyncdcp.interop.dcp.own_format import OwnFormat
 from asyncdcp.metadata import INDEX_LIMIT
@@ -50,7 +50,7 @@ class FileSystemReader(StorageReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], _extension_registry: Any = None) -> None:
-        self.path = Path(path)
+        self.path = folder_of(path)
         self.storage_data: dict[Any, Any] = {}
         self.load_id = str(uuid.uuid4())
         self.extension_registry = _extension_registry
@@ -65,7 +65,7 @@ class FileSystemReader(StorageReader):
         self.storage_data = {}
         self._own = None
         if checkpoint_id:
-            self.path = Path(checkpoint_id)
+            self.path = folder_of(checkpoint_id)
         self.load_id = str(uuid.uuid4())
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> DcpMetadata:

@@ -26,6 +26,7 @@ from torch.futures import Future
 
 from asyncdcp.errors import CheckpointExists, InvalidOption
 from asyncdcp.interop.dcp.buckets import Bucket, split
+from asyncdcp.interop.dcp.folders import folder_of
 from asyncdcp.interop.dcp.new_files import NewFiles, Unsynced
 from asyncdcp.interop.dcp.own_commit import commit, standing
 from asyncdcp.interop.dcp.own_writing import write_part
@@ -79,7 +80,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
                 "_extensions transform torch's files, and SAFETENSORS writes asyncdcp's own; "
                 "AsyncCheckpointer(extensions=...) transforms those"
             )
-        self.path = Path(path)
+        self.path = folder_of(path)
         self.single_file_per_rank = single_file_per_rank
         self.sync_files = sync_files
         self.thread_count = thread_count
@@ -96,7 +97,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
-            self.path = Path(checkpoint_id)
+            self.path = folder_of(checkpoint_id)
         self.save_id = str(uuid.uuid4())
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from asyncdcp.errors import CorruptCheckpoint, StorageError, StorageFull
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption, StorageError, StorageFull
 from asyncdcp.interop.dcp import FileSystemReader, FileSystemWriter
 from asyncdcp.interop.dcp.publish import publish, remove_unnamed
 from asyncdcp.storage import LocalStorage
@@ -223,3 +223,13 @@ def test_reads_that_fail_name_the_file(place: Path) -> None:
     (place / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(CheckpointException, match=r"asks for os.system"):
         dcp.load(target, storage_reader=FileSystemReader(place))
+
+
+def test_a_url_is_no_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for made in (FileSystemWriter, FileSystemReader):
+        with pytest.raises(InvalidOption, match=r"'s3://bucket/x'; .*AsyncCheckpointer and .* take URLs"):
+            made("s3://bucket/x")
+    with pytest.raises(InvalidOption, match="take a folder"):
+        dcp.save(new(), storage_writer=FileSystemWriter("x"), checkpoint_id="s3://bucket/x")
+    assert not list(tmp_path.iterdir())
