@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from asyncdcp import SyncCheckpointer
-from asyncdcp.errors import CheckpointNotFound, InvalidOption, StorageError, UnseenFailure
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, InvalidOption, StorageError, UnseenFailure
+from asyncdcp.interop.convert import convert
 from asyncdcp.storage import LocalStorage
 from tests.interop.page import example
 
@@ -154,6 +156,20 @@ def test_the_example_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     with SyncCheckpointer(process=False) as checkpointer:
         assert checkpointer.load(tmp_path / "checkpoints" / "last.ckpt", keys=["epoch"]) == {"epoch": 0}
+    anyio.run(partial(convert, "checkpoints/last.ckpt", "last.pt", "torch"))
+    assert isinstance(net_class().load_from_checkpoint("last.pt"), net_class())  # which takes no directory
+
+
+def test_a_save_after_the_fit_that_fails_is_raised_by_the_plugin(tmp_path: Path) -> None:
+    one = trainer(tmp_path, 1)
+    one.fit(net_class()(), data())
+    (tmp_path / "file").touch()
+    one.save_checkpoint(tmp_path / "good.ckpt")
+    one.strategy.checkpoint_io.teardown()
+    assert (tmp_path / "good.ckpt").is_dir()
+    with pytest.raises(AsyncDCPError, match="Not a directory"), ExitStack() as stack:
+        stack.callback(one.strategy.checkpoint_io.teardown)  # by which it is raised at the latest
+        one.save_checkpoint(tmp_path / "file" / "bad.ckpt")
 
 
 def test_a_link_to_the_last_one_can_be_made_before_it_is_written(
