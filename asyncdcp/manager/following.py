@@ -11,7 +11,7 @@ import anyio
 import torch
 
 from asyncdcp.checkpointer.read_verbs import OnProgress
-from asyncdcp.errors import InvalidOption
+from asyncdcp.errors import Closed, InvalidOption
 from asyncdcp.extensions import Extension, ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.manager import CheckpointManager
@@ -55,11 +55,18 @@ class Published:
         """Begins to load it, into ``state`` or as a new state, as ``AsyncCheckpointer.load`` does, for
         this process alone.
 
+        ``Closed`` after ``follow`` was; a loop that was left by ``break`` without ``aclosing`` closes it at once.
         ``CheckpointGone`` if retention has deleted it, even if that happens while it is read: go on to the next one.
         """
         load = partial(self._load, self.checkpoint, state, strict=strict, cast=cast, keys=keys, rename=rename)
         load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
-        return load(per_rank=per_rank, on_progress=on_progress)
+        try:
+            return load(per_rank=per_rank, on_progress=on_progress)
+        except Closed as error:
+            raise Closed(
+                f"step {self.step} cannot be loaded by what follow() yielded, since that was closed; "
+                f"load it before, or by CheckpointManager(run, read_only=True).load({self.step})"
+            ) from error
 
 
 async def follow(

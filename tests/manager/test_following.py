@@ -9,7 +9,7 @@ import pytest
 
 import asyncdcp
 from asyncdcp import KeepLast
-from asyncdcp.errors import CheckpointGone, InvalidOption
+from asyncdcp.errors import CheckpointGone, Closed, InvalidOption
 from tests.manager.conftest import Opened, Training, save_all
 
 QUICK = 0.01
@@ -40,6 +40,14 @@ async def test_what_is_there_already(opened: Opened, training: Training, run: Pa
                     assert renamed == {"at": {"step": 3}}
                     break
         assert found == expected
+
+
+async def test_a_load_after_its_end_says_so(opened: Opened, training: Training, run: Path) -> None:
+    save_all(opened(), training, 1)
+    async with aclosing(asyncdcp.follow(run, poll_seconds=QUICK)) as followed:
+        published = await anext(followed)
+    with pytest.raises(Closed, match=r"step 1 .* follow\(\) yielded, .* closed; load it before"):
+        published.load()
 
 
 async def test_what_retention_took_is_gone_and_it_moves_on(opened: Opened, training: Training, run: Path) -> None:
