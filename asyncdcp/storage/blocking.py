@@ -102,16 +102,14 @@ class BlockingStorage(ABC):
     async def put(self, name: str, data: bytes) -> None:
         if not await self.claim(name, data):
             raise already_there(self.path_of(name))
+        self._unseen[name] = len(data)
 
     async def claim(self, name: str, data: bytes) -> bool:
         check_name(name)
         try:
-            won = await self._run("claim", name, lambda: self.store_new(name, data))
+            return await self._run("claim", name, lambda: self.store_new(name, data))
         except StorageError as error:
-            won = await self._was_claimed(name, data, error)
-        if won:
-            self._unseen[name] = len(data)
-        return won
+            return await self._was_claimed(name, data, error)
 
     async def _was_claimed(self, name: str, data: bytes, error: StorageError) -> bool:
         """A storage can carry out what it then reports as failed: what is there tells. Part of it is nobody's claim."""
@@ -129,7 +127,7 @@ class BlockingStorage(ABC):
         return there == data
 
     async def barrier(self) -> None:
-        """Looks whether what was stored is there, as long as it was."""
+        """Looks whether what was finished or put is there, as long as it was."""
         for name, size in list(self._unseen.items()):
             found = await self._run("verify", name, lambda name=name: self.size_of(name))  # type: ignore[misc]
             if found != size:

@@ -129,6 +129,14 @@ async def test_a_claim_that_failed_is_looked_into(
     assert type(caught.value) is outcome
 
 
+async def test_what_another_takes_away_after_the_claim_holds_up_no_later_save(tmp_path: Path) -> None:
+    """The Record of a save that another one replaces: once won it is durable, and is no barrier's business."""
+    storage, other = (FsspecStorage(f"file://{tmp_path}", single_writer=True) for _ in range(2))
+    assert await storage.claim("a", b"mine")
+    await other.delete(["a"])
+    await storage.barrier()
+
+
 async def test_why_an_object_was_stored_in_part_is_told(tmp_path: Path) -> None:
     class Full(FsspecStorage):
         def store_new(self, name: str, data: bytes) -> bool:
