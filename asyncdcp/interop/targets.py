@@ -6,6 +6,8 @@ is written beside its place under a name that ends in ``.partial``, read back th
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import mmap
 import os
 import pickle
@@ -27,15 +29,25 @@ from asyncdcp.boxes import whole
 from asyncdcp.buffers import io_buffer
 from asyncdcp.checkpointer.jobs import make_job
 from asyncdcp.config import Options
-from asyncdcp.errors import AsyncDCPError, CheckpointExists, InvalidOption, UnsupportedFormat, UsageError, ungrouped
+from asyncdcp.envelope import encode_record
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    CheckpointExists,
+    InvalidOption,
+    UnsupportedFormat,
+    UsageError,
+    ungrouped,
+)
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
 from asyncdcp.interop.huggingface import INDEX_SUFFIX, encode_weight_index, shard_names
 from asyncdcp.interop.selection import Selection
 from asyncdcp.interop.streaming import Digests, Fill, known_dtype, read_ahead, whole_tensor, write_plan
 from asyncdcp.names import file_save_id, make_save_id, record_name
+from asyncdcp.pipeline.causes import abort_record
 from asyncdcp.pipeline.formats import ReadableCheckpoint
-from asyncdcp.pipeline.messages import SlabReady
+from asyncdcp.pipeline.messages import SaveJob, SlabReady
 from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
@@ -44,7 +56,7 @@ from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
 from asyncdcp.storage.files import sync_directory
-from asyncdcp.threads import uncut
+from asyncdcp.threads import ended, uncut
 from asyncdcp.trace import Trace
 
 SHARD_BYTES: Final = 5 * 10**9
@@ -52,6 +64,8 @@ SHARD_BYTES: Final = 5 * 10**9
 _SLOTS: Final = 6
 _FORGETTING: Final = 10.0
 """Seconds for the last traces of what failed."""
+
+_logger = logging.getLogger("asyncdcp")
 
 Written = dict[str, bytes]
 """XXH3-128 of the bytes of each tensor that was written, by its name."""
@@ -98,7 +112,7 @@ async def write_native(
             await session.staging_done()
 
     try:
-        async with _traceless(storage, job.save_id):
+        async with _traceless(storage, job):
             with ungrouped():
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(feed)
@@ -109,24 +123,39 @@ async def write_native(
 
 
 @asynccontextmanager
-async def _traceless(storage: Storage, save_id: str) -> AsyncIterator[None]:
-    """Around a save that nobody else takes part in. If it comes to nothing, its Record, which tells the others, is
-    taken away, then what it wrote, and the folder that was made for it.
+async def _traceless(storage: Storage, job: SaveJob) -> AsyncIterator[None]:
+    """Around a save that nobody else takes part in. If it comes to nothing, all that it wrote is taken away, and the
+    folder that was made for it.
     """
     folder = anyio.Path(storage.info.location)
     made = isinstance(storage, LocalStorage) and not await folder.exists()
     try:
         yield
     except BaseException:
-        with anyio.move_on_after(_FORGETTING, shield=True), suppress(OSError, AsyncDCPError):
-            own = [name for name in await storage.list() if file_save_id(name) == save_id]
-            if record_name(save_id) in own:  # else it may still commit
-                await storage.delete([record_name(save_id)])
-                await storage.barrier()
-                await storage.delete(own)
-                if made:
-                    await folder.rmdir()
+        await ended(asyncio.ensure_future(_forget(storage, job)))
+        if made:
+            with suppress(OSError), anyio.CancelScope(shield=True):
+                await folder.rmdir()
         raise
+
+
+async def _forget(storage: Storage, job: SaveJob) -> None:
+    """Removes the Record, which tells the others, before what it tells of. Where there is none, an abort takes its name
+    first: a commit may be on its way.
+    """
+    record, location = record_name(job.save_id), storage.info.location
+    try:
+        with anyio.fail_after(_FORGETTING):
+            own = [name for name in await storage.list() if file_save_id(name) == job.save_id]
+            if own and record not in own:
+                abort = abort_record(job.save_id, (0, 1), Cancelled("the conversion was given up"), job.versions)
+                await storage.claim(record, encode_record(abort))
+            if own:
+                await storage.delete([record])
+                await storage.barrier()
+                await storage.delete([name for name in own if name != record])
+    except (OSError, AsyncDCPError) as error:
+        _logger.warning("%s: what was written there could not be removed: %s", location, error)
 
 
 class _SessionSink:

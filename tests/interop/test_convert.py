@@ -29,6 +29,7 @@ from asyncdcp.errors import (
 from asyncdcp.interop import convert as module
 from asyncdcp.interop import dcp_target, streaming, targets
 from asyncdcp.interop.convert import Changes, Format, convert
+from asyncdcp.storage import LocalStorage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
@@ -270,6 +271,33 @@ async def test_a_native_one_that_is_cancelled_leaves_nothing(tmp_path: Path, mon
         monkeypatch.setattr(streaming, "_fill", lambda *_: anyio.from_thread.run_sync(scope.cancel))
         await convert(source, target)
     assert scope.cancelled_caught and os.listdir(target) == []
+
+
+@pytest.mark.parametrize("by", ["scope", "task"])
+async def test_a_native_one_that_is_cancelled_late_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    source, barrier = write_source("native", tmp_path / "source"), LocalStorage.barrier
+    found: list[int] = []
+
+    async def late(storage: LocalStorage) -> None:
+        if not found:
+            found.append(len(await storage.list()))
+            if by == "scope":
+                scope.cancel()
+            else:
+                task.cancel()
+        await barrier(storage)
+
+    monkeypatch.setattr(LocalStorage, "barrier", late)
+    with anyio.CancelScope() as scope:
+        if by == "task":
+            task = asyncio.ensure_future(convert(source, tmp_path / "target"))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            await convert(source, tmp_path / "target")
+    assert found == [2] and os.listdir(tmp_path) == ["source"]  # data and Index were there, and no Record
 
 
 @pytest.mark.parametrize("by", ["scope", "task"])
