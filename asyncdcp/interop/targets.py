@@ -55,7 +55,7 @@ from asyncdcp.slot_ring import SlotRing
 from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.unflatten import unflatten
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
-from asyncdcp.storage.files import sync_directory
+from asyncdcp.storage.files import sync_directory, translated
 from asyncdcp.threads import ended, uncut
 from asyncdcp.trace import Trace
 
@@ -270,7 +270,7 @@ async def write_torch(
 
 
 def _skeleton(path: Path, selection: Selection, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Makes the file, its storages still holes; returns its tensors, mapped to it, by name."""
+    """Makes the file, its storages still empty; returns its tensors, mapped to it, by name."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -279,6 +279,7 @@ def _skeleton(path: Path, selection: Selection, *, allow_pickle: bool) -> dict[s
     state = unflatten(selection.tree, {**fakes, **ties}, selection.values, allow_pickle=allow_pickle)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(state, path)
+    _allocate(path)
     try:
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             flat = flatten(torch.load(path, mmap=True, weights_only=True))
@@ -289,6 +290,12 @@ def _skeleton(path: Path, selection: Selection, *, allow_pickle: bool) -> dict[s
             f"({str(error).strip().splitlines()[0]:.200})",
             path=str(path),
         ) from error
+
+
+def _allocate(path: Path) -> None:
+    """Takes the disk's space for the holes, too: a mapping that finds none when it is written kills the process."""
+    with translated("write", str(path)), open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _copy(window: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

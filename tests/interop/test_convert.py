@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from asyncdcp.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
     InvalidOption,
+    StorageFull,
     UnsupportedFormat,
     UsageError,
 )
@@ -249,6 +251,22 @@ async def test_wrong_words(tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match="no tensor to write"):
         await convert(tmp_path / "odd", tmp_path / "target", "hf", Changes(keys=["v"]))
     assert sorted(os.listdir(tmp_path)) == ["odd", "source"]
+
+
+async def test_a_torch_file_has_its_place_before_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, size = write_source("native", tmp_path / "source"), [0]
+
+    def full(fd: int, offset: int, length: int) -> None:
+        size[0] = length
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(StorageFull, match=r"cannot write .*partial: No space left"):
+            await convert(source, tmp_path / "target", "torch")
+    assert os.listdir(tmp_path) == ["source"]
+    await convert(source, tmp_path / "target", "torch")
+    assert size == [(tmp_path / "target").stat().st_size]
 
 
 @pytest.mark.parametrize("to", FORMS)
