@@ -13,7 +13,8 @@ from asyncdcp.config import check_flags
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption
 from asyncdcp.interop.selection import Selection, select
 from asyncdcp.interop.streaming import Digests, read_ahead, whole_tensor
-from asyncdcp.interop.targets import SHARD_BYTES, Written, write_huggingface, write_native, write_torch
+from asyncdcp.interop.targets import SHARD_BYTES, Written, write_huggingface, write_native
+from asyncdcp.interop.torch_target import write_torch
 from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
 from asyncdcp.state_dict.options import check_keys
 from asyncdcp.storage import LocalStorage, Storage, open_storage

@@ -29,7 +29,7 @@ from asyncdcp.errors import (
     UsageError,
 )
 from asyncdcp.interop import convert as module
-from asyncdcp.interop import dcp_target, streaming, targets
+from asyncdcp.interop import dcp_target, streaming, torch_target
 from asyncdcp.interop.convert import Changes, Format, convert
 from asyncdcp.storage import LocalStorage
 
@@ -348,7 +348,7 @@ async def test_a_dcp_one_that_is_cancelled_waits_for_no_read(
 
 
 async def test_a_torch_one_that_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, skeleton = write_source("native", tmp_path / "source"), targets._skeleton
+    source, skeleton = write_source("native", tmp_path / "source"), torch_target._skeleton
     loop, ended = asyncio.get_running_loop(), threading.Event()
 
     def late(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -359,7 +359,7 @@ async def test_a_torch_one_that_is_cancelled_leaves_nothing(tmp_path: Path, monk
         finally:
             ended.set()
 
-    monkeypatch.setattr(targets, "_skeleton", late)
+    monkeypatch.setattr(torch_target, "_skeleton", late)
     task = asyncio.ensure_future(convert(source, tmp_path / "target", "torch"))
     with pytest.raises(asyncio.CancelledError):
         await task
