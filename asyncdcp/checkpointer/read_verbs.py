@@ -111,6 +111,7 @@ class ReadVerbs(Closing):
         - ``strict=False`` loads what both sides have and leaves the rest alone.
         - ``cast="allow"`` converts to the target's dtype where it differs.
         - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest of the state is left alone.
+          Into ``state`` and strictly, one that matches nothing is a mismatch, whatever the others match.
         - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them ("" is all), to the state's, or is a
           function that does; names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation
           checkpointing) match by themselves.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -204,8 +205,8 @@ class _Matcher:
     def _find_gaps(self, told: set[str]) -> None:
         """What one side lacks; names that were ``told`` of already are left out."""
         options, paired = self._options, set(self._match.sources.values())
-        if options.keys is not None and not self._have:
-            self._different[", ".join(options.keys)] = "keys that match nothing in the checkpoint"
+        if options.keys is not None and (idle := self._idle(options.keys)) and (options.strict or not self._have):
+            self._different[", ".join(idle)] = "keys that match nothing in the checkpoint"
         if not options.strict:
             return
         if options.keys is None:
@@ -218,6 +219,14 @@ class _Matcher:
                     self._missing.append(fqn)
         left = (name for name, source in self._have.items() if source not in paired and name not in told)
         self._unexpected = [name for name in left if not self._decided_by_checkpoint(name)]
+
+    def _idle(self, keys: Sequence[str]) -> list[str]:
+        """Those of ``keys`` that nothing is named like: on neither side, nor a Stateful whose state is empty."""
+        if not self._have:
+            return list(keys)
+        chosen = dict.fromkeys(self._nodes.outer(name) for name in self._have.values())
+        names = [*chosen, *self._want, *self._flat.statefuls, *(f"{fqn}." for fqn in self._flat.statefuls)]
+        return [key for key in keys if not any(fnmatchcase(name, key) for name in names)]
 
     def _target(self, name: str, source: str, filled: set[tuple[str, int]]) -> None:
         """Decides what becomes of one of the state's tensors."""

@@ -191,6 +191,17 @@ def test_keys_that_match_nothing_are_an_error(into):
         into({"a": 1}, {"a": 2}, keys=["b*"])
 
 
+def test_one_of_several_keys_that_matches_nothing_is_an_error_unless_not_strict(into):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)  # its state is empty
+    target, stored = ({"model": nn.Linear(2, 2), "optim": {"lr": lr}, "scaler": scaler} for lr in (1, 2))
+    with pytest.raises(StateMismatch, match=r"  different: 1\n    optm\.\*: keys that match nothing in the checkpoint"):
+        into(target, stored, keys=["model.*", "optm.*"])
+    assert target["optim"] == {"lr": 1}
+    into(target, stored, keys=["model.*", "optm.*"], strict=False)
+    into(target, stored, keys=["model.*", "optim.*", "scaler.*"])
+    assert target["optim"] == {"lr": 2}
+
+
 def test_pickles_are_refused_on_both_sides_unless_allowed(checkpointer):
     storage = MemoryStorage()
     with pytest.raises(UnsupportedValue, match="allow_pickle=True"):
