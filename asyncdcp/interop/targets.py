@@ -8,6 +8,7 @@ is written beside its place under a name that ends in ``.partial``, read back th
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import shutil
@@ -49,7 +50,8 @@ from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.slot_ring import SlotRing
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
-from asyncdcp.storage.files import sync_directory
+from asyncdcp.storage.files import REFUSED, sync_directory, translated
+from asyncdcp.storage.posix import SYSTEM
 from asyncdcp.threads import ended
 from asyncdcp.trace import Trace
 
@@ -267,16 +269,16 @@ def _by_name(plan: SavePlan, digests: Digests) -> Written:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to. What is there when the block ends well gets the name ``path``; else it is
-    removed. ``CheckpointExists`` if something has that name already.
+    removed. ``CheckpointExists`` if something has that name already, or has got it by then.
     """
     if path.exists() or path.is_symlink():
-        raise CheckpointExists(f"{path} exists; choose another name, or remove it first", path=str(path))
+        raise _exists(path)
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path.absolute().parent} is no directory; make it first", path=str(path))
     scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield scratch
-        os.rename(scratch, path)
+        _give_name(scratch, path)
         sync_directory(path.absolute().parent)
     except BaseException:
         if scratch.is_dir():
@@ -284,3 +286,20 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             scratch.unlink(missing_ok=True)
         raise
+
+
+def _give_name(scratch: Path, path: Path) -> None:
+    """Whatever has got the name meanwhile keeps it, where the filesystem can see to that."""
+    with translated("rename to", str(path), FileExistsError):
+        try:
+            SYSTEM.rename_noreplace(str(scratch), str(path))
+        except FileExistsError as error:
+            raise _exists(path) from error
+        except OSError as error:
+            if error.errno not in REFUSED | {errno.ENOSYS}:
+                raise
+            os.rename(scratch, path)
+
+
+def _exists(path: Path) -> CheckpointExists:
+    return CheckpointExists(f"{path} exists; choose another name, or remove it first", path=str(path))

@@ -236,6 +236,22 @@ async def test_what_is_there_is_left_alone(tmp_path: Path, to: Format) -> None:
         await convert(tmp_path / "nowhere", tmp_path / "other", to)
 
 
+@pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
+async def test_what_has_come_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Format
+) -> None:
+    source, target, compare = write_source("native", tmp_path / "source"), tmp_path / "target", module._compare
+
+    async def late(*args: Any) -> None:
+        await compare(*args)
+        target.write_bytes(b"another's")
+
+    monkeypatch.setattr(module, "_compare", late)
+    with pytest.raises(CheckpointExists, match=f"{target} exists"):
+        await convert(source, target, to)
+    assert sorted(os.listdir(tmp_path)) == ["source", "target"] and target.read_bytes() == b"another's"
+
+
 async def test_wrong_words(tmp_path: Path) -> None:
     source = write_source("native", tmp_path / "source")
     with pytest.raises(InvalidOption, match="to takes one of"):
