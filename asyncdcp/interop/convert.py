@@ -16,7 +16,7 @@ from asyncdcp.interop.streaming import Digests, read_ahead, whole_tensor
 from asyncdcp.interop.targets import SHARD_BYTES, Written, write_huggingface, write_native
 from asyncdcp.interop.torch_target import write_torch
 from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
-from asyncdcp.state_dict.options import check_keys
+from asyncdcp.state_dict.options import check_keys, is_renaming
 from asyncdcp.storage import LocalStorage, Storage, open_storage
 from asyncdcp.trace import Trace
 
@@ -40,8 +40,10 @@ class Changes:
     def __post_init__(self) -> None:
         check_keys(self.keys)
         check_flags(allow_pickle=self.allow_pickle)
-        if self.shard_bytes < 1:
-            raise InvalidOption(f"shard_bytes takes 1 or more, not {self.shard_bytes!r}")
+        if not (self.rename is None or is_renaming(self.rename)):
+            raise InvalidOption(f"rename takes a mapping of names, such as {{'model': ''}}, not {self.rename!r:.80}")
+        if not isinstance(self.shard_bytes, int) or self.shard_bytes < 1:
+            raise InvalidOption(f"shard_bytes takes a whole number of 1 or more, not {self.shard_bytes!r}")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class LoadOptions:
             raise InvalidOption(f"replicas takes 'read' or 'broadcast', not {self.replicas!r}")
         check_flags(strict=self.strict, assign=self.assign, allow_pickle=self.allow_pickle)
         check_keys(self.keys)
-        if not (self.rename is None or callable(self.rename) or _is_renaming(self.rename)):
+        if not (self.rename is None or callable(self.rename) or is_renaming(self.rename)):
             raise InvalidOption(
                 "rename takes a mapping of the checkpoint's names to the state's, such as {'net': 'model'}, or a "
                 f"function, not {self.rename!r:.80}"
@@ -67,7 +67,8 @@ class LoadOptions:
         return None if self.keys is None else key_pattern(self.keys)
 
 
-def _is_renaming(rename: object) -> bool:
+def is_renaming(rename: object) -> bool:
+    """Whether it maps names to names."""
     return isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair)
 
 

@@ -215,6 +215,9 @@ async def test_several_windows_and_slabs(tmp_path: Path, monkeypatch: pytest.Mon
         ({"rename": {"epoch": "lr"}}, InvalidOption, "'epoch' and 'lr' the same name 'lr'"),
         ({"rename": {"mask": ""}}, InvalidOption, "leaves 'mask' without a name"),
         ({"dtype": "int8"}, InvalidOption, "dtype takes one of"),
+        ({"rename": str.upper}, InvalidOption, "rename takes a mapping of names"),
+        ({"rename": {"mask": None}}, InvalidOption, "rename takes a mapping of names"),
+        ({"shard_bytes": 1.5}, InvalidOption, "shard_bytes takes a whole number"),
     ],
 )
 async def test_wrong_changes(tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str) -> None:
