@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils._pytree import tree_leaves
 
 from asyncdcp.errors import AsyncDCPError, StorageError
 from asyncdcp.interop.dcp import FileSystemWriter
@@ -114,5 +116,9 @@ class _Planner(DefaultSavePlanner):
         self._lazy = lazy
 
     def lookup_object(self, index: MetadataIndex) -> Any:
+        """With its tensors: to DCP a tuple is a value, which holds those that are in it."""
         found = super().lookup_object(index)
-        return self._lazy.get(found) if isinstance(found, Tensor) else found
+        if isinstance(found, Tensor):
+            return self._lazy.get(found)
+        held = {id(leaf): self._lazy.get(leaf) for leaf in tree_leaves(found) if isinstance(leaf, Tensor)}
+        return deepcopy(found, held) if held else found  # a copy is made of nothing that ``held`` has a copy of

@@ -13,8 +13,9 @@ import logging
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,17 +122,19 @@ async def write_native(
 @asynccontextmanager
 async def _traceless(storage: Storage, job: SaveJob) -> AsyncIterator[None]:
     """Around a save that nobody else takes part in. If it comes to nothing, all that it wrote is taken away, and the
-    folder that was made for it.
+    folders that were made for it.
     """
     folder = anyio.Path(storage.info.location)
-    made = isinstance(storage, LocalStorage) and not await folder.exists()
+    made = []
+    if isinstance(storage, LocalStorage):
+        made = [path for path in (folder, *folder.parents) if not await path.exists()]
     try:
         yield
     except BaseException:
         await ended(asyncio.ensure_future(_forget(storage, job)))
-        if made:
-            with suppress(OSError), anyio.CancelScope(shield=True):
-                await folder.rmdir()
+        with suppress(OSError), anyio.CancelScope(shield=True):
+            for path in made:
+                await path.rmdir()
         raise
 
 
@@ -200,7 +203,9 @@ async def write_huggingface(
 
 
 class _FileSink:
-    """Writes the images of a plan to files, several slabs at once."""
+    """Writes the images of a plan to files, several slabs at once. Each is finished with its last slab, all of them
+    where the block ends well.
+    """
 
     def __init__(self, storage: Storage, plan: SavePlan, names: list[str]) -> None:
         self._storage = storage
@@ -209,6 +214,7 @@ class _FileSink:
         self._free = [io_buffer(SLAB_BYTES) for _ in range(_SLOTS)]
         self._limit = anyio.Semaphore(_SLOTS)
         self._writers: dict[int, ObjectWriter] = {}
+        self._left = Counter(slab.file for slab in plan.slabs)
         self._tasks = anyio.create_task_group()
 
     async def __aenter__(self) -> _FileSink:
@@ -219,12 +225,11 @@ class _FileSink:
         try:
             with ungrouped():
                 await self._tasks.__aexit__(kind, error, traceback)
-            if error is None:
-                for file, image in enumerate(self._plan.images):
-                    await self._writers[file].finish(image.size)
         finally:
-            for writer in self._writers.values():
-                await writer.abort()
+            with anyio.CancelScope(shield=True):
+                async with AsyncExitStack() as stack:  # of which each is called, whatever the others raise
+                    for writer in self._writers.values():
+                        stack.push_async_callback(writer.abort)
 
     async def put(self, slab: Slab, fill: Fill) -> None:
         if slab.file not in self._writers:
@@ -241,6 +246,9 @@ class _FileSink:
         await writer.write(slab.begin, buffer[:length])
         self._free.append(buffer)
         self._limit.release()
+        self._left[slab.file] -= 1
+        if not self._left[slab.file]:  # now, so that there are no more open files than there are shards under way
+            await writer.finish(self._plan.images[slab.file].size)
 
 
 # ── what they share ──
