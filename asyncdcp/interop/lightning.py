@@ -7,6 +7,8 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import anyio
@@ -20,7 +22,9 @@ from asyncdcp.config import Options
 from asyncdcp.errors import CheckpointNotFound, InvalidOption
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.names import record_save_id
+from asyncdcp.ranks import SoleRank
 from asyncdcp.storage import open_storage
+from asyncdcp.storage.files import sync_directory
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -30,7 +34,8 @@ class AsyncDCPCheckpointIO(CheckpointIO):
 
     ``save_checkpoint`` returns once the tensors are copied, so that training may change them; the rest goes on beside
     it. A checkpoint that Lightning removes is deleted once every save that was called before is committed, so that
-    there is always a whole one. An error of a save is raised by the next verb, or at the end of the fit.
+    there is always a whole one; not if it is saved anew until then. An error of a save is raised by the next verb, or
+    at the end of the fit.
 
     ``allow_pickle=True`` pickles what a module or callback put into its checkpoint that could not be stored
     otherwise, and is needed again to load it. ``options`` and ``process`` are as in ``AsyncCheckpointer``.
@@ -44,12 +49,16 @@ class AsyncDCPCheckpointIO(CheckpointIO):
         self._allow_pickle = allow_pickle
         self._opened: AsyncCheckpointer | None = None
         self._last: SaveHandle | None = None
+        self._removing = Lock()
+        self._doomed: dict[str, CheckpointFuture[Any]] = {}  # what is removed, and the commit that this waits for
 
     @property
     def _checkpointer(self) -> AsyncCheckpointer:
-        """Made where it is first needed: a trainer may fit again after its teardown."""
+        """Made where it is first needed: a trainer may fit again after its teardown. Each process works alone: of
+        several, Lightning saves on the first one only, what it has gathered there, and loads on all.
+        """
         if self._opened is None:
-            self._opened = AsyncCheckpointer(self._options, process=self._process)
+            self._opened = AsyncCheckpointer(self._options, process=self._process, process_group=SoleRank())
         return self._opened
 
     def save_checkpoint(
@@ -64,6 +73,8 @@ class AsyncDCPCheckpointIO(CheckpointIO):
             with suppress(OSError):  # the save comes upon it, too, and says so
                 os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         plain = {key: _plain(value) for key, value in checkpoint.items()}
+        with self._removing:  # what is being removed now is gone first
+            self._doomed.pop(os.fspath(path), None)
         self._last = self._checkpointer.save(path, plain, overwrite=True, allow_pickle=self._allow_pickle)
         self._last.staged.result()
 
@@ -91,9 +102,19 @@ class AsyncDCPCheckpointIO(CheckpointIO):
         if self._last is None:
             _delete(path)
             return
-        self._last.committed.add_done_callback(
-            lambda saved: _logger.warning("%s is kept", path) if saved.failed else _delete(path)
-        )
+        with self._removing:
+            self._doomed[os.fspath(path)] = self._last.committed
+        self._last.committed.add_done_callback(partial(self._remove, os.fspath(path)))
+
+    def _remove(self, path: str, saved: CheckpointFuture[Any]) -> None:
+        with self._removing:
+            if self._doomed.get(path) is not saved:
+                return
+            del self._doomed[path]
+            if saved.failed:
+                _logger.warning("%s is kept", path)
+            else:
+                _delete(path)
 
     def teardown(self) -> None:
         """Waits until all is committed; raises if a save failed that nobody has looked at."""
@@ -110,7 +131,11 @@ def _delete(path: str | os.PathLike[str]) -> None:
     if _is_url(path):
         with ThreadPoolExecutor(1) as thread:  # the caller's may run a loop, as a notebook's does
             thread.submit(anyio.run, _empty, os.fspath(path)).result()
-    elif os.path.isdir(path):
+    elif os.path.isdir(path) and not os.path.islink(path):
+        for name in os.listdir(path):
+            if record_save_id(name) is not None:  # first, so that what a crash leaves is no checkpoint
+                os.unlink(os.path.join(path, name))
+        sync_directory(path)
         shutil.rmtree(path)
     else:
         os.unlink(path)

@@ -13,9 +13,10 @@ import anyio
 import pytest
 import torch
 
-from asyncdcp import SyncCheckpointer
+from asyncdcp import Options, SyncCheckpointer
 from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, InvalidOption, StorageError, UnseenFailure
 from asyncdcp.interop.convert import convert
+from asyncdcp.names import record_save_id
 from asyncdcp.storage import LocalStorage
 from tests.interop.page import example
 
@@ -121,6 +122,60 @@ def test_a_failed_save_is_raised_though_an_older_one_was_to_be_removed(
     with pytest.raises(UnseenFailure, match="the disk is gone"):
         plugin.teardown()
     assert torch.equal(plugin.load_checkpoint(tmp_path / "0")["w"], torch.ones(3))
+    plugin.teardown()
+
+
+def test_of_several_processes_the_first_saves_by_itself(tmp_path: Path) -> None:
+    """As Lightning has it, whatever the strategy: a save of all of them would wait for the others."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from asyncdcp.interop.lightning import AsyncDCPCheckpointIO
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        plugin = AsyncDCPCheckpointIO(Options(agreement_deadline=2), process=False)
+        plugin.save_checkpoint({"w": torch.ones(3)}, tmp_path / "0")
+        assert torch.equal(plugin.load_checkpoint(tmp_path / "0")["w"], torch.ones(3))
+        plugin.teardown()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_saved_anew_is_not_removed_by_an_earlier_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    plugin, slow = plugin_of(), threading.Event()
+    plugin.save_checkpoint({"w": torch.zeros(3)}, tmp_path / "again")
+    assert plugin.load_checkpoint(tmp_path / "again")
+    real = LocalStorage.claim
+
+    async def late(storage: LocalStorage, name: str, data: bytes) -> bool:
+        if storage.info.location.endswith("other"):
+            await anyio.to_thread.run_sync(slow.wait, 30)
+        return await real(storage, name, data)
+
+    monkeypatch.setattr(LocalStorage, "claim", late)
+    plugin.save_checkpoint({"w": torch.zeros(3)}, tmp_path / "other")
+    for _ in range(times):
+        plugin.remove_checkpoint(tmp_path / "again")
+    plugin.save_checkpoint({"w": torch.ones(3)}, tmp_path / "again")
+    slow.set()
+    assert torch.equal(plugin.load_checkpoint(tmp_path / "again")["w"], torch.ones(3))
+    plugin.teardown()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]
+
+
+def test_what_a_crash_leaves_of_a_removal_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin, left = plugin_of(), list[str]()
+    plugin.save_checkpoint({"w": torch.ones(3)}, tmp_path / "0")
+    plugin.teardown()
+    monkeypatch.setattr("shutil.rmtree", lambda path: left.extend(path.name for path in Path(path).iterdir()))
+    plugin.remove_checkpoint(tmp_path / "0")
+    assert left and not any(record_save_id(name) for name in left)
+    with pytest.raises(CheckpointNotFound):
+        plugin.load_checkpoint(tmp_path / "0")
     plugin.teardown()
 
 
