@@ -121,13 +121,16 @@ def encode_float(value: float) -> Any:
     return {"float": sign + str(abs(value))}
 
 
-_SPECIAL_FLOATS = {text: float(text) for text in ("nan", "-nan", "inf", "-inf")}
+_SPECIAL_FLOATS = frozenset({"nan", "-nan", "inf", "-inf"})
 
 
 def decode_float(obj: Any) -> float:
     """The float that ``encode_float`` was given."""
     if type(obj) is dict and list(obj) == ["float"]:
-        return _SPECIAL_FLOATS[exactly(str, obj["float"])]
+        text = exactly(str, obj["float"])
+        if text not in _SPECIAL_FLOATS:
+            raise ValueError("nan or an infinity expected")
+        return float(text)  # a new object: of one nan, a set holds one, of several, several
     value: float = exactly(float, obj)
     return value
 
