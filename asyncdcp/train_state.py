@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,9 +48,10 @@ class TrainState:
         # Not above: it takes a second and a half, which programs without a TrainState need not wait for.
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+        self._known = {}  # a model may have got or lost layers since, so that its parameters have other names now
         model: dict[str, Any] = {}
         for part in self.models:
-            _add(model, get_model_state_dict(part))
+            _add(model, get_model_state_dict(part), "models")
         return {"model": model, "optimizer": self._optimizer_state()}
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -58,10 +60,10 @@ class TrainState:
         for optimizer in self.optimizers:
             names = self._names(optimizer)
             told = optimizer.state_dict()
-            _add(state, {names[number]: entries for number, entries in told["state"].items()})
+            _add(state, {names[number]: entries for number, entries in told["state"].items()}, "optimizers")
             for group in told["param_groups"]:
                 options = [[key, value] for key, value in group.items() if key not in ("params", "param_names")]
-                _add(groups, {names[number]: options for number in group["params"]})
+                _add(groups, {names[number]: options for number in group["params"]}, "optimizers")
         return {"state": state, "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -116,11 +118,7 @@ class TrainState:
         """The names of an optimizer's parameters, in the order of their numbers."""
         parameters = _parameters(optimizer)
         if any(id(parameter) not in self._known for parameter in parameters):
-            self._known = {
-                id(parameter): canonical_name(name)
-                for model in self.models
-                for name, parameter in model.named_parameters()
-            }
+            self._known = {id(parameter): name for model in self.models for name, parameter in _named(model)}
         unknown = sum(id(parameter) not in self._known for parameter in parameters)
         if unknown:
             raise InvalidOption(
@@ -135,6 +133,15 @@ def canonical_name(name: str) -> str:
     return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
 
 
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by canonical names; by their own where the model has a step called as a wrapper's is, so
+    that two of them would have one.
+    """
+    named = [(canonical_name(name), name, parameter) for name, parameter in model.named_parameters()]
+    counts = Counter(short for short, _, _ in named)
+    return ((short if counts[short] == 1 else name, parameter) for short, name, parameter in named)
+
+
 def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -146,13 +153,13 @@ def _prefixes(name: str) -> Iterable[str]:
             yield name[:position]
 
 
-def _add(table: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Names are unique over all models and optimizers of a TrainState."""
+def _add(table: dict[str, Any], more: Mapping[str, Any], whose: str) -> None:
+    """Names are unique over all models, and over all optimizers, of a TrainState."""
     twice = table.keys() & more.keys()
     if twice:
         name = min(twice)
         raise DuplicateName(
-            f"TrainState: two of its models have the parameter {name!r}; give each a TrainState of its own",
+            f"TrainState: two of its {whose} have the parameter {name!r}; give each a TrainState of its own",
             tensors=[name],
         )
     table.update(more)

@@ -109,3 +109,41 @@ def test_what_cannot_be_named_is_refused() -> None:
         TrainState(nn.Linear(1, 1), optimizers=torch.optim.SGD(model().parameters())).state_dict()
     with pytest.raises(InvalidOption, match="takes modules, not a SGD"):
         TrainState(torch.optim.SGD(model().parameters()))  # type: ignore[arg-type]  # on purpose
+
+
+class Inner(nn.Module):
+    """Has a submodule that is called as DDP calls what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.module = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module(x) * self.weight
+
+
+def test_a_step_that_is_only_called_like_a_wrappers_counts(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    nets = Inner(), Inner()
+    optimizers = [torch.optim.AdamW(net.parameters()) for net in nets]
+    step(nets[0], optimizers[0])
+    checkpointer.save(tmp_path / "it", {"train": TrainState(nets[0], optimizers=optimizers[0])}).result()
+    checkpointer.load(tmp_path / "it", {"train": TrainState(nets[1], optimizers=optimizers[1])}).result()
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(optimizers[1].state[other]["exp_avg"], optimizers[0].state[one]["exp_avg"])
+
+
+def test_names_follow_a_model_that_has_changed() -> None:
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    state = TrainState(net, optimizers=torch.optim.SGD(net[1].parameters(), lr=0.1))
+    assert list(state.state_dict()["optimizer"]["groups"]) == ["1.weight"]
+    del net[0]
+    told = state.state_dict()
+    assert list(told["model"]) == list(told["optimizer"]["groups"]) == ["0.weight"]
+
+
+def test_a_parameter_of_two_optimizers_is_refused_as_such() -> None:
+    net = nn.Linear(1, 1)
+    twice = [torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2)]
+    with pytest.raises(DuplicateName, match="two of its optimizers have the parameter"):
+        TrainState(net, optimizers=twice).state_dict()
