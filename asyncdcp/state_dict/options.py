@@ -102,4 +102,5 @@ def longest_prefix(name: str, prefixes: Container[str]) -> str | None:
 
 def with_prefix(name: str, old: str, new: str) -> str:
     """``name``, whose prefix is ``old``, with the prefix ``new``."""
-    return ".".join(part for part in (new, name[len(old) :].removeprefix(".")) if part)
+    rest = name[len(old) :].removeprefix(".") if old else name
+    return ".".join(part for part in (new, rest) if part)
