@@ -9,15 +9,17 @@ from typing import Any
 from asyncdcp.errors import InvalidOption
 from asyncdcp.pipeline.trees import KEYED, LISTED
 from asyncdcp.state_dict.flatten import FlatState
+from asyncdcp.state_dict.keys import decode_key
 from asyncdcp.state_dict.options import check_keys, key_pattern
 from asyncdcp.state_dict.subclasses import inner_names
 
 
-def prune(tree: Any, keep: Callable[[str], bool]) -> Any:
-    """The tree without the leaves that ``keep`` refuses; None if nothing is left of it.
+def prune(tree: Any, keep: Callable[[str], bool], fqn: str = "") -> Any:
+    """The tree, which stands at ``fqn``, without the leaves that ``keep`` refuses; None if nothing is left of it.
 
     Dicts lose entries. A list or tuple, whose entries are named by position, is kept whole where any entry is kept.
-    A tensor subclass is one tensor here, of its own FQN.
+    A tensor subclass is one tensor here, of its own FQN. A dict that was empty before has no leaf that could speak for
+    it: it is kept where its own FQN is, or all that would be in it.
     """
     tag = next(iter(tree))
     content = tree[tag]
@@ -25,12 +27,17 @@ def prune(tree: Any, keep: Callable[[str], bool]) -> Any:
         return tree if keep(content) else None
     if tag == "subclass":
         return tree if keep(tree["name"]) else None
+    prefix = f"{fqn}." if fqn else ""
     if tag in KEYED:
-        kept = [(key, part) for key, node in zip(*content, strict=True) if (part := prune(node, keep)) is not None]
+        if not content[0]:
+            return tree if keep(fqn) or keep(prefix) else None
+        entries = ((key, prune(node, keep, f"{prefix}{decode_key(key)}")) for key, node in zip(*content, strict=True))
+        kept = [(key, part) for key, part in entries if part is not None]
         return {**tree, tag: [[key for key, _ in kept], [part for _, part in kept]]} if kept else None
     if tag in LISTED:
-        return tree if any(prune(node, keep) is not None for node in content) else None
-    inner = prune(content, keep)
+        chosen = (prune(node, keep, f"{prefix}{number}") for number, node in enumerate(content))
+        return tree if any(node is not None for node in chosen) else None
+    inner = prune(content, keep, fqn)
     return None if inner is None else {tag: inner}
 
 
