@@ -24,11 +24,14 @@ from asyncdcp.stateful import PerRank, RNGState, Stateful, is_stateful
 
 
 class Taken(NamedTuple):
-    """A Stateful, what its ``state_dict()`` gave, and the FQNs of all leaves in that."""
+    """A Stateful, what its ``state_dict()`` gave, the FQNs of all leaves in that, and whether it stands in the state of
+    another.
+    """
 
     stateful: Stateful
     state: Any
     names: frozenset[str]
+    inner: bool
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class _Flattener:
         self._stateful_frames: dict[str, _Frame] = {}
         self._composed: set[str] = set()  # names in _leaves that are not leaves: subclasses, inner ones too
         self._open: set[int] = set()
+        self._within = False  # a Stateful's state
 
     def visit(self, value: Any, fqn: str, frame: _Frame, key: Any, depth: int) -> dict[str, Any]:
         """The node of ``value``, which stands at ``key`` in the container of ``frame``."""
@@ -246,10 +250,14 @@ class _Flattener:
 
     def _stateful(self, value: Stateful, fqn: str, path: str, depth: int) -> dict[str, Any]:
         inner = _Frame(f"{path}.state_dict()", None, "")
-        before, state = len(self._leaves), value.state_dict()
-        self.statefuls[fqn] = Taken(value, state, frozenset())  # its place in the order comes before those inside it
+        before, state, within = len(self._leaves), value.state_dict(), self._within
+        # Its place in the order comes before those inside it.
+        self.statefuls[fqn] = Taken(value, state, frozenset(), within)
+        self._within = True
         node = {"stateful": self.visit(state, fqn, inner, _ROOT, depth)}
-        self.statefuls[fqn] = Taken(value, state, frozenset(islice(self._leaves, before, None)) - self._composed)
+        self._within = within
+        names = frozenset(islice(self._leaves, before, None)) - self._composed
+        self.statefuls[fqn] = Taken(value, state, names, within)
         return {"per_rank": node} if isinstance(value, RNGState) else node
 
 

@@ -18,12 +18,14 @@ _MARKS = ("stateful", "per_rank")
 class TreeNodes:
     """Finds nodes by FQN; ``renamed`` maps the checkpoint's names to the state's, under which they are then found.
 
-    Marks around a node are passed over. Malformed parts raise ``CorruptCheckpoint``.
+    Marks around a node are passed over. Of two containers of one name, as in ``{"a": {"b": optimizer}, "a.b": {}}``, a
+    Stateful's is found. Malformed parts raise ``CorruptCheckpoint``.
     """
 
     def __init__(self, tree: Any, renamed: Callable[[str], str], *, allow_pickle: bool = False) -> None:
         self._allow_pickle = allow_pickle
         self._nodes: dict[str, Any] = {}
+        self._statefuls: set[str] = set()
         self._outer: dict[str, str] = {}
         self.subclasses: dict[str, dict[str, Any]] = {}
         """The nodes of tensor subclasses by the checkpoint's own names, without those inside others."""
@@ -58,15 +60,19 @@ class TreeNodes:
         """The ``_metadata`` that an ordered node carries."""
         return module_metadata(node, allow_pickle=self._allow_pickle)
 
-    def _walk(self, node: Any, fqn: str, depth: int) -> None:
+    def _walk(self, node: Any, fqn: str, depth: int, *, stateful: bool = False) -> None:
         if depth > 2 * MAX_DEPTH or not isinstance(node, dict) or not node:
             raise CorruptCheckpoint(f"the tree is malformed or nested too deeply at {fqn!r:.200}")
         tag = next(iter(node))
         content = node[tag]
         if tag in _MARKS:
-            self._walk(content, fqn, depth + 1)
+            self._walk(content, fqn, depth + 1, stateful=stateful or tag == "stateful")
             return
-        self._nodes[self._renamed(fqn)] = node
+        name = self._renamed(fqn)
+        if stateful or name not in self._statefuls:
+            self._nodes[name] = node
+        if stateful:
+            self._statefuls.add(name)
         if tag == "subclass":
             self._subclass(node, fqn)
         elif tag in KEYED:

@@ -4,7 +4,7 @@ order.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +22,7 @@ from asyncdcp.state_dict.values import decode_value
 from asyncdcp.stateful import PerRank, Stateful, is_stateful
 from asyncdcp.train_state import TrainState
 
-_DICTS = (dict, OrderedDict)
+_DICTS = (dict, OrderedDict, defaultdict)
 
 
 class Restorer:
@@ -47,12 +47,9 @@ class Restorer:
         result = self._value(state, "")
         self._inside = True
         for fqn, taken in self._flat.statefuls.items():
-            if not any(fqn != other and self._within(fqn, other) for other in self._flat.statefuls):
+            if not taken.inner:
                 self._load(fqn, taken)
         return result
-
-    def _within(self, fqn: str, other: str) -> bool:
-        return self._flat.statefuls[fqn].names < self._flat.statefuls[other].names and fqn.startswith(other)
 
     def _value(self, target: Any, fqn: str) -> Any:
         """What is to stand at ``fqn``: containers as they are, with new content."""
@@ -63,7 +60,7 @@ class Restorer:
             return target
         if is_stateful(target):
             return target
-        if isinstance(target, dict) and fqn not in self._match.sources:
+        if type(target) in _DICTS:  # even where a leaf has its name, as that at "a.b" has in {"a": {"b": {}}, "a.b": 1}
             self._entries(target, fqn)
             if not self._inside:
                 self._take_versions(target, fqn)
@@ -117,7 +114,7 @@ class Restorer:
         if fqn in self._match.deciding:
             node = self._nodes.get(fqn)
             if node is not None and isinstance(taken.stateful, TrainState):  # the rest of it is other ranks'
-                node = prune(node, lambda name: name in self._match.tensors or name in self._values)
+                node = prune(node, lambda name: name in self._match.tensors or name in self._values, fqn)
             if node is not None:
                 part = unflatten(node, self._match.tensors, self._values, allow_pickle=self._options.allow_pickle)
                 self._hand_over(fqn, taken.stateful, part, strict=self._options.strict)
@@ -126,8 +123,8 @@ class Restorer:
         if chosen or not taken.names:
             part = self._value(taken.state, fqn)
             whole = len(chosen) == len(taken.names)
-            if not whole and isinstance(part, dict):
-                part = self._only(part, fqn)
+            if not whole and isinstance(part, dict) and isinstance(taken.stateful, torch.nn.Module):
+                part = self._only(part, fqn)  # others are given what they had for what is not loaded
             self._hand_over(fqn, taken.stateful, part, strict=whole)
 
     def _only(self, part: dict[Any, Any], fqn: str) -> dict[Any, Any]:
