@@ -111,10 +111,11 @@ class ReadVerbs(Closing):
         - ``strict=False`` loads what both sides have and leaves the rest alone.
         - ``cast="allow"`` converts to the target's dtype where it differs.
         - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest of the state is left alone.
-          Into ``state`` and strictly, one that matches nothing is a mismatch, whatever the others match.
+          Into ``state`` and strictly, one that matches nothing is a mismatch, whatever the others match. A Stateful
+          of which they choose a part only gets no entries that it does not have yet.
         - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them ("" is all), to the state's, or is a
-          function that does; names that differ only by what wrappers add (``module.``, ``_orig_mod.``, activation
-          checkpointing) match by themselves.
+          function that does, and must not give one name to two; names that differ only by what wrappers add
+          (``module.``, ``_orig_mod.``, activation checkpointing) match by themselves.
         - ``assign=True`` replaces the tensors of modules and of containers by new ones, which modules on the meta
           device need; new ones are where the old ones were, or on ``device`` for meta.
         - ``allow_pickle=True`` also unpickles what was saved so: it runs code of the checkpoint's choosing.

@@ -107,8 +107,14 @@ class _Matcher:
         self._metadata = metadata
         self._options = options
         self._nodes = nodes
-        stored = [*metadata.state_dict_metadata, *metadata.aliases]
-        self._have = {nodes.state_name(name): name for name in stored if options.selects(nodes.outer(name))}
+        self._stored = {name: nodes.state_name(name) for name in (*metadata.state_dict_metadata, *metadata.aliases)}
+        self._have: dict[str, str] = {}
+        self._clashes: dict[str, str] = {}
+        for name, own in self._stored.items():
+            if options.selects(nodes.outer(name)):
+                first = self._have.setdefault(own, name)
+                if self._origin(first) != self._origin(name):
+                    self._clashes[own] = f"rename gives this name to {first} and to {name}"
         self._inner = {name for part in flat.subclasses.values() for name in inner_names(part.node)}
         self._aliased = {alias: flat.tensors[name] for alias, name in flat.aliases.items()}
         self._ties = bool(flat.aliases or metadata.aliases)
@@ -118,7 +124,7 @@ class _Matcher:
             deciding=frozenset(
                 fqn
                 for fqn, taken in flat.statefuls.items()
-                if options.keys is None and not self._state_decides(fqn, taken)
+                if not self._state_decides(fqn, taken) and self._is_chosen(fqn)
             )
         )
         self.alone = True
@@ -131,7 +137,7 @@ class _Matcher:
         self._pair()
         told = self._compare_subclasses()
         self._find_gaps(told)
-        filled: set[tuple[str, int]] = set()
+        filled: dict[int, int] = {}
         for name, source in self._match.sources.items():
             if name in self._targets:
                 self._target(name, source, filled)
@@ -169,6 +175,15 @@ class _Matcher:
         own = vars(taken.state).get("_metadata") if hasattr(taken.state, "__dict__") else None
         return stored is None or own is None or not _differ(own, stored)
 
+    def _is_chosen(self, fqn: str) -> bool:
+        """Whether ``keys`` choose all that the checkpoint has of a Stateful."""
+        if self._options.keys is None:
+            return True
+        names = [name for name, own in self._stored.items() if _is_within(own, fqn)]
+        if not names:  # an empty state
+            return fqn in self._nodes and (self._options.selects(fqn) or self._options.selects(f"{fqn}."))
+        return all(self._options.selects(self._nodes.outer(name)) for name in names)
+
     def _decided_by_checkpoint(self, name: str) -> bool:
         return self._owner(name) is not None
 
@@ -176,9 +191,7 @@ class _Matcher:
         """The Stateful with the checkpoint's say to whose part ``name`` belongs, whichever side has it."""
         for fqn in self._match.deciding:
             taken = self._flat.statefuls[fqn]
-            if name in taken.names or (
-                name not in self._want and (not fqn or name == fqn or name.startswith(f"{fqn}."))
-            ):
+            if name in taken.names or (name not in self._want and _is_within(name, fqn)):
                 known = taken.stateful
                 if isinstance(known, TrainState) and not known.decided_by_checkpoint(
                     name[len(fqn) + 1 if fqn else 0 :]
@@ -197,14 +210,21 @@ class _Matcher:
         for name in self._have:
             if name not in self._want:
                 rest.setdefault(canonical(name), []).append(name)
+        alone: dict[str, list[str]] = {}
         for name in self._want:
-            candidates = rest.get(canonical(name), ()) if name not in sources else ()
-            if len(candidates) == 1:
-                sources[name] = self._have[candidates[0]]
+            if rest and name not in sources:
+                alone.setdefault(canonical(name), []).append(name)
+        for short, names in alone.items():
+            candidates = rest.get(short, ())
+            if len(candidates) == len(names) == 1:
+                sources[names[0]] = self._have[candidates[0]]
 
     def _find_gaps(self, told: set[str]) -> None:
         """What one side lacks; names that were ``told`` of already are left out."""
         options, paired = self._options, set(self._match.sources.values())
+        for name, clash in self._clashes.items():
+            if name in self._want or self._decided_by_checkpoint(name):
+                self._different[name] = clash
         if options.keys is not None and (idle := self._idle(options.keys)) and (options.strict or not self._have):
             self._different[", ".join(idle)] = "keys that match nothing in the checkpoint"
         if not options.strict:
@@ -228,16 +248,19 @@ class _Matcher:
         names = [*chosen, *self._want, *self._flat.statefuls, *(f"{fqn}." for fqn in self._flat.statefuls)]
         return [key for key in keys if not any(fnmatchcase(name, key) for name in names)]
 
-    def _target(self, name: str, source: str, filled: set[tuple[str, int]]) -> None:
-        """Decides what becomes of one of the state's tensors."""
+    def _target(self, name: str, source: str, filled: dict[int, int]) -> None:
+        """Decides what becomes of one of the state's tensors. A tied one is filled once: where the checkpoint has
+        several for it, from that of its last name, as ``Module.load_state_dict`` would leave it.
+        """
         tensor, stored = self._targets[name], self._origin(source)
         problem = self._difference(name, tensor, stored)
         if problem is None and not self._options.assign and not tensor.is_meta:
             self._match.tensors[source] = tensor
             if self._ties:
-                if (stored, id(tensor)) in filled:
+                place = filled.setdefault(id(tensor), len(self._match.fill))
+                if place < len(self._match.fill):
+                    self._match.fill[place] = stored, tensor
                     return
-                filled.add((stored, id(tensor)))
             self._match.fill.append((stored, tensor))
         elif problem is not None and not self._decided_by_checkpoint(name):
             self._different[name] = problem
@@ -308,6 +331,11 @@ class _Matcher:
             unexpected=self._unexpected,
             mismatched=list(self._different),
         )
+
+
+def _is_within(name: str, fqn: str) -> bool:
+    """Whether a name is that of what stands at ``fqn``, or of something in it."""
+    return not fqn or name == fqn or name.startswith(f"{fqn}.")
 
 
 def optimizer_parameters(flat: FlatState) -> dict[str, Tensor]:
