@@ -119,7 +119,10 @@ class SlabCopier:
         out = into[piece.offset : piece.offset + piece.length].view(tensor.dtype)
         for first, box in row_major_boxes(tensor.shape, begin, begin + piece.length // size):
             part = out[first - begin : first - begin + box.volume].view(box.sizes)
-            part.copy_(tensor[_slices(box)], non_blocking=on_its_way)
+            values = tensor[_slices(box)]
+            if on_its_way:  # torch would conjugate or negate what has not arrived yet (pytorch#146286)
+                values = values.resolve_conj().resolve_neg()
+            part.copy_(values, non_blocking=on_its_way)
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

@@ -55,6 +55,8 @@ def make_state(device: torch.device) -> dict[str, Any]:
         **{str(dtype): torch.randint(0, 2, (300, 70), device=device).to(dtype) for dtype in dtypes},
         "float8": torch.randn(5000, device=device).to(torch.float8_e4m3fn),
         "scalar": torch.tensor(2.5, device=device),
+        "conjugated": torch.randn(20_000, dtype=torch.complex64, device=device).conj(),
+        "negated": torch.randn(20_000, dtype=torch.complex64, device=device).conj().imag,
         "empty": torch.empty(0, 3, device=device),
         "transposed": torch.randn(400, 300, device=device).t(),
         "stepped": torch.randn(200, 300, device=device)[::2, 1::3],

@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, SaveHandle
 from asyncdcp.errors import UsageError
+from asyncdcp.planning import plan_save
 from asyncdcp.staging import SlabCopier, arenas, devices
+from asyncdcp.staging.accelerator import DeviceFence
+from asyncdcp.state_dict.flatten import flatten
+from asyncdcp.state_dict.structure import describe
 
 LONG = 150.0  # a deadline that only a failing test reaches
 SLABS = 4  # more than are copied at once
@@ -266,3 +271,32 @@ def test_calls_are_made_in_the_relaxed_capture_mode(monkeypatch: pytest.MonkeyPa
         assert mode == [2 if code == 0 else 0]
         raise ZeroDivisionError
     assert mode == [0]
+
+
+class CopiesOnTheirWay(TorchFunctionMode):
+    """How many copies were begun and not waited for, and of how many the source is not what its memory says."""
+
+    begun = lazy = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and kwargs["non_blocking"]:
+            self.begun += 1
+            self.lazy += args[1].is_conj() or args[1].is_neg()
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_conjugated_or_negated_when_read_is_so_before_it_is_on_its_way(work: FakeWork) -> None:
+    values = torch.randn(20_000, dtype=torch.complex64)
+    state = {"conj": values.conj(), "neg": values.conj().imag, "plain": values.real}
+    described = describe(flatten(state))
+    plan = plan_save(described.structure)
+    copier = SlabCopier(plan, described.sources, DeviceFence(described.sources))
+    [slab] = plan.slabs
+    into = torch.zeros(slab.length, dtype=torch.uint8)
+    with CopiesOnTheirWay() as copies:
+        assert copier.copy(slab, into) is not None
+    assert (copies.begun, copies.lazy) == (3, 0)
+    for piece in slab.pieces:
+        name = described.structure.tensors[plan.chunks[piece.chunk].tensor].name
+        found = into[piece.offset : piece.offset + piece.length].view(state[name].dtype)
+        assert torch.equal(found, state[name]), name
