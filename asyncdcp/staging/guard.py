@@ -75,7 +75,9 @@ class Guard:
 
 
 def frozen_parameters(statefuls: Iterator[object]) -> Iterator[Tensor]:
-    """The parameters of modules that take no gradient, so that no optimizer changes them."""
+    """The parameters of modules that take no gradient, so that no optimizer changes them. Others may: averaged weights
+    and target networks are updated by hand.
+    """
     for stateful in statefuls:
         if isinstance(stateful, torch.nn.Module):
             for parameter in stateful.parameters():

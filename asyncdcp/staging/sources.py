@@ -17,8 +17,9 @@ from asyncdcp.staging.torn import Witness, versions
 class Sources:
     """The tensors of one save, one for each chunk of the plan's structure; taken on the caller's thread.
 
-    With ``guards``, what they do not protect is cloned now, up to the budget. ``watched`` are the numbers of the
-    tensors that somebody could change during staging.
+    With ``guards``, what they do not protect is cloned now, up to the budget, but for parameters without gradient:
+    those are not expected to change. ``watched`` are the numbers of the tensors that somebody could change during
+    staging, these among them.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class Sources:
         self._eager = 0
         if guards:
             guarded = [tensor for guard in guards for tensor in guard.tensors()]
-            guarded.extend(frozen_parameters(iter(statefuls)))
-            self.watched, self._eager = clone_unguarded(tensors, guarded, budget)
+            frozen = list(frozen_parameters(iter(statefuls)))
+            still = {tensor.data_ptr() for tensor in frozen if not tensor.is_meta}
+            exposed, self._eager = clone_unguarded(tensors, [*guarded, *frozen], budget)
+            self.watched = exposed | {n for n, tensor in enumerate(tensors) if tensor.data_ptr() in still}
         try:
             self.fence = DeviceFence(tensors)
         except BaseException:  # refused while a graph is captured

@@ -103,6 +103,18 @@ def test_a_save_that_is_refused_gives_the_budget_back(fails: str, monkeypatch: p
     guard.remove()
 
 
+def test_parameters_without_gradient_are_not_cloned_but_watched() -> None:
+    average = nn.Linear(2, 2).requires_grad_(False)
+    guard, model = Guard((stepped(nn.Linear(2, 2)),), lambda: None), nn.Linear(2, 2)
+    found = sources.Sources([model.weight, average.weight], [guard], [average], EagerBudget(100))
+    assert found.tensors[1] is average.weight
+    changed = found.witness()
+    assert changed() == []
+    average.weight.lerp_(torch.ones(2, 2), 0.5)  # as an average of weights, or a target network, is updated
+    assert changed() == [1]
+    guard.remove()
+
+
 def test_a_guard_knows_the_inner_tensors_of_subclasses() -> None:
     first, second = torch.ones(2), torch.zeros(2)
     parameter = nn.Parameter(TwoTensor(first, second))
