@@ -7,7 +7,7 @@ from typing import Literal
 
 from asyncdcp.config import check_flags
 from asyncdcp.errors import InvalidOption
-from asyncdcp.transport.wire import AHEAD, BATCH_BLOCKS
+from asyncdcp.transport.wire import AHEAD, BATCH_BLOCKS, BLOCK_LIMIT
 
 _PAGE = 4096
 _LEAST = AHEAD * BATCH_BLOCKS * _PAGE
@@ -43,7 +43,8 @@ class TransportOptions:
         check_flags(checksums=self.checksums, shared_memory=self.shared_memory)
         if self.staging not in ("bounded", "whole"):
             raise InvalidOption(f"staging takes 'bounded' or 'whole', not {self.staging!r}")
-        if isinstance(self.guard_deadline, bool) or not self.guard_deadline > 0:
+        seconds = self.guard_deadline
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
             raise InvalidOption(f"guard_deadline takes a positive number of seconds, not {self.guard_deadline!r}")
 
     @property
@@ -54,4 +55,4 @@ class TransportOptions:
     @property
     def block_bytes(self) -> int:
         """The most bytes of a block: all blocks of the batches on their way make the bound."""
-        return self.buffer_bytes // (AHEAD * BATCH_BLOCKS) // _PAGE * _PAGE
+        return min(self.buffer_bytes // (AHEAD * BATCH_BLOCKS) // _PAGE * _PAGE, BLOCK_LIMIT)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from operator import index
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -101,7 +102,8 @@ class PGTransport(Closing):
         self._eager = EagerBudget(self.options.eager_bytes)
         self._guards: list[Guard] = []
         self._sends: list[SendHandle] = []
-        self._receives: list[CheckpointFuture[Any]] = []
+        self._others: list[CheckpointFuture[Any]] = []
+        """Receives, and what is built upon the transport."""
         self._turns = Turns()
         self._closed = self._ended = False
         self._engine = Engine("asyncdcp-transport", drain=weakly(self.close), exit_deadline=self.timeout)
@@ -181,7 +183,7 @@ class PGTransport(Closing):
         with self._lock:
             self._refuse_closed()
             self._engine.submit(task.run, self._turns, name=task.future.name)
-            self._receives = [*(old for old in self._receives if not _is_over(old)), task.future]
+            self._others = [*(old for old in self._others if not _is_over(old)), task.future]
         return task.future
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
@@ -210,10 +212,17 @@ class PGTransport(Closing):
     def submit(self, work: Callable[[], Any], name: str) -> CheckpointFuture[Any]:
         """Runs a coroutine function on the transport's own loop, for what is built upon it."""
         self._check_open()
-        return self._engine.submit(work, name=name)
+        with self._lock:
+            self._refuse_closed()
+            future = self._engine.submit(work, name=name)
+            self._others = [*(old for old in self._others if not _is_over(old)), future]
+        return future
 
     def _check_ranks(self, ranks: Iterable[int]) -> tuple[int, ...]:
-        found = tuple(ranks)
+        try:
+            found = tuple(index(rank) for rank in ranks)
+        except TypeError:
+            raise InvalidOption(f"a transfer takes ranks by their numbers, as [1, 2] to send, not {ranks!r}") from None
         others = set(range(self.world_size)) - {self.rank}
         if not found or len(set(found)) != len(found) or not others.issuperset(found):
             raise InvalidOption(
@@ -250,7 +259,7 @@ class PGTransport(Closing):
             return
         for guard in self._guards:
             guard.remove()
-        pending: list[CheckpointFuture[Any]] = [*(handle.sent for handle in self._sends), *self._receives]
+        pending: list[CheckpointFuture[Any]] = [*(handle.sent for handle in self._sends), *self._others]
         for future in pending:
             future.wait()  # ends by the timeout of whatever it waits for
         try:

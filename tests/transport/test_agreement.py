@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from asyncdcp.errors import Closed, InvalidOption, PeerFailed, StateMismatch, UnsupportedValue
-from asyncdcp.transport import MemoryHub, PGTransport, TransportOptions
+from asyncdcp.transport import MemoryHub, PGTransport, TransportOptions, wire
 from tests.transport.conftest import LONG, World, brought
 
 Same = Callable[[Any, Any], bool]
@@ -74,7 +74,13 @@ def test_wrong_timeouts(timeout: Any) -> None:
 
 
 def test_wrong_options() -> None:
-    for words in ({"buffer_bytes": 100}, {"staging": "none"}, {"eager_bytes": -1}, {"guard_deadline": 0}):
+    for words in (
+        {"buffer_bytes": 100},
+        {"staging": "none"},
+        {"eager_bytes": -1},
+        {"guard_deadline": 0},
+        {"guard_deadline": "1"},
+    ):
         with pytest.raises(InvalidOption, match=next(iter(words))):
             TransportOptions(**words)
     for group in ("gloo", dist.GroupMember.NON_GROUP_MEMBER):
@@ -82,3 +88,14 @@ def test_wrong_options() -> None:
             PGTransport(group, timeout=1)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(InvalidOption, match="no default one"):
         PGTransport(None, timeout=1)
+
+
+@pytest.mark.parametrize("ranks", [1, "1", [1.0], [[1]], None])
+def test_what_is_no_list_of_ranks_is_refused(world: World, ranks: Any) -> None:
+    _, [sender, _] = world()
+    with pytest.raises(InvalidOption, match="takes ranks"):
+        sender.send_checkpoint(ranks, {"n": 1})
+
+
+def test_blocks_are_never_larger_than_a_receiver_takes() -> None:
+    assert TransportOptions(buffer_bytes=64 << 30).block_bytes == wire.BLOCK_LIMIT
