@@ -62,7 +62,7 @@ class ReceiveTask:
         self.future: CheckpointFuture[Any] = engine.future(f"receive from rank {src}", cancel=self.cancel)
 
     def cancel(self) -> None:
-        """Gives the receive up. What is on its way is still taken, and thrown away."""
+        """Gives the receive up. What is on its way, or still comes for it, is taken and thrown away."""
         self._error = self._error or Cancelled(f"the {self.future.name} was cancelled{self._touched()}")
         if self._landing is None:
             self.future.fail(self._error)
@@ -106,9 +106,7 @@ class ReceiveTask:
         return _TOUCHED if self._landing is not None and isinstance(self._into, InPlace) else ""
 
     async def _receive(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        end = self._end
+        end = self._end  # one that was cancelled before its turn hears its offer, too, lest the next one takes it
         offer = await end.hear(Offer, "waiting for the offer of a state")
         begun = time.monotonic()
         try:
@@ -226,24 +224,28 @@ class ReceiveTask:
 
     def _take_batch(self, number: int, arriving: list[_Arriving]) -> None:
         """Waits for the blocks in order, hashes and delivers them."""
-        try:
-            self._found.append(tuple(self._take_block(each) for each in arriving))
-        except (PeerError, Cancelled):
-            raise
-        except Exception as error:  # noqa: BLE001  # what fails here, fails the transfer in order
-            known = AsyncDCPError(f"a tensor could not be filled: {type(error).__name__}: {error}{_TOUCHED}")
-            known.__cause__ = error
-            self._error = self._error or known
+        self._found.append(tuple(self._take_block(each) for each in arriving))
         if self._error is not None and number >= self._last_in_place:
             self.future.fail(self._error)  # nothing is written any more
 
     def _take_block(self, each: _Arriving) -> int:
         assert self._offered is not None
-        assert self._landing is not None
         if each.pending is not None:
             self._end.wait(each.pending, "receiving", partial(self._offered.layout.tensors_in, each.block))
         if self._error is not None:
             return 0
+        try:
+            return self._deliver(each)
+        except Exception as error:  # noqa: BLE001  # what fails here, fails the transfer in order
+            known = AsyncDCPError(f"a tensor could not be filled: {type(error).__name__}: {error}{_TOUCHED}")
+            known.__cause__ = error
+            self._error = self._error or known
+            return 0
+
+    def _deliver(self, each: _Arriving) -> int:
+        """The block's checksum, when it is where it belongs."""
+        assert self._offered is not None
+        assert self._landing is not None
         with self.trace.span("receive", len(each.into)):
             digest = checksum_of(each.into) if self._offered.checksums else 0
             if each.in_place:

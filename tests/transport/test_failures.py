@@ -11,8 +11,10 @@ from torch import Tensor
 
 from asyncdcp.errors import ChecksumMismatch, PeerFailed, UnseenFailure
 from asyncdcp.transport import MemoryHub, PGTransport
+from asyncdcp.transport.endpoint import Endpoint
+from asyncdcp.transport.landing import Landing
 from asyncdcp.transport.link import Link, Pending
-from tests.transport.conftest import BOTH_WAYS, LONG, STATE, TINY, World
+from tests.transport.conftest import BOTH_WAYS, LONG, STATE, TINY, World, empty_like
 
 
 class Loads:
@@ -220,3 +222,29 @@ def test_a_target_that_cannot_be_filled_fails_both(world: World) -> None:
     error = receiver.recv_checkpoint(0, {"s": Refuses()}).exception(LONG)
     assert "ValueError: not this" in str(error)
     send.result(LONG)  # all had arrived and was verified; what the receiver makes of it is its own
+
+
+def test_a_block_that_cannot_be_delivered_leaves_none_on_its_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, [sender, receiver] = world()
+    on_the_way: list[Pending] = []
+    begin, wait = Endpoint.receive, Endpoint.wait
+
+    def receive(self: Endpoint, *args: Any) -> Pending:
+        on_the_way.append(begin(self, *args))
+        return on_the_way[-1]
+
+    def wait_for(self: Endpoint, pending: Pending, *args: Any) -> None:
+        wait(self, pending, *args)
+        if pending in on_the_way:
+            on_the_way.remove(pending)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Endpoint, "receive", receive)
+    monkeypatch.setattr(Endpoint, "wait", wait_for)
+    monkeypatch.setattr(Landing, "deliver", fail)
+    send = sender.send_checkpoint([1], STATE)
+    assert "out of memory" in str(receiver.recv_checkpoint(0, empty_like(STATE)).exception(LONG))
+    assert "out of memory" in str(send.exception(LONG))
+    assert on_the_way == []

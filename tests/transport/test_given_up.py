@@ -153,3 +153,15 @@ def test_a_cancelled_receive_takes_what_comes_and_throws_it_away(world: World) -
     send = sender.send_checkpoint([1], STATE)
     assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
     send.result(LONG)
+
+
+def test_a_receive_that_is_cancelled_before_its_turn_leaves_the_next_one_its_own(world: World) -> None:
+    _, [sender, receiver] = world()
+    receives = [receiver.recv_checkpoint(0) for _ in range(3)]
+    receives[1].cancel()
+    sends = [sender.send_checkpoint([1], {"n": n}) for n in range(3)]
+    assert receives[0].result(LONG) == {"n": 0}
+    assert isinstance(receives[1].exception(LONG), Cancelled)
+    assert receives[2].result(LONG) == {"n": 2}
+    assert "was cancelled" in str(sends[1].exception(LONG))
+    sends[2].result(LONG)
