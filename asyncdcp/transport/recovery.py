@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 
 from asyncdcp.errors import AsyncDCPError, InvalidOption, PeerFailed
 from asyncdcp.futures import CheckpointFuture
@@ -134,12 +134,12 @@ async def _carry_out(transport: PGTransport, state: Any, manager: SavedRun | Non
     if choice.source == "checkpoint":
         if manager is None:
             raise InvalidOption("rank 0 has a manager and this rank has none; give it on all ranks")
-        await manager.restore_latest(state)
+        await _ended(manager.restore_latest(state))
     own = [rank for rank, donor in choice.donors.items() if donor == transport.rank]
     if own:
-        await _outcome(transport.send_checkpoint, own, state)
+        await _outcome(lambda: transport.send_checkpoint(own, state).sent)
     elif transport.rank in choice.donors:
-        await _outcome(transport.recv_checkpoint, choice.donors[transport.rank], state)
+        await _outcome(lambda: transport.recv_checkpoint(choice.donors[transport.rank], state))
 
 
 def _known(error: Exception) -> AsyncDCPError:
@@ -150,6 +150,16 @@ def _known(error: Exception) -> AsyncDCPError:
     return known
 
 
-async def _outcome(verb: Any, *args: Any) -> Any:
+async def _outcome(verb: Callable[[], CheckpointFuture[Any]]) -> Any:
     """The verb's outcome; its own work for the call, such as taking the state apart, is done on a thread."""
-    return await (await to_thread.run_sync(partial(verb, *args)))
+    return await _ended(await to_thread.run_sync(verb))
+
+
+async def _ended(future: CheckpointFuture[Any]) -> Any:
+    """Its outcome; who is cancelled meanwhile gives it up, and goes on when nothing uses the state any more."""
+    try:
+        return await future
+    finally:
+        future.cancel()  # of no effect where it is done
+        with CancelScope(shield=True):
+            await future.settled()

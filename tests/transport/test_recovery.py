@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anyio.lowlevel
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
-from asyncdcp.errors import AsyncDCPError, InvalidOption, PeerFailed, StateMismatch
+from asyncdcp.errors import AsyncDCPError, Cancelled, InvalidOption, PeerFailed, StateMismatch, UnseenFailure
 from asyncdcp.manager import CheckpointManager
 from asyncdcp.ranks import SoleRank, StoreRanks
 from asyncdcp.transport import PGTransport, Recovered, recover
@@ -112,3 +115,41 @@ def test_wrong_input(world: World) -> None:
         recover(first.transport, first.state, step=1, ranks=second.ranks)
     with pytest.raises(InvalidOption, match="the state to recover"):
         recover(first.transport, None, step=1, ranks=first.ranks)  # type: ignore[arg-type]  # on purpose
+
+
+def test_one_that_is_cancelled_is_over_when_nothing_writes_to_the_state_any_more(world: World) -> None:
+    ranks = job(world, [1.0, 2.0])
+    hub = ranks[0].transport._link._hub  # type: ignore[attr-defined]  # a MemoryLink
+    arriving, goes_on = threading.Event(), threading.Event()
+
+    def stall(sender: int, receiver: int, into: Tensor) -> None:
+        if into.nbytes == ranks[0].state["w"].nbytes:
+            arriving.set()
+            assert goes_on.wait(LONG)
+
+    hub.tamper = stall
+    futures = [
+        recover(rank.transport, rank.state, step=step, ranks=rank.ranks)
+        for rank, step in zip(ranks, [3, None], strict=True)
+    ]
+    assert arriving.wait(LONG)
+    futures[1].cancel()
+    for _ in range(5):
+        ranks[1].transport.submit(anyio.lowlevel.checkpoint, "a turn of the loop").result(LONG)
+    assert not futures[1].done()
+    goes_on.set()
+    assert isinstance(futures[1].exception(LONG), Cancelled)
+    futures[0].cancel()
+    assert futures[0].exception(LONG) is not None
+
+
+def test_a_failure_that_nobody_looked_at_comes_up_at_close(world: World) -> None:
+    [first, second] = job(world, [1.0, 2.0])
+    second.state["more"] = 1
+    futures = [
+        recover(rank.transport, rank.state, step=step, ranks=rank.ranks) for rank, step in [(first, 3), (second, None)]
+    ]
+    assert futures[0].exception(LONG) is not None
+    assert futures[1].wait(LONG)
+    with pytest.raises(UnseenFailure, match="recovery"):
+        second.transport.close()
