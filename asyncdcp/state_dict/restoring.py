@@ -5,8 +5,8 @@ order.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from asyncdcp.state_dict.values import decode_value
 from asyncdcp.stateful import PerRank, Stateful, is_stateful
 from asyncdcp.train_state import TrainState
 
+_Place: TypeAlias = tuple[torch.nn.Module, str]
 _DICTS = (dict, OrderedDict, defaultdict)
 
 
@@ -139,7 +140,27 @@ class Restorer:
         if not isinstance(stateful, torch.nn.Module):
             stateful.load_state_dict(part)
             return
+        ties = _ties(stateful) if self._options.assign else []
         try:
             stateful.load_state_dict(part, strict=strict, assign=self._options.assign)
         except RuntimeError as error:
             raise StateMismatch(f"{fqn}: its load_state_dict refused the checkpoint's state: {error}") from error
+        for old, places in ties:
+            _tie(old, places)
+
+
+def _ties(module: torch.nn.Module) -> list[tuple[torch.nn.Parameter, list[_Place]]]:
+    """The parameters that stand in several places, each with these."""
+    found: dict[torch.nn.Parameter, list[_Place]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, []).append((part, name))
+    return [(parameter, places) for parameter, places in found.items() if len(places) > 1]
+
+
+def _tie(old: torch.nn.Parameter, places: Sequence[_Place]) -> None:
+    """Makes one again of what stood for ``old``: ``load_state_dict(assign=True)`` makes a parameter for each place."""
+    new = [parameter for part, name in places if (parameter := part._parameters[name]) is not old]
+    for part, name in places if new else ():
+        part._parameters[name] = new[-1]

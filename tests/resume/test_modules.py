@@ -187,3 +187,28 @@ def test_a_loader_in_mid_epoch(checkpointer: SyncCheckpointer, same: Same) -> No
     checkpointer.load(storage, {"loader": other})
     assert same(other.state, loader.state)
     assert other.state["order"] is kept  # filled in place
+
+
+class TiedHead(nn.Module):
+    """Its two layers have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 2)
+        self.head = nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_assign_leaves_tied_parameters_tied(into, device):
+    stored = TiedHead()
+    with torch.device(device):
+        model = TiedHead()
+    old = model.head.weight
+    into({"m": model}, {"m": stored}, assign=True)
+    assert model.head.weight is model.embedding.weight is not old
+    assert [name for name, _ in model.named_parameters()] == ["embedding.weight"]
+    assert torch.equal(model.head.weight, stored.head.weight)
+    if device == "cpu":
+        into({"m": model}, {"m": TiedHead()}, assign=True, keys=["m.head.*"])
+        assert model.head.weight is model.embedding.weight
