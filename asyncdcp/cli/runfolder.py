@@ -37,7 +37,7 @@ def note_of(checkpoint: Checkpoint) -> str:
 
 
 def _no_run(target: str, run: Run) -> str | None:
-    if any(record_save_id(name) for name in run.survey.own.objects):
+    if run.is_checkpoint():
         return f"{target} is a checkpoint, and no run; asyncdcp inspect {target} shows what is in it"
     inside = run.survey.children.items()
     runs = [name for name, found in inside if any(term_of(name) is not None for name in found.objects)]

@@ -118,7 +118,9 @@ class RunSession:
     async def look(self) -> Run:
         """The run as it is now, on this rank alone."""
         async with self._looking:
-            return await look(self._place, self._known, self._registry)
+            run = await look(self._place, self._known, self._registry)
+        run.refuse_checkpoint()
+        return run
 
     async def good(self) -> list[Checkpoint]:
         """The checkpoints that count."""

@@ -96,6 +96,18 @@ class Run:
             )
         return self._newest()
 
+    def is_checkpoint(self) -> bool:
+        """Whether the place is a checkpoint's, and there is nothing of a run in it."""
+        return not self.checkpoints and not self.term and any(map(record_save_id, self.survey.own.objects))
+
+    def refuse_checkpoint(self) -> None:
+        """``InvalidOption`` where ``is_checkpoint``: taken for a run, it would be one with nothing to resume from."""
+        if self.is_checkpoint():
+            raise InvalidOption(
+                f"{self.location} is a checkpoint, and no run; a run is the folder that its step_<number> are in, such "
+                f"as {os.path.dirname(self.location)}; a single checkpoint is loaded by AsyncCheckpointer.load"
+            )
+
     def known_latest(self) -> Checkpoint | None:
         """``latest`` for those who only show it; None where it cannot be told, too."""
         return None if self.sealed_beyond() else self._newest()

@@ -44,9 +44,11 @@ class RunWriter:
     async def open(self, *, quiet: float, deadline: float) -> tuple[Run, Settled]:
         """Claims the run's next term, then settles what earlier ones still have in flight (see settling.py).
 
-        ``KeyUnavailable``, before anything is claimed, where the newest checkpoint is encrypted and cannot be told.
+        Before anything is claimed, ``KeyUnavailable`` where the newest checkpoint is encrypted and cannot be told, and
+        ``InvalidOption`` where the place is a checkpoint.
         """
         before = await look(self.place, self._known, self._registry)
+        before.refuse_checkpoint()
         before.latest()
         names = before.survey.own.objects
         taken = [number for name in names for number in (term_of(name), line_term_of(name)) if number is not None]

@@ -88,3 +88,10 @@ async def test_wrong_options_are_refused(run: Path) -> None:
     for wrong in ({"every": "some"}, {"poll_seconds": 0}, {"after": -1}):
         with pytest.raises(InvalidOption):
             await anext(asyncdcp.follow(run, **wrong))
+
+
+async def test_a_checkpoint_is_no_run_to_wait_for(opened: Opened, training: Training, run: Path) -> None:
+    save_all(opened(), training, 1)
+    async with aclosing(asyncdcp.follow(run / "step_1", poll_seconds=QUICK)) as followed:
+        with pytest.raises(InvalidOption, match="step_1 is a checkpoint, and no run"):
+            await anext(followed)

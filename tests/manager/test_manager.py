@@ -223,6 +223,20 @@ def test_a_run_that_is_a_file_cannot_be_opened(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_checkpoint_is_not_taken_for_a_run_with_nothing_to_resume_from(
+    opened: Opened, training: Training, run: Path, *, read_only: bool
+) -> None:
+    save_all(opened(), training, 9)
+    before = sorted((run / "step_9").iterdir())
+    with (
+        pytest.raises(InvalidOption, match=rf"step_9 is a checkpoint, and no run; .* such as {run}; "),
+        CheckpointManager(run / "step_9", process=False, read_only=read_only) as manager,
+    ):
+        manager.restore_latest(training.state).result()
+    assert sorted((run / "step_9").iterdir()) == before
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_another_format_is_told_of_where_there_is_nothing_to_resume_from(
     opened: Opened, training: Training, run: Path, caplog: pytest.LogCaptureFixture
