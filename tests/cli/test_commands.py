@@ -138,6 +138,22 @@ class TestCat:
         np.testing.assert_array_equal(np.load(tmp_path / "w.npy"), Small().head.weight.detach().numpy())
         assert os.listdir(tmp_path) == ["w.npy"] or not list(tmp_path.glob("*.partial"))
 
+    def test_npy_into_a_pipe_and_through_a_link_which_stay_what_they_are(
+        self, call: Call, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        pipe, link, file = (tmp_path / name for name in ("pipe", "link", "w.npy"))
+        os.mkfifo(pipe)
+        link.symlink_to(file)
+        reading = os.open(pipe, os.O_RDWR)  # never waits for the other end
+        try:
+            for path in (pipe, link):
+                assert call("cat", checkpoint, "model.head.weight", "-o", path).status == 0
+            piped = os.read(reading, 1 << 16)
+        finally:
+            os.close(reading)
+        assert pipe.is_fifo() and link.is_symlink() and piped == file.read_bytes()
+        np.testing.assert_array_equal(np.load(file), Small().head.weight.detach().numpy())
+
     def test_npy_to_the_standard_output(self, checkpoint: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
         from asyncdcp.cli.main import main
 

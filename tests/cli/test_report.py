@@ -179,6 +179,14 @@ def test_names_are_text_and_no_markup(call: Call, run: Path) -> None:
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html and "\x1b" not in html
 
 
+def test_the_report_to_the_standard_output(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    before = sorted(run.parent.iterdir())
+    out = call("report", run, "-o", "-").out
+    assert out.startswith("<!doctype html>") and out.rstrip().endswith("</html>")
+    assert sorted(run.parent.iterdir()) == before
+
+
 def test_the_report_of_no_run_writes_nothing(call: Call, tmp_path: Path) -> None:
     assert "holds no run" in call("report", tmp_path, "-o", tmp_path / "page.html").error
     assert list(tmp_path.iterdir()) == []

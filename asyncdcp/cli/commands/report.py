@@ -33,7 +33,7 @@ from asyncdcp.storage import Place
     default="report.html",
     show_default=True,
     type=click.Path(dir_okay=False),
-    help="Where the page goes; an old one is replaced.",
+    help="Where the page goes; an old one is replaced. - for the standard output.",
 )
 def command(place: str, output: str) -> None:
     """Write a run as one HTML page: checkpoints, metrics, what saves cost and did when, and sizes.
@@ -41,7 +41,11 @@ def command(place: str, output: str) -> None:
     The page is one file that works offline. The stages of saves come from the history that a CheckpointManager writes.
     """
     page = run(_page, place)
-    html = render(page).encode()
+    text = render(page)
+    if output == "-":
+        say(text)
+        return
+    html = text.encode()
     with written_whole(output) as file:
         file.write(html)
     say(f"{shown(output)}: {count_text(len(page.lines), 'checkpoint')}, {size_text(len(html))}")
