@@ -104,8 +104,8 @@ class Run:
         """``InvalidOption`` where ``is_checkpoint``: taken for a run, it would be one with nothing to resume from."""
         if self.is_checkpoint():
             raise InvalidOption(
-                f"{self.location} is a checkpoint, and no run; a run is the folder that its step_<number> are in, such "
-                f"as {os.path.dirname(self.location)}; a single checkpoint is loaded by AsyncCheckpointer.load"
+                f"{self.location} is a checkpoint, and no run: give the folder that it is in, or another; a single "
+                "checkpoint is loaded by AsyncCheckpointer.load"
             )
 
     def known_latest(self) -> Checkpoint | None:

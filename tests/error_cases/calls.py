@@ -79,6 +79,15 @@ def _read_only() -> None:
         manager.save(9, {"x": 1})
 
 
+@case("call", "a checkpoint in the place of a run")
+def _no_run() -> None:
+    place = MemoryPlace("run")
+    with SyncCheckpointer(process=False) as checkpointer:
+        checkpointer.save(place.storage, {"x": 1})
+    with managed(place):
+        pass
+
+
 @case("call", "a call after close()")
 def _closed() -> None:
     checkpointer = SyncCheckpointer(process=False)

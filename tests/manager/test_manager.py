@@ -230,7 +230,7 @@ def test_a_checkpoint_is_not_taken_for_a_run_with_nothing_to_resume_from(
     save_all(opened(), training, 9)
     before = sorted((run / "step_9").iterdir())
     with (
-        pytest.raises(InvalidOption, match=rf"step_9 is a checkpoint, and no run; .* such as {run}; "),
+        pytest.raises(InvalidOption, match="step_9 is a checkpoint, and no run: give the folder that it is in"),
         CheckpointManager(run / "step_9", process=False, read_only=read_only) as manager,
     ):
         manager.restore_latest(training.state).result()
