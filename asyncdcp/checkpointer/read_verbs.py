@@ -151,6 +151,8 @@ class ReadVerbs(Closing):
             per_rank=per_rank,
             replicas=replicas,
         )
+        if state is None and rename is not None:
+            raise InvalidOption("rename pairs the checkpoint's names with those of a state; give load the state, too")
         storage = open_storage(path)
         flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
         staged = None if state is None else self._pending.all_staged(self._engine)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asyncdcp import MemoryStorage
-from asyncdcp.errors import StateMismatch
+from asyncdcp.errors import InvalidOption, StateMismatch
 
 
 class Held:
@@ -150,3 +150,8 @@ def test_a_stateful_in_anothers_state_is_the_others_to_load(into):
     into(target, {"outer": Held({"inner": Held({"n": 1})})})
     assert target["outer"].state == {"inner": {"n": 1}}
     assert inner.state == {"n": 0}
+
+
+def test_a_rename_without_a_state_is_refused(checkpointer):
+    with pytest.raises(InvalidOption, match="give load the state, too"):
+        checkpointer.load(MemoryStorage(), rename={"a": "b"})
