@@ -99,6 +99,7 @@ class AESGCM(SealingExtension):
     def reader(self, version: str) -> AESGCM:
         key_id = _key_id(version)
         if key_id == self._key_id:
+            self._resolved()
             return self
         if self._provider is None:
             raise KeyUnavailable(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from asyncdcp.envelope import Seal
-from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat, UsageError
+from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, KeyUnavailable, UnsupportedFormat, UsageError
 from asyncdcp.extensions.base import Extension, SealingExtension
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.extensions.registry import ExtensionRegistry
@@ -20,6 +20,7 @@ class Seals:
         self._registry = registry
         self._verified: set[str] = set()
         self._found: dict[str, Extension] = {}
+        self._closed: dict[str, AsyncDCPError] = {}  # why a seal could not be looked at
 
     @classmethod
     def of(cls, chain: Chain) -> Seals:
@@ -40,6 +41,7 @@ class Seals:
         except (KeyUnavailable, UnsupportedFormat) as error:
             if seal.hidden:
                 raise KeyUnavailable(f"{name} is encrypted: {error}", path=name) from error
+            self._closed[name] = error
             return body
         except UsageError:  # some are ValueErrors
             raise
@@ -61,7 +63,12 @@ class Seals:
         return name in self._verified
 
     def require(self, names: Iterable[str]) -> None:
-        """``CorruptCheckpoint`` unless each of these was seen to be authentic: somebody may have taken its seal off."""
+        """``CorruptCheckpoint`` unless each of these was seen to be authentic: somebody may have taken its seal off.
+        ``KeyUnavailable`` if that could not be told: the key may have been out of reach for that moment only.
+        """
         for name in names:
             if name not in self._verified:
+                if name in self._closed:
+                    why = self._closed[name]
+                    raise KeyUnavailable(f"{name} could not be authenticated: {why}", path=name) from why
                 raise CorruptCheckpoint(f"{name} is not authenticated, and the data that it describes is", path=name)

@@ -223,3 +223,31 @@ def test_two_ranks(everywhere: Callable[..., list[Any]], run: Path) -> None:  # 
     assert everywhere(restore, **sealed()) == [(6, 6.0, {"rank": rank, "step": 6}) for rank in range(2)]
     first, second = everywhere(restore)
     assert isinstance(first, KeyUnavailable) and "KeyUnavailable" in str(second)
+
+
+@pytest.mark.parametrize("hide", [False, True])
+@pytest.mark.parametrize("fails", [1, 7, 8, 1000])
+def test_a_key_that_cannot_be_had_for_a_while_is_no_damage(
+    run: Path, opened: Opened, training: Training, hide: bool, fails: int
+) -> None:
+    """Else training would go on from an older checkpoint, since its provider answered once more by then."""
+    left = 0
+
+    def provider(_: str) -> bytes:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise ConnectionError("the key store is away")
+        return KEY
+
+    writer = opened(extensions=[AESGCM(KEY, key_id="mine", hide_metadata=hide)])
+    save_all(writer, training, 1, 2)
+    writer.close()
+    left = fails
+    try:
+        manager = opened(extensions=[AESGCM(provider, key_id="mine", hide_metadata=hide)])
+        restored = manager.restore_latest(training.state).result()
+    except KeyUnavailable as error:
+        assert "provider raised ConnectionError" in str(error)
+    else:
+        assert restored is not None and restored.step == 2 and fails < 1000
