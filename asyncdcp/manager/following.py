@@ -69,7 +69,7 @@ class Published:
             ) from error
 
 
-async def follow(
+def follow(
     run: str | os.PathLike[str] | Place,
     *,
     after: int | None = None,
@@ -100,14 +100,19 @@ async def follow(
     """
     if every not in ("newest", "all"):
         raise InvalidOption(f"every takes 'newest' or 'all', not {every!r}")
-    if isinstance(poll_seconds, bool) or not poll_seconds > 0:
+    if isinstance(poll_seconds, bool) or not isinstance(poll_seconds, (int, float)) or not poll_seconds > 0:
         raise InvalidOption(f"poll_seconds takes a positive number of seconds, not {poll_seconds!r}")
     before = -1 if after is None else check_step(after)
+    make = partial(CheckpointManager, run, read_only=True, process=False, process_group=SoleRank())
+    return _follow(partial(make, extensions=extensions, registry=registry), before, every, poll_seconds)
+
+
+async def _follow(
+    make: Callable[[], CheckpointManager], before: int, every: Literal["newest", "all"], poll_seconds: float
+) -> AsyncGenerator[Published, None]:
+    """What ``follow`` returns; its manager is made with the first look."""
     seen: set[str | None] = set()
-    manager = CheckpointManager(
-        run, read_only=True, process=False, process_group=SoleRank(), extensions=extensions, registry=registry
-    )
-    async with manager:
+    async with make() as manager:
         while True:
             found = await manager.checkpoints()
             fresh = [each for each in found if each.save_id not in seen and (seen or each.step > before)]

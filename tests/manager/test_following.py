@@ -85,9 +85,10 @@ async def test_after_a_rollback_steps_come_anew(opened: Opened, training: Traini
 
 
 async def test_wrong_options_are_refused(run: Path) -> None:
-    for wrong in ({"every": "some"}, {"poll_seconds": 0}, {"after": -1}):
+    """By the call, not by the first look."""
+    for wrong in ({"every": "some"}, {"poll_seconds": 0}, {"poll_seconds": "1"}, {"after": -1}):
         with pytest.raises(InvalidOption):
-            await anext(asyncdcp.follow(run, **wrong))
+            asyncdcp.follow(run, **wrong)
 
 
 async def test_a_checkpoint_is_no_run_to_wait_for(opened: Opened, training: Training, run: Path) -> None:
