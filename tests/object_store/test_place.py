@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncdcp.errors import InvalidOption
-from asyncdcp.storage.object_store import ObjectPlace
+from asyncdcp.storage.object_store import ObjectPlace, uploads
 from tests.object_store.conftest import BUCKET, KEYS, LIMITS, client
 
 
@@ -42,6 +42,21 @@ async def test_a_log_grows_line_by_line(place: ObjectPlace) -> None:
     await place.storage.overwrite("log", b"one\ntw")
     await place.append("log", b"three")
     assert await place.storage.get("log", 100) == b"one\ntw\nthree\n"
+
+
+async def test_a_public_bucket_is_looked_at_without_credentials(
+    place: ObjectPlace, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await place.child("step_1").put("a.json", b"1")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    uploads._session.cache_clear()
+    public = {"skip_signature": "true", "endpoint": endpoint, "region": "us-east-1"}
+    reader = ObjectPlace(str(place.storage.url), config=public, limits=LIMITS)
+    assert list((await reader.survey(lambda child, name: False, 0)).children) == ["step_1"]
 
 
 def test_bad_names_are_refused(place: ObjectPlace) -> None:

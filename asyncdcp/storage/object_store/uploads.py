@@ -25,6 +25,7 @@ from asyncdcp.threads import on_thread
 
 _NOT_OFFERED: Final = (400, 403, 405, 501)
 """How stores answer that have no such call, or do not let us make it: then there is nothing to be seen."""
+_TRUE: Final = ("1", "true", "on", "yes", "y")
 _CONNECT_SECONDS: Final = 5
 """boto3 tries again by itself."""
 
@@ -107,10 +108,16 @@ class Uploads:
                     retries={"total_max_attempts": 2},
                     connect_timeout=_CONNECT_SECONDS,
                     read_timeout=self._how.limits.claim_request,
+                    signature_version=self._signature(),
                 ),
                 **self._keys(),
             )
         return self._client
+
+    def _signature(self) -> Any:
+        """None stands for boto3's own choice. It would look for credentials to list a public bucket, too."""
+        unsigned = self._how.config.get("skip_signature", "").lower() in _TRUE
+        return import_module("botocore").UNSIGNED if unsigned else None
 
     def _keys(self) -> dict[str, str]:
         """Keys that are given; boto3 looks for others itself."""
