@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from asyncdcp.envelope import Seal
-from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, KeyUnavailable, UnsupportedFormat, UsageError
+from asyncdcp.errors import CorruptCheckpoint, KeyUnavailable, UnsupportedFormat, UsageError
 from asyncdcp.extensions.base import Extension, SealingExtension
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.extensions.registry import ExtensionRegistry
@@ -20,7 +20,7 @@ class Seals:
         self._registry = registry
         self._verified: set[str] = set()
         self._found: dict[str, Extension] = {}
-        self._closed: dict[str, AsyncDCPError] = {}  # why a seal could not be looked at
+        self._unseen: dict[str, str] = {}  # why a seal could not be looked at
 
     @classmethod
     def of(cls, chain: Chain) -> Seals:
@@ -41,7 +41,7 @@ class Seals:
         except (KeyUnavailable, UnsupportedFormat) as error:
             if seal.hidden:
                 raise KeyUnavailable(f"{name} is encrypted: {error}", path=name) from error
-            self._closed[name] = error
+            self._unseen[name] = str(error)
             return body
         except UsageError:  # some are ValueErrors
             raise
@@ -59,6 +59,14 @@ class Seals:
         """Somebody else has seen that this one is authentic."""
         self._verified.add(name)
 
+    def add_unseen(self, name: str, why: str) -> None:
+        """Somebody else could not look at the seal of this one."""
+        self._unseen[name] = why
+
+    def unseen(self, name: str) -> str:
+        """Why the seal of this one could not be looked at; "" where it was, or there is none."""
+        return self._unseen.get(name, "")
+
     def __contains__(self, name: str) -> bool:
         return name in self._verified
 
@@ -68,7 +76,6 @@ class Seals:
         """
         for name in names:
             if name not in self._verified:
-                if name in self._closed:
-                    why = self._closed[name]
-                    raise KeyUnavailable(f"{name} could not be authenticated: {why}", path=name) from why
+                if why := self.unseen(name):
+                    raise KeyUnavailable(f"{name} could not be authenticated: {why}", path=name)
                 raise CorruptCheckpoint(f"{name} is not authenticated, and the data that it describes is", path=name)

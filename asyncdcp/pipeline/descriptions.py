@@ -54,18 +54,21 @@ class Viewer:
 
 class Description(msgspec.Struct):
     """A checkpoint's Record, opened, and its indexes, as they are stored. ``authentic`` says that whoever read the
-    Record saw that an encrypting extension vouches for it.
+    Record saw that an encrypting extension vouches for it, ``unseen`` why they could not look.
     """
 
     record: bytes
     indexes: list[bytes]
     authentic: bool = False
+    unseen: str = ""
 
     def decoded(self, seals: Seals) -> tuple[Record, list[Index]]:
         """Record and indexes, each schema-checked; ``unite`` checks what they say."""
         record = decode_record(self.record, "the Record")
         if self.authentic:
             seals.add(record_name(record.save_id))
+        if self.unseen:
+            seals.add_unseen(record_name(record.save_id), self.unseen)
         names = [index_name(record.save_id, rank) for rank in range(len(self.indexes))]
         return record, [
             check_index_of(decode_index(data, name, seals), record.save_id, rank)
@@ -107,7 +110,7 @@ async def read_description(storage: Storage, record: Record, seals: Seals) -> De
     if not 0 < record.world_size == len(record.indexes):
         raise CorruptCheckpoint(f"{name} lists {len(record.indexes)} indexes of {record.world_size} ranks", path=name)
     indexes = [await _read_listed_bytes(storage, record, rank) for rank in range(record.world_size)]
-    return Description(encode_record(record), indexes, authentic=name in seals)
+    return Description(encode_record(record), indexes, authentic=name in seals, unseen=seals.unseen(name))
 
 
 async def read_listed(storage: Storage, record: Record, rank: int, unseal: Unseal = trusting) -> Index:
