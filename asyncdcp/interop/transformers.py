@@ -26,7 +26,9 @@ class AsyncDCPCallback(TrainerCallback):
     close.
 
     The trainer begins its data and its epochs anew after a restore: a dataset that is to go on where it was keeps its
-    own position. The first loss that it logs then is divided by all steps, those before the restore too.
+    own position. The first loss that it logs then is divided by all steps, those before the restore too. It always
+    makes a step before it looks whether to stop: a run that had reached its last step already is trained one step
+    more, which is not saved.
     """
 
     def __init__(self, manager: CheckpointManager, *, restore: bool = True) -> None:
