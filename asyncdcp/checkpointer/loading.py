@@ -29,7 +29,8 @@ from asyncdcp.planning.shared_reads import SharedReads, Wanted, share_reads
 from asyncdcp.ranks import Links, Ranks, together
 from asyncdcp.results import LoadReport, PerRankOutcome, frozen
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.matching import match, nothing_chosen, unexpected_everywhere
+from asyncdcp.state_dict.matching import match
+from asyncdcp.state_dict.mismatches import nothing_chosen, unexpected_everywhere
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import leaves, prune

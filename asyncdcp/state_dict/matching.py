@@ -9,8 +9,7 @@ can bring it up to date.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asyncdcp.errors import StateMismatch
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.state_dict.chunks import is_dtensor
 from asyncdcp.state_dict.composed import compare
 from asyncdcp.state_dict.flatten import FlatState, Taken
+from asyncdcp.state_dict.mismatches import mismatch
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import own_leaves
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.subclasses import Subclass, cannot_be_made, inner_names, put_together
 from asyncdcp.train_state import TrainState, canonical_name
-
-_SHOWN = 20
 
 
 @dataclass
@@ -78,22 +75,6 @@ def match(flat: FlatState, metadata: Metadata, nodes: TreeNodes, options: LoadOp
     matcher = _Matcher(flat, metadata, nodes, options)
     matcher.alone = alone
     return matcher.run()
-
-
-def nothing_chosen(path: str, keys: Sequence[str]) -> StateMismatch:
-    """The error for ``keys`` that choose nothing of a checkpoint, where no state is given."""
-    name = ", ".join(keys)
-    lines = [f"the call does not match the checkpoint at {path} (nothing was read):"]
-    lines += _listed("different", [f"{name}: keys that match nothing in the checkpoint"], ())
-    return StateMismatch("\n".join(lines), path=path, mismatched=[name])
-
-
-def unexpected_everywhere(path: str, names: Sequence[str]) -> StateMismatch:
-    """The error for what is in the checkpoint and in no rank's state."""
-    lines = [f"the states of all ranks together do not match the checkpoint at {path} (nothing was read):"]
-    lines += _listed("unexpected (only in the checkpoint)", names, ())
-    lines.append("  strict=False loads what both have and leaves the rest alone; rename= pairs other names")
-    return StateMismatch("\n".join(lines), path=path, unexpected=names)
 
 
 def canonical(name: str) -> str:
@@ -144,7 +125,8 @@ class _Matcher:
             elif self._is_tensor(source) and not self._decided_by_checkpoint(name):
                 self._different[name] = "a plain value in the state, a tensor in the checkpoint"
         if self._missing or self._different or (self._unexpected and self.alone):
-            raise self._mismatch()
+            path = self._metadata.storage_meta.checkpoint_id
+            raise mismatch(path, self._missing, self._unexpected, self._different)
         self._match.unexpected = self._unexpected
         self._refuse_new_subclasses()
         self._match.sources.update(self._subclass_pairs)
@@ -316,22 +298,6 @@ class _Matcher:
     def _is_tensor(self, name: str) -> bool:
         return isinstance(self._metadata.state_dict_metadata[self._origin(name)], TensorStorageMetadata)
 
-    def _mismatch(self) -> StateMismatch:
-        path = self._metadata.storage_meta.checkpoint_id
-        lines = [f"the state does not match the checkpoint at {path} (nothing was read):"]
-        lines += _listed("missing in the checkpoint", self._missing, self._unexpected)
-        lines += _listed("unexpected (only in the checkpoint)", self._unexpected, ())
-        lines += _listed("different", [f"{name}: {problem}" for name, problem in self._different.items()], ())
-        if self._missing or self._unexpected:
-            lines.append("  strict=False loads what both have and leaves the rest alone; rename= pairs other names")
-        return StateMismatch(
-            "\n".join(lines),
-            path=path,
-            missing=self._missing,
-            unexpected=self._unexpected,
-            mismatched=list(self._different),
-        )
-
 
 def _is_within(name: str, fqn: str) -> bool:
     """Whether a name is that of what stands at ``fqn``, or of something in it."""
@@ -368,16 +334,3 @@ def _differ(own: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
 def _versions(metadata: Mapping[str, Any]) -> dict[str, object]:
     """By canonical name, so that of a wrapper and what it wraps the inner one counts."""
     return {canonical(name): entry.get("version") for name, entry in metadata.items() if isinstance(entry, Mapping)}
-
-
-def _listed(title: str, names: Sequence[str], candidates: Iterable[str]) -> list[str]:
-    if not names:
-        return []
-    pool = list(candidates)
-    lines = [f"  {title}: {len(names)}"]
-    for name in names[:_SHOWN]:
-        near = difflib.get_close_matches(name, pool, n=1)
-        lines.append(f"    {name}" + (f"  (did you mean {near[0]}?)" if near else ""))
-    if len(names) > _SHOWN:
-        lines.append(f"    … and {len(names) - _SHOWN} more (all are in the error's fields)")
-    return lines
