@@ -72,7 +72,8 @@ class DuplicateName(UsageError, ValueError):
 
 
 class StateMismatch(UsageError, ValueError):
-    """The targets of a load and the checkpoint do not match; found before a byte was read.
+    """The targets of a load and the checkpoint do not match: found before a byte was read, but for what a
+    Stateful's own ``load_state_dict`` does not take.
 
     ``missing`` are FQNs that the state wants and the checkpoint lacks, ``unexpected`` the other way round,
     ``mismatched`` those whose shape, dtype or kind differ.

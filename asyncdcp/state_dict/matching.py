@@ -4,7 +4,7 @@ For modules and for bare tensors and values the *state* decides: what it has mus
 other Statefuls (optimizers, schedulers, data loaders) the *checkpoint* decides: tensors that are alike on both sides
 are filled in place, all others are made anew, and ``load_state_dict`` takes them over. A module whose checkpoint was
 written by another version of its class (``_metadata``) counts among the latter, since only its own ``load_state_dict``
-can bring it up to date.
+can bring it up to date; so do the extra states of modules.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.state_dict.chunks import is_dtensor
 from asyncdcp.state_dict.composed import compare
+from asyncdcp.state_dict.extra_states import extra_state_of, pair_extra_states
 from asyncdcp.state_dict.flatten import FlatState, Taken
 from asyncdcp.state_dict.mismatches import mismatch
 from asyncdcp.state_dict.nodes import TreeNodes
@@ -48,6 +49,8 @@ class Match:
     """The stored name of every checkpoint name that is to get one of ``fresh``."""
     deciding: frozenset[str] = frozenset()
     """FQNs of the Statefuls for which the checkpoint decides."""
+    extra_states: dict[str, Any] = field(default_factory=dict)
+    """The checkpoint's node for each extra state of the state's modules on which it decides."""
     subclasses: dict[str, Subclass] = field(default_factory=dict)
     """The state's tensor subclasses, by their names in the checkpoint; ``add_fresh`` takes them into ``tensors``."""
 
@@ -108,6 +111,7 @@ class _Matcher:
                 if not self._state_decides(fqn, taken) and self._is_chosen(fqn)
             )
         )
+        self._extra_states = self._match_extra_states()
         self.alone = True
         self._missing: list[str] = []
         self._unexpected: list[str] = []
@@ -161,19 +165,27 @@ class _Matcher:
         """Whether ``keys`` choose all that the checkpoint has of a Stateful."""
         if self._options.keys is None:
             return True
-        names = [name for name, own in self._stored.items() if _is_within(own, fqn)]
+        names = [name for name, own in self._stored.items() if is_within(own, fqn)]
         if not names:  # an empty state
             return fqn in self._nodes and (self._options.selects(fqn) or self._options.selects(f"{fqn}."))
         return all(self._options.selects(self._nodes.outer(name)) for name in names)
 
     def _decided_by_checkpoint(self, name: str) -> bool:
-        return self._owner(name) is not None
+        return self._owner(name) is not None or extra_state_of(name) in self._extra_states
+
+    def _match_extra_states(self) -> set[str]:
+        """Finds the extra states on which the checkpoint decides. Their names, on either side."""
+        stored = self._nodes.extra_states
+        own = TreeNodes(self._flat.tree, str).extra_states if stored else {}
+        pairs = {name: other for name, other in pair_extra_states(own, stored).items() if self._is_chosen(other)}
+        self._match.extra_states = {name: stored[other] for name, other in pairs.items()}
+        return {*pairs, *pairs.values()}
 
     def _owner(self, name: str) -> str | None:
         """The Stateful with the checkpoint's say to whose part ``name`` belongs, whichever side has it."""
         for fqn in self._match.deciding:
             taken = self._flat.statefuls[fqn]
-            if name in taken.names or (name not in self._want and _is_within(name, fqn)):
+            if name in taken.names or (name not in self._want and is_within(name, fqn)):
                 known = taken.stateful
                 if isinstance(known, TrainState) and not known.decided_by_checkpoint(
                     name[len(fqn) + 1 if fqn else 0 :]
@@ -271,7 +283,7 @@ class _Matcher:
         They are where their predecessors are, those of an optimizer's state where its parameters are.
         """
         wanted = set(self._match.sources.values())
-        wanted |= {source for name, source in self._have.items() if self._owner(name) is not None}
+        wanted |= {source for name, source in self._have.items() if self._decided_by_checkpoint(name)}
         self._match.loaded = frozenset(wanted)
         sources = self._match.sources
         models = {sources[name]: tensor for name, tensor in self._targets.items() if name in sources}
@@ -299,7 +311,7 @@ class _Matcher:
         return isinstance(self._metadata.state_dict_metadata[self._origin(name)], TensorStorageMetadata)
 
 
-def _is_within(name: str, fqn: str) -> bool:
+def is_within(name: str, fqn: str) -> bool:
     """Whether a name is that of what stands at ``fqn``, or of something in it."""
     return not fqn or name == fqn or name.startswith(f"{fqn}.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.pipeline.trees import KEYED, LISTED
+from asyncdcp.state_dict.extra_states import is_extra_state
 from asyncdcp.state_dict.keys import decode_key
 from asyncdcp.state_dict.subclasses import check_node, inner_names
 from asyncdcp.state_dict.unflatten import module_metadata
@@ -29,6 +30,8 @@ class TreeNodes:
         self._outer: dict[str, str] = {}
         self.subclasses: dict[str, dict[str, Any]] = {}
         """The nodes of tensor subclasses by the checkpoint's own names, without those inside others."""
+        self.extra_states: dict[str, Any] = {}
+        """The nodes, of leaves too, of what modules store of their own."""
         self._renamed = renamed
         self._walk(tree, "", 0)
 
@@ -86,6 +89,8 @@ class TreeNodes:
         if not isinstance(content, list) or len(content) != 2 or not all(isinstance(part, list) for part in content):
             raise CorruptCheckpoint(f"the tree has a dict that is not its keys and nodes at {fqn!r:.200}")
         for key, item in zip(*content, strict=False):
+            if is_extra_state(key):
+                self.extra_states[self._renamed(_join(fqn, key))] = item
             if _is_container(item):
                 self._walk(item, _join(fqn, decode_key(key)), depth + 1)
 

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from asyncdcp.errors import StateMismatch
+from asyncdcp.errors import AsyncDCPError, StateMismatch
+from asyncdcp.state_dict.extra_states import extra_state_of
 from asyncdcp.state_dict.flatten import FlatState, Taken, is_plain_sequence
-from asyncdcp.state_dict.matching import Match
+from asyncdcp.state_dict.matching import Match, is_within
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import prune
@@ -89,7 +90,9 @@ class Restorer:
 
     def _entries(self, target: dict[Any, Any], fqn: str) -> None:
         for key, old in target.items():
-            new = self._value(old, f"{fqn}.{key}" if fqn else str(key))
+            name = f"{fqn}.{key}" if fqn else str(key)
+            extra = self._match.extra_states.get(name)
+            new = self._value(old, name) if extra is None else self._made(extra)
             if new is not old:
                 target[key] = new
 
@@ -115,36 +118,52 @@ class Restorer:
         if fqn in self._match.deciding:
             node = self._nodes.get(fqn)
             if node is not None and isinstance(taken.stateful, TrainState):  # the rest of it is other ranks'
-                node = prune(node, lambda name: name in self._match.tensors or name in self._values, fqn)
+                node = prune(node, self._is_here, fqn)
             if node is not None:
-                part = unflatten(node, self._match.tensors, self._values, allow_pickle=self._options.allow_pickle)
-                self._hand_over(fqn, taken.stateful, part, strict=self._options.strict)
+                self._hand_over(fqn, taken.stateful, self._made(node), strict=self._options.strict)
             return
-        chosen = [name for name in taken.names if name in self._match.sources]
-        if chosen or not taken.names:
+        extra = self._match.extra_states
+        chosen = [name for name in taken.names if name in self._match.sources or extra_state_of(name) in extra]
+        if chosen or not taken.names or any(is_within(name, fqn) for name in extra):
             part = self._value(taken.state, fqn)
             whole = len(chosen) == len(taken.names)
             if not whole and isinstance(part, dict) and isinstance(taken.stateful, torch.nn.Module):
                 part = self._only(part, fqn)  # others are given what they had for what is not loaded
             self._hand_over(fqn, taken.stateful, part, strict=whole)
 
+    def _is_here(self, name: str) -> bool:
+        return name in self._match.tensors or name in self._values or name in self._match.extra_states
+
+    def _made(self, node: Any) -> Any:
+        return unflatten(node, self._match.tensors, self._values, allow_pickle=self._options.allow_pickle)
+
     def _only(self, part: dict[Any, Any], fqn: str) -> dict[Any, Any]:
         """The entries of a module's state that are loaded; the others are not even copied onto themselves."""
-        kept = [key for key in part if (f"{fqn}.{key}" if fqn else str(key)) in self._match.sources]
+        loaded = self._match.sources.keys() | self._match.extra_states.keys()
+        kept = [key for key in part if (f"{fqn}.{key}" if fqn else str(key)) in loaded]
         few = OrderedDict((key, part[key]) for key in kept)
         if isinstance(part, OrderedDict):
             vars(few).update(vars(part))
         return few
 
     def _hand_over(self, fqn: str, stateful: Stateful, part: Any, *, strict: bool) -> None:
-        if not isinstance(stateful, torch.nn.Module):
-            stateful.load_state_dict(part)
-            return
-        ties = _ties(stateful) if self._options.assign else []
+        """What it raises is told with its name, as a ``StateMismatch`` unless it is an error of ours already."""
         try:
-            stateful.load_state_dict(part, strict=strict, assign=self._options.assign)
-        except RuntimeError as error:
-            raise StateMismatch(f"{fqn}: its load_state_dict refused the checkpoint's state: {error}") from error
+            if isinstance(stateful, torch.nn.Module):
+                self._load_module(stateful, part, strict=strict)
+            else:
+                stateful.load_state_dict(part)
+        except AsyncDCPError as error:
+            error.add_note(f"raised by the load_state_dict of {fqn or 'the state'}")
+            raise
+        except Exception as error:
+            kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+            message = f"{fqn or 'the state'}: its load_state_dict refused the checkpoint's state: {kind}{error}"
+            raise StateMismatch(message) from error
+
+    def _load_module(self, module: torch.nn.Module, part: Any, *, strict: bool) -> None:
+        ties = _ties(module) if self._options.assign else []
+        module.load_state_dict(part, strict=strict, assign=self._options.assign)
         for old, places in ties:
             _tie(old, places)
 

@@ -53,6 +53,11 @@ def _one_key() -> None:
     load(save({"x": 1}), keys="model.*")
 
 
+@case("call", "load(rename=) without a state")
+def _rename_alone() -> None:
+    load(save({"x": 1}), rename={"x": "y"})
+
+
 @case("call", "guard() of what has no step hook")
 def _guard() -> None:
     with AsyncCheckpointer(process=False) as checkpointer:

@@ -134,6 +134,7 @@ _MISMATCHES: list[tuple[str, Callable[[], tuple[Any, Any]]]] = [
     ("a target that was expanded", lambda: ({"x": torch.ones(1).expand(3)}, {"x": torch.ones(3)})),
     ("another tensor subclass", lambda: ({"x": torch.ones(2)}, {"x": TwoTensor(torch.ones(2), torch.ones(2))})),
     ("a module that refuses its state", lambda: ({"m": Strange()}, {"m": Strange()})),
+    ("a Stateful that cannot take its state", lambda: ({"loader": Forgetful()}, {"loader": Forgetful()})),
 ]
 
 
@@ -143,6 +144,14 @@ class Strange(nn.Linear):
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("not today")
+
+
+class Forgetful:
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("epoch")
 
 
 for _cause, _pair in _MISMATCHES:
@@ -157,6 +166,12 @@ def _no_subclass() -> None:
 @case("mismatch", "load(keys=) that match nothing")
 def _load_keys() -> None:
     load(save({"model": 1}), {"model": 2}, keys=["net.*"])
+
+
+@case("mismatch", "load(rename=) that gives one name to two")
+def _clashing_rename() -> None:
+    both = {"a": torch.ones(1), "b": torch.ones(1)}
+    load(save(both), {"a": torch.ones(1)}, rename={"b": "a"})
 
 
 @case("mismatch", "a pickle, and no allow_pickle")
