@@ -103,6 +103,16 @@ class TrainState:
             return False
         return not self._own_names().isdisjoint(_prefixes(name))
 
+    def completed(self, stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """``stored`` and, of parameters and buffers that it does not know, what ``own`` has; both of ``state_dict()``."""
+        optimizer = stored.get("optimizer", {})
+        groups = optimizer.get("groups", {})
+        kept = {name: entries for name, entries in own["optimizer"]["state"].items() if name not in groups}
+        return {
+            "model": own["model"] | stored.get("model", {}),
+            "optimizer": {"state": kept | optimizer.get("state", {}), "groups": groups},
+        }
+
     def parameters(self) -> dict[str, Tensor]:
         """The optimizers' parameters, by the path of their states."""
         return {

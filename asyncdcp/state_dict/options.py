@@ -44,6 +44,11 @@ class LoadOptions:
                 f"function, not {self.rename!r:.80}"
             )
 
+    @property
+    def in_part(self) -> bool:
+        """Whether what the checkpoint lacks, or is not chosen of it, is to be left alone."""
+        return not self.strict or self.keys is not None
+
     def selects(self, name: str) -> bool:
         """Whether ``keys`` lets a checkpoint's FQN through."""
         return self._pattern is None or self._pattern.fullmatch(name) is not None

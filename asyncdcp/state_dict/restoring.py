@@ -120,7 +120,10 @@ class Restorer:
             if node is not None and isinstance(taken.stateful, TrainState):  # the rest of it is other ranks'
                 node = prune(node, self._is_here, fqn)
             if node is not None:
-                self._hand_over(fqn, taken.stateful, self._made(node), strict=self._options.strict)
+                part = self._made(node)
+                if isinstance(taken.stateful, TrainState) and self._options.in_part:
+                    part = taken.stateful.completed(part, taken.state)
+                self._hand_over(fqn, taken.stateful, part, strict=self._options.strict)
             return
         extra = self._match.extra_states
         chosen = [name for name in taken.names if name in self._match.sources or extra_state_of(name) in extra]

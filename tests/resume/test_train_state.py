@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,25 @@ def test_a_parameter_of_two_optimizers_is_refused_as_such() -> None:
     twice = [torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2)]
     with pytest.raises(DuplicateName, match="two of its optimizers have the parameter"):
         TrainState(net, optimizers=twice).state_dict()
+
+
+def test_without_strict_what_the_checkpoint_lacks_is_left_alone(
+    checkpointer: AsyncCheckpointer, tmp_path: Path, same: Any
+) -> None:
+    old = model()
+    first = torch.optim.AdamW(old.parameters(), lr=0.1)
+    step(old, first)
+    checkpointer.save(tmp_path / "it", {"train": TrainState(old, optimizers=first)}).result()
+    for options in ({"strict": False}, {"keys": ["train.*"]}, {"keys": ["*"], "strict": False}):
+        grown = model(1).append(nn.Linear(2, 2))
+        optimizer = torch.optim.AdamW([*grown[3].parameters(), *grown[:3].parameters()], lr=0.2)
+        step(grown, optimizer)
+        before = copy.deepcopy([grown[3].state_dict(), [optimizer.state[each] for each in grown[3].parameters()]])
+        with pytest.raises(StateMismatch, match=r"train\.model\.3\.weight"):
+            checkpointer.load(tmp_path / "it", {"train": TrainState(grown, optimizers=optimizer)}).result()
+        checkpointer.load(tmp_path / "it", {"train": TrainState(grown, optimizers=optimizer)}, **options).result()
+        assert same([grown[3].state_dict(), [optimizer.state[each] for each in grown[3].parameters()]], before)
+        assert same([*grown[:3].state_dict().values()], [*old.state_dict().values()])
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        of_old = [first.state[each] for each in old.parameters()]
+        assert same([optimizer.state[each] for each in grown[:3].parameters()], of_old)
