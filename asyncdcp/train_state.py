@@ -104,7 +104,7 @@ class TrainState:
         return not self._own_names().isdisjoint(_prefixes(name))
 
     def completed(self, stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """``stored`` and, of parameters and buffers that it does not know, what ``own`` has; both of ``state_dict()``."""
+        """``stored``, and what ``own`` has of parameters and buffers that it does not know."""
         optimizer = stored.get("optimizer", {})
         groups = optimizer.get("groups", {})
         kept = {name: entries for name, entries in own["optimizer"]["state"].items() if name not in groups}
