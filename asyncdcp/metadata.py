@@ -22,6 +22,8 @@ import msgspec
 
 RECORD_LIMIT = 64 << 20
 """The most bytes a Record may have: 16,384 ranks at some hundred bytes each, and the user's metadata."""
+USER_METADATA_LIMIT = 32 << 20
+"""The most bytes of the user's metadata, which leaves the rest room, and what encryption adds."""
 INDEX_LIMIT = 4 << 30
 """The most bytes an Index may have: 90 million chunks."""
 

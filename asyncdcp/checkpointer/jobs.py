@@ -15,10 +15,13 @@ import torch
 from asyncdcp.errors import InvalidOption
 from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES, element_runs
 from asyncdcp.format.image import FileImage
-from asyncdcp.metadata import DTYPE_SIZES
+from asyncdcp.metadata import DTYPE_SIZES, USER_METADATA_LIMIT
 from asyncdcp.names import data_name
 from asyncdcp.pipeline.messages import FileJob, SaveJob
 from asyncdcp.planning import SavePlan
+
+_LEVELS = 100
+"""So deep may metadata be nested, as may a state."""
 
 
 def make_job(  # noqa: PLR0913  # each is a word of the verb, or follows from the checkpointer
@@ -79,10 +82,24 @@ def versions() -> Mapping[str, str]:
 
 
 def plain_json(option: str, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy of ``mapping`` as it will be read back; ``InvalidOption`` if JSON cannot carry it."""
+    """A copy of ``mapping`` as it will be read back; ``InvalidOption`` if JSON or a Record cannot carry it."""
     try:
-        copied = msgspec.json.decode(msgspec.json.encode(dict(mapping or {})))
+        encoded = msgspec.json.encode(dict(mapping or {}))
+        copied = msgspec.json.decode(encoded)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidOption(f"{option} takes a mapping that JSON can carry: {error}") from error
     assert isinstance(copied, dict)
+    if len(encoded) > USER_METADATA_LIMIT:
+        raise InvalidOption(
+            f"{option} has {len(encoded):,} bytes as JSON, and may have {USER_METADATA_LIMIT:,}: hold what is large in "
+            "the state"
+        )
+    if _deeper(copied, _LEVELS):
+        raise InvalidOption(f"{option} is nested deeper than {_LEVELS} levels")
     return copied
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and dicts are nested in each other deeper than so many ``levels``."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_deeper(item, levels - 1) for item in inner))

@@ -16,6 +16,8 @@ from asyncdcp.errors import (
 )
 from asyncdcp.metadata import Record
 
+_CAUSE_LIMIT = 100_000
+
 _KINDS: dict[type[AsyncDCPError], str] = {
     StructureChanged: "structure",
     ReplicaMismatch: "mismatch",
@@ -28,6 +30,13 @@ _KINDS: dict[type[AsyncDCPError], str] = {
 def kind_of(error: AsyncDCPError) -> str:
     """What an abort calls it."""
     return _KINDS.get(type(error), "failed")
+
+
+def cause_of(kind: str, error: AsyncDCPError) -> str:
+    """What an abort says, whatever the error does: no message may keep a Record from being written. Paths may be in it
+    that are not UTF-8, and what others raise may be of any length.
+    """
+    return f"{kind}: {error}"[:_CAUSE_LIMIT].encode("utf-8", "backslashreplace").decode()
 
 
 def known_error(error: Exception, location: str) -> AsyncDCPError:
@@ -65,5 +74,5 @@ def peer_error(record: Record, location: str) -> AsyncDCPError:
 def abort_record(save_id: str, ranks: tuple[int, int], error: AsyncDCPError, versions: dict[str, str]) -> Record:
     """The abort of a save that did not come to a pipeline. ``ranks`` are this one and how many there are."""
     rank, world_size = ranks
-    cause = f"{kind_of(error)}: {error}"
+    cause = cause_of(kind_of(error), error)
     return Record(save_id, "abort", time.time(), world_size, versions, rank=rank, cause=cause)

@@ -27,7 +27,7 @@ from asyncdcp.errors import (
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Index, IndexRef, Record, Summary
 from asyncdcp.names import index_name, record_name, record_save_id
-from asyncdcp.pipeline.causes import kind_of, known_error
+from asyncdcp.pipeline.causes import cause_of, kind_of, known_error
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
 from asyncdcp.pipeline.messages import SaveJob
 from asyncdcp.pipeline.records import destroyed_records, live_commits, read_index, read_record, read_records
@@ -185,7 +185,7 @@ class Settlement:
     async def _claim_abort(self) -> Event:
         await self._name_the_missing()
         reason = self._give_up.reason
-        cause = f"{reason.kind}: {reason.error}" if reason else "the commit could not be claimed"
+        cause = cause_of(reason.kind, reason.error) if reason else "the commit could not be claimed"
         late = reason.error.rank if reason is not None and reason.kind == "deadline" else None
         rank = self._job.rank if late is None else late
         return await self._claim(replace(self._new_record("abort"), rank=rank, cause=cause))

@@ -136,6 +136,9 @@ def unite(indexes: Sequence[Index], viewer: int | None = 0) -> Union:
 
 def _check_names(union: Union, table: ChunkTable, source: str) -> None:
     """One name means one thing."""
+    for name in union.aliases:
+        if name in union.values:
+            corrupt(source, f"{name} is a value, and is also tied to a tensor", name)
     for tensor in table.tensors:
         if tensor.shown and tensor.name in union.aliases:
             corrupt(source, f"{tensor.name} is stored, and is also tied to another", tensor.name)

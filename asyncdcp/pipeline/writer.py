@@ -23,12 +23,13 @@ from asyncdcp.errors import (
     DeadlineExceeded,
     SaveAborted,
     StorageError,
+    UnsupportedValue,
     frameless,
     ungrouped,
 )
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
-from asyncdcp.metadata import FileTable, IndexRef
+from asyncdcp.metadata import INDEX_LIMIT, FileTable, IndexRef
 from asyncdcp.names import belongs_to, index_name, record_name
 from asyncdcp.pipeline.causes import commit_unknown, known_error, peer_error
 from asyncdcp.pipeline.channel import Channel
@@ -187,6 +188,12 @@ class CheckpointWriter:
         head = IndexHead(job.save_id, job.rank, job.block_bytes, job.transforms)
         sealer = self._chain.sealer(job.save_id)
         data = await to_thread.run_sync(encode_index, head, bytes(job.plan), bytes(job.values), tables, sealer)
+        if len(data) > INDEX_LIMIT:  # nobody could read it again
+            raise UnsupportedValue(
+                f"the index of the save to {self._storage.info.location} has {len(data):,} bytes, and may have "
+                f"{INDEX_LIMIT:,}; {len(job.values):,} of them are plain values: hold large arrays as tensors",
+                path=self._storage.info.location,
+            )
         own = IndexRef(index_name(job.save_id, job.rank), len(data), digest(data))
         try:
             self._own = own  # before it is there: a put that fails may have been carried out

@@ -106,6 +106,18 @@ async def test_metadata_is_kept_as_json(checkpointer: AsyncCheckpointer) -> None
     assert record.metadata == {"loss": 0.5, "tags": ["a"], "nested": {"n": None}}
 
 
+def test_metadata_that_could_not_be_read_again_is_refused(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(100):
+        deep = [deep]
+    checkpointer.save(tmp_path, {"w": torch.ones(1)}).result()
+    for given, words in (({"log": "x" * (65 << 20)}, "hold what is large in the state"), ({"x": deep}, "100 levels")):
+        with pytest.raises(InvalidOption, match=words):
+            checkpointer.save(tmp_path, {"w": torch.zeros(1)}, metadata=given, overwrite=True)
+    assert checkpointer.load(tmp_path).result()["w"] == 1
+    checkpointer.save(tmp_path, {}, metadata={"x": deep[0][0]}, overwrite=True).result()
+
+
 def test_what_cannot_be_saved_is_refused_at_once(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
     for place in ("", 3, "nowhere://bucket"):
         with pytest.raises(InvalidOption):

@@ -109,6 +109,11 @@ def _metadata() -> None:
     save({"x": 1}, metadata={"when": object()})
 
 
+@case("save", "metadata= of more than 32 MiB")
+def _large_metadata() -> None:
+    save({"x": 1}, metadata={"log": "x" * (33 << 20)})
+
+
 @case("save", "keys= that match nothing")
 def _save_keys() -> None:
     save({"model": 1}, keys=["net.*"])

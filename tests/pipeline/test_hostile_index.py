@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
+from asyncdcp.errors import CorruptCheckpoint, StructureChanged, UnsupportedFormat
 from asyncdcp.pipeline.reader import CheckpointReader
-from tests.pipeline.forge import INDEX, OTHER, SAVE, STATE, Change, forger, read_all, refused
+from asyncdcp.storage import MemoryStorage
+from tests.pipeline.forge import (
+    INDEX,
+    OTHER,
+    SAVE,
+    STATE,
+    Change,
+    forger,
+    read_all,
+    refused,
+    structure_of,
+    writer_of,
+)
 
 # STATE's order in the file: s (8 bytes at 4096), w (24,000 bytes at 4104), b (7 bytes at 28104).
 # As columns: tensors w, b, s; chunk rows s, w, b.
@@ -163,3 +177,15 @@ async def test_an_alias_and_an_empty_tensor() -> None:
         assert reader.metadata.aliases == {"tied": "w"}
         assert reader.metadata.storage_meta.user == {"note": "ü"}
     assert (await read_all(forged.storage))["empty"].shape == (0, 3)
+
+
+async def test_what_is_a_value_on_one_rank_and_tied_on_another() -> None:
+    storage = MemoryStorage("here")
+    arrays = {"w": np.arange(4.0)}
+    jobs = [
+        {"structure": structure_of(arrays), "values": msgspec.Raw(b'{"t":1}')},
+        {"structure": structure_of(arrays, rank=1, aliases={"t": "w"}), "values": msgspec.Raw(b"{}")},
+    ]
+    writers = [writer_of(storage, arrays, world_size=2, rank=rank, **job)[0] for rank, job in enumerate(jobs)]
+    found = await asyncio.gather(*(writer.run() for writer in writers), return_exceptions=True)
+    assert all(isinstance(error, StructureChanged) and "t is a value" in str(error) for error in found), found

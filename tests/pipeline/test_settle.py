@@ -195,6 +195,21 @@ def test_the_committer_refuses_what_a_reader_would() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("message", ["cannot write there/\udcff", "!" * (80 << 20)], ids=["not UTF-8", "long"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whatever_is_wrong_the_others_are_told(message: str, rank: int) -> None:
+    async def main() -> None:
+        storage = MemoryStorage()
+        settlement, signal = settled(storage, rank=rank, world=2)
+        signal.set(Reason("failed", StorageError(message)))
+        assert await settlement.run() is State.ABORTED
+        peer, _ = settled(storage, rank=1 - rank, world=2)
+        assert await peer.run() is State.ABORTED
+        assert peer.record and str(peer.record.cause).startswith(f"failed: {message[:10]}")
+
+    run(main())
+
+
 def test_a_full_disk_still_reads_the_others_abort() -> None:
     """Who can no longer write finds out by reading how the save ended."""
 

@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 import anyio
+import msgspec
 import numpy as np
 import pytest
 import safetensors
 
-from asyncdcp.errors import AsyncDCPError, Cancelled, DeadlineExceeded, StorageError
+from asyncdcp.errors import AsyncDCPError, Cancelled, DeadlineExceeded, StorageError, UnsupportedValue
 from asyncdcp.names import data_name, index_name, record_name
 from asyncdcp.pipeline import settle, transform
 from asyncdcp.pipeline.commit import CommitMachine
@@ -103,6 +104,17 @@ async def test_a_put_that_was_carried_out_and_failed_leaves_nothing_without_tens
     nothing_is_left(storage)
     record = record_in(storage)
     assert record and record.outcome == "abort"
+
+
+async def test_an_index_that_nobody_could_read_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Staged()
+    await save(storage, {"old": np.ones(3)}, save_id=OTHER)
+    for limits in ("pipeline.writer", "pipeline.records"):
+        monkeypatch.setattr(f"asyncdcp.{limits}.INDEX_LIMIT", 2000)
+    with pytest.raises(UnsupportedValue, match="5,010 of them are plain values"):
+        await save(storage, ARRAYS, values=msgspec.Raw(b'{"log":"%s"}' % (b"x" * 5000)), overwrite=True)
+    nothing_is_left(storage)
+    assert (await read_all(storage)).keys() == {"old"}
 
 
 async def test_an_index_that_was_there_before_is_not_deleted() -> None:
