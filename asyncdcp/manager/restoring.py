@@ -40,18 +40,20 @@ class _Outcome(msgspec.Struct):
 
 
 async def said(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_: type[T]) -> T:
-    """What ``work`` comes to on rank 0, on every rank. An error of it is raised there, and elsewhere ``PeerFailed``."""
+    """What ``work`` comes to on rank 0, on every rank. An error of it is raised there, and elsewhere ``PeerFailed``. It
+    goes as JSON, as Records do, in whose metadata integers may have any size.
+    """
     if ranks.rank:
         word = msgspec.msgpack.decode(await ranks.broadcast(topic, None), type=_Word)
         if word.error is not None:
             raise PeerFailed(f"rank 0: {word.error}", rank=0)
-        return msgspec.msgpack.decode(word.data, type=type_)
+        return msgspec.json.decode(word.data, type=type_)
     try:
         value = await work()
     except Exception as error:
         await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(f"{type(error).__name__}: {error}")))
         raise
-    await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(data=msgspec.msgpack.encode(value))))
+    await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(data=msgspec.json.encode(value))))
     return value
 
 

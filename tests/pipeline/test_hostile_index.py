@@ -182,7 +182,7 @@ async def test_an_alias_and_an_empty_tensor() -> None:
 async def test_what_is_a_value_on_one_rank_and_tied_on_another() -> None:
     storage = MemoryStorage("here")
     arrays = {"w": np.arange(4.0)}
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"structure": structure_of(arrays), "values": msgspec.Raw(b'{"t":1}')},
         {"structure": structure_of(arrays, rank=1, aliases={"t": "w"}), "values": msgspec.Raw(b"{}")},
     ]
