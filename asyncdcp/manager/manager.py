@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, Self, SupportsFloat
 
 import torch
@@ -112,6 +113,7 @@ class CheckpointManager(ReadVerbs):
         self._lock = threading.RLock()
         self._opening: CheckpointFuture[None] | None = None
         self._asked: tuple[int, bool] | None = None
+        self._restores = count(1)
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
         self._reporter = Reporter(telemetry, self.location, self._engine)

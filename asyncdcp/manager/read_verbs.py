@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -43,6 +43,7 @@ class ReadVerbs(Closing):
     _saves: Saves
     _session: RunSession
     _ending: Ending
+    _restores: Iterator[int]
 
     @abstractmethod
     def open(self) -> CheckpointFuture[None]:
@@ -107,14 +108,17 @@ class ReadVerbs(Closing):
         if load.keywords.get("state") is None:
             raise InvalidOption("restore takes the state to restore into, such as {'model': model}")
         opened = self.open()
-        return self._engine.submit(self._restored, step, load, opened, name=f"restore from {self.location}")
+        number = next(self._restores)
+        return self._engine.submit(self._restored, number, step, load, opened, name=f"restore from {self.location}")
 
     async def _restored(
-        self, step: int | None, load: partial[CheckpointFuture[Any]], opened: CheckpointFuture[None]
+        self, number: int, step: int | None, load: partial[CheckpointFuture[Any]], opened: CheckpointFuture[None]
     ) -> Checkpoint | None:
-        await opened
-        await self._saves.settle()
-        return await self._session.restore(step, load, writes=not self.read_only)
+        async def ready() -> None:
+            await opened
+            await self._saves.settle()
+
+        return await self._session.restore(number, step, load, ready, writes=not self.read_only)
 
     def load(  # noqa: PLR0913  # the vocabulary of loading
         self,

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from anyio import CancelScope
+
 from asyncdcp.errors import CheckpointGone, CheckpointNotFound, CorruptCheckpoint, StorageError
+from asyncdcp.futures import CheckpointFuture
+from asyncdcp.names import record_name
 from asyncdcp.runs import Checkpoint
 from asyncdcp.runs.deletion import check_there
 from asyncdcp.runs.view import SaveView
 from asyncdcp.storage import Place, Storage
 
-LoadFrom: TypeAlias = Callable[[Storage], Awaitable[Any]]
-"""Loads from a storage that holds one checkpoint."""
+LoadFrom: TypeAlias = Callable[[Storage], CheckpointFuture[Any]]
+"""Begins to load from a storage that holds one checkpoint."""
+
+
+class _Committed(SaveView):
+    """Says so where the save is gone, so that what is left of it is never taken for a checkpoint. The load asks, and
+    not who begins it: what one of several ranks meets before they load together, the others would not hear of.
+    """
+
+    async def list(self) -> dict[str, int]:
+        names = await super().list()
+        if record_name(self.save_id) not in names:
+            raise CheckpointGone(
+                f"the checkpoint at {self.info.location} was deleted before it was read; read a newer one",
+                path=self.info.location,
+            )
+        return names
 
 
 async def load_checkpoint(place: Place, checkpoint: Checkpoint, load: LoadFrom) -> Any:
     """What ``load`` makes of the checkpoint's storage, which shows this one save. ``CheckpointGone`` if it was deleted
     before all of it was read.
+
+    Who is cancelled gives the load up, and goes on when nothing writes to the state any more.
     """
     assert checkpoint.save_id is not None
     storage = place.child(checkpoint.name)
-    await check_there(storage, checkpoint.save_id)
+    loading = load(_Committed(storage, checkpoint.save_id))
     try:
-        return await load(SaveView(storage, checkpoint.save_id))
+        return await loading
+    except CheckpointGone:
+        raise
     except (CorruptCheckpoint, CheckpointNotFound, StorageError) as error:
         try:
             await check_there(storage, checkpoint.save_id)
@@ -32,3 +55,7 @@ async def load_checkpoint(place: Place, checkpoint: Checkpoint, load: LoadFrom) 
         except StorageError:
             pass  # what the load has met says more
         raise
+    finally:
+        loading.cancel()  # of no effect where it is done
+        with CancelScope(shield=True):
+            await loading.settled()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import Final, TypeVar
 
 import msgspec
+from anyio import move_on_after
 
 from asyncdcp.errors import (
     AsyncDCPError,
@@ -16,13 +19,15 @@ from asyncdcp.errors import (
     StorageError,
     UnsupportedFormat,
 )
-from asyncdcp.ranks import Ranks, gather
+from asyncdcp.ranks import Ranks, together
 from asyncdcp.runs import Checkpoint
 
 T = TypeVar("T")
 
 Load = Callable[[Checkpoint], Awaitable[None]]
 OnDamage = Callable[[Checkpoint, AsyncDCPError], None]
+
+_LAST_WORD_SECONDS: Final = 5.0
 
 
 class _Word(msgspec.Struct):
@@ -50,25 +55,42 @@ async def said(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_
         return msgspec.json.decode(word.data, type=type_)
     try:
         value = await work()
-    except Exception as error:
-        await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(f"{type(error).__name__}: {error}")))
+    except BaseException as error:
+        with move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
+            await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(f"{type(error).__name__}: {error}")))
         raise
     await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(data=msgspec.json.encode(value))))
     return value
 
 
+async def chosen(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_: type[T]) -> T:
+    """As ``said``, but for all ranks do ``work``, and none goes on unless it went well on each: one that fails or is
+    cancelled fails the others at once. Rank 0's counts.
+    """
+
+    async def tell() -> bytes:
+        return msgspec.msgpack.encode(await work())
+
+    try:
+        return msgspec.msgpack.decode(await together(ranks, topic, tell), type=type_)
+    except AsyncDCPError as error:
+        if ranks.rank == 0 or error.rank != 0 or isinstance(error, PeerError):
+            raise
+        raise PeerFailed(f"rank 0: {type(error).__name__}: {error}", rank=0) from error
+
+
 async def load_first(
-    ranks: Ranks, candidates: Sequence[Checkpoint], load: Load, on_damage: OnDamage
+    ranks: Ranks, topic: str, candidates: Sequence[Checkpoint], load: Load, on_damage: OnDamage
 ) -> Checkpoint | None:
     """The first candidate that every rank could load; None if there are no candidates.
 
     Damage on any rank (bytes that do not verify, files that are gone or cannot be read) makes all go on to the next,
-    and ``on_damage`` hears of it; any other error is raised on all, as is the first damage if nothing is left.
+    and ``on_damage`` hears of it; any other error is raised on all, as is the first damage if nothing is left. Where
+    one is cancelled, all others fail (``PeerFailed``) as soon as they have loaded, or could not.
     """
     first: AsyncDCPError | None = None
     for candidate in candidates:
-        error = await _try(load, candidate)
-        found = await _gathered(ranks, error)
+        found = await _loaded(ranks, topic, partial(load, candidate))
         if found is None:
             return candidate
         known, damage = found
@@ -82,23 +104,23 @@ async def load_first(
     return None
 
 
-async def _try(load: Load, candidate: Checkpoint) -> AsyncDCPError | None:
-    try:
-        await load(candidate)
-    except AsyncDCPError as error:
-        return error
-    return None
-
-
-async def _gathered(ranks: Ranks, error: AsyncDCPError | None) -> tuple[AsyncDCPError, bool] | None:
+async def _loaded(ranks: Ranks, topic: str, load: Callable[[], Awaitable[None]]) -> tuple[AsyncDCPError, bool] | None:
     """None if all ranks have loaded; else the error to go by, this rank's own first, and whether it is damage to all
     ranks that have one.
     """
-    own = _Outcome() if error is None else _Outcome(f"{type(error).__name__}: {error}", _is_damage(error))
-    told = [
-        msgspec.msgpack.decode(each, type=_Outcome)
-        for each in await gather(ranks, "restored", msgspec.msgpack.encode(own))
-    ]
+    error: AsyncDCPError | None = None
+
+    async def tell() -> bytes:
+        nonlocal error
+        try:
+            await load()
+        except AsyncDCPError as known:
+            error = known
+            return msgspec.msgpack.encode(_Outcome(f"{type(known).__name__}: {known}", _is_damage(known)))
+        return msgspec.msgpack.encode(_Outcome())
+
+    words = msgspec.msgpack.decode(await together(ranks, topic, tell, msgspec.msgpack.encode), type=list[bytes])
+    told = [msgspec.msgpack.decode(word, type=_Outcome) for word in words]
     failed = {rank: outcome for rank, outcome in enumerate(told) if outcome.error is not None}
     if not failed:
         return None

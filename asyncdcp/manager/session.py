@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint
 from asyncdcp.extensions import PLAIN, ExtensionRegistry
 from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.reading import LoadFrom, load_checkpoint
-from asyncdcp.manager.restoring import load_first, said
+from asyncdcp.manager.restoring import chosen, load_first, said
 from asyncdcp.manager.telemetry import Reporter
 from asyncdcp.pipeline.newest_foreign import newest_foreign
 from asyncdcp.ranks import Ranks, gather
@@ -151,22 +153,35 @@ class RunSession:
 
     # ── restoring ──
 
-    async def restore(self, step: int | None, load: LoadFrom, *, writes: bool) -> Checkpoint | None:
-        """Loads a step, or the newest that can be loaded; with ``writes`` the line goes on from it. On all ranks."""
+    async def restore(
+        self, number: int, step: int | None, load: LoadFrom, ready: Callable[[], Awaitable[None]], *, writes: bool
+    ) -> Checkpoint | None:
+        """Loads a step, or the newest that can be loaded; with ``writes`` the line goes on from it. On all ranks.
 
-        async def load_one(checkpoint: Checkpoint) -> None:
-            await load_checkpoint(self._place, checkpoint, load)
+        Begins once ``ready`` returns. Where one rank fails or is cancelled, the others do not wait for it; and
+        ``number``, which counts the calls, keeps what they agree on for the next one apart from what is left of this.
+        """
+        async with AsyncExitStack() as turn:
 
-        async with self._writing:
-            choose = self._newest if step is None else lambda: self._one(step)
-            choice = await said(self._ranks, "candidates", choose, _Choice)
+            async def choose() -> _Choice:
+                await ready()
+                await turn.enter_async_context(self._writing)
+                if self._ranks.rank:
+                    return _Choice([])
+                return await (self._newest() if step is None else self._one(step))
+
+            async def load_one(checkpoint: Checkpoint) -> None:
+                await load_checkpoint(self._place, checkpoint, load)
+
+            choice = await chosen(self._ranks, f"candidates {number}", choose, _Choice)
             begun = time.monotonic()
-            restored = await load_first(self._ranks, choice.candidates, load_one, self._fell_back)
+            topic = f"restored {number}"
+            restored = await load_first(self._ranks, topic, choice.candidates, load_one, self._fell_back)
             if restored is not None:
                 seconds = time.monotonic() - begun
                 self._reporter.emit("restored", f"restored step {restored.step}", restored.step, seconds=seconds)
             if writes:
-                self.standing = await said(self._ranks, "standing", lambda: self._go_on(restored), Standing)
+                self.standing = await said(self._ranks, f"standing {number}", lambda: self._go_on(restored), Standing)
             return restored
 
     async def _newest(self) -> _Choice:

@@ -17,7 +17,7 @@ class SaveView:
 
     def __init__(self, storage: Storage, save_id: str) -> None:
         self._storage = storage
-        self._save_id = save_id
+        self.save_id = save_id
 
     @property
     def info(self) -> StorageInfo:
@@ -25,7 +25,7 @@ class SaveView:
 
     async def list(self) -> dict[str, int]:
         names = await self._storage.list()
-        return {name: size for name, size in names.items() if belongs_to(name, self._save_id)}
+        return {name: size for name, size in names.items() if belongs_to(name, self.save_id)}
 
     async def get(self, name: str, limit: int) -> bytes:
         return await self._storage.get(name, limit)
@@ -47,7 +47,7 @@ class SaveView:
 
     async def temporaries(self) -> dict[str, str]:
         found = await self._storage.temporaries()
-        return {name: target for name, target in found.items() if belongs_to(target, self._save_id)}
+        return {name: target for name, target in found.items() if belongs_to(target, self.save_id)}
 
     async def delete(self, names: Sequence[str]) -> None:
         await self._storage.delete(names)
