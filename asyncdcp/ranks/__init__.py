@@ -9,7 +9,7 @@ from asyncdcp.ranks.group import find_ranks
 from asyncdcp.ranks.links import Links
 from asyncdcp.ranks.port import Decide, Ranks, SoleRank, barrier, first_rank, gather
 from asyncdcp.ranks.store import StoreRanks
-from asyncdcp.ranks.together import together
+from asyncdcp.ranks.together import leave, together
 
 __all__ = [
     "Decide",
@@ -21,5 +21,6 @@ __all__ = [
     "find_ranks",
     "first_rank",
     "gather",
+    "leave",
     "together",
 ]

@@ -21,7 +21,9 @@ _NOT_IN_IT: Final = (
 )
 
 
-def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> Ranks:
+def find_ranks(
+    process_group: ProcessGroup | Ranks | None, deadline: float, option: str = "option agreement_deadline"
+) -> Ranks:
     """The ranks of ``process_group``, None being the default group; ``SoleRank`` where torch.distributed is not in use.
 
     ``UsageError`` where a launcher has started several processes and there is no process group yet, and where this
@@ -52,7 +54,7 @@ def find_ranks(process_group: ProcessGroup | Ranks | None, deadline: float) -> R
     name = hashlib.blake2b(repr((_name(process_group), members)).encode(), digest_size=8).hexdigest()
     store = PrefixStore(f"asyncdcp/{name}", own_connection(_default_store()))
     number = store.add(f"made/{rank}", 1)  # all ranks make their checkpointers in the same order
-    return StoreRanks(PrefixStore(str(number), store), rank, len(members), deadline=deadline)
+    return StoreRanks(PrefixStore(str(number), store), rank, len(members), deadline=deadline, option=option)
 
 
 def _name(group: ProcessGroup | None) -> str:

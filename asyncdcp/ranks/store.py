@@ -50,16 +50,19 @@ class _Verdict(msgspec.Struct):
 
 class StoreRanks:
     """As ``Ranks``. All ranks give a store that shares its keys with the others', and that nobody else uses; and the
-    same deadline. Used on one event loop at a time.
+    same deadline, which errors call ``option``. Used on one event loop at a time.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, *, deadline: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, *, deadline: float, option: str = "option agreement_deadline"
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.deadline = deadline
         self.requests = 0
         """How many calls of the store there were, for tests and statistics."""
         self._store = store
+        self._option = option
         self._turns: Counter[str] = Counter()
         self._parted: list[str] = []
 
@@ -205,9 +208,10 @@ class StoreRanks:
 
     def _late(self, topic: str, missing: Sequence[int], limit: float) -> PeerFailed:
         shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        option = f" ({self._option})" if limit == self.deadline else ""  # a longer one is the caller's
         return PeerFailed(
-            f"rank {shown} did not come to the agreement on {topic} within {limit:g} s (option "
-            "agreement_deadline): it failed, or does not make the calls that the others make",
+            f"rank {shown} did not come to the agreement on {topic} within {limit:g} s{option}: "
+            "it failed, or does not make the calls that the others make",
             rank=missing[0],
         )
 

@@ -47,7 +47,7 @@ async def together(
     except AsyncDCPError as error:
         failure, told = error, _Outcome(error=to_frame(error, with_traceback=False))
     except BaseException as error:
-        await _leave(ranks, topic, error)
+        await leave(ranks, topic, error)
         raise
 
     def judge(outcomes: Sequence[bytes]) -> bytes:
@@ -66,8 +66,8 @@ async def together(
         raise
 
 
-async def _leave(ranks: Ranks, topic: str, error: BaseException) -> None:
-    """Says that this rank does not come, since it was cancelled, or for a bug: nobody is to wait for it."""
+async def leave(ranks: Ranks, topic: str, error: BaseException) -> None:
+    """Says that this rank does not come to an agreement, for it was cancelled or has failed: nobody is to wait."""
     known = AsyncDCPError(f"{type(error).__name__}: {error}") if isinstance(error, Exception) else Cancelled(_CANCELLED)
     with move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(AsyncDCPError):
         await ranks.refuse(topic, known)

@@ -12,7 +12,7 @@ from anyio import CancelScope, to_thread
 
 from asyncdcp.errors import AsyncDCPError, InvalidOption, PeerFailed
 from asyncdcp.futures import CheckpointFuture
-from asyncdcp.ranks import Ranks, find_ranks, gather
+from asyncdcp.ranks import Ranks, find_ranks, gather, leave
 from asyncdcp.transport.transport import PGTransport
 
 Source = Literal["live", "checkpoint", "nothing"]
@@ -86,14 +86,14 @@ def recover(
     there are none, all load that. The ranks agree by ``ranks``, by default the transport's group (``find_ranks``).
     ``state`` must not be used until it is done.
 
-    If it fails on one rank it fails on all: ``PeerFailed`` names the rank. A state that was to be received is then no
-    one's, and says ``step=None`` at the next try.
+    If it fails on one rank, or is cancelled there, it fails on all: ``PeerFailed`` names the rank. A state that was to
+    be received is then no one's, and says ``step=None`` at the next try.
     """
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise InvalidOption(f"step takes the number of the state's step, or None if it has none, not {step!r}")
     if not isinstance(state, Mapping):
         raise InvalidOption("recover takes the state to recover, such as {'model': model}")
-    found = find_ranks(transport.group, transport.timeout) if ranks is None else ranks
+    found = find_ranks(transport.group, transport.timeout, "timeout= of PGTransport") if ranks is None else ranks
     if (found.rank, found.world_size) != (transport.rank, transport.world_size):
         raise InvalidOption(
             f"the ranks that agree ({found.rank} of {found.world_size}) are not those of the transport "
@@ -109,10 +109,10 @@ async def _recover(
     failure: AsyncDCPError | None = None
     try:
         if manager is not None and ranks.rank == 0:
-            latest = await manager.latest()
+            latest = await _ended(manager.latest())
             told = Told(step, None if latest is None else int(latest.step))
-    except Exception as error:
-        await ranks.refuse("recovery", _known(error))
+    except BaseException as error:
+        await leave(ranks, "recovery", error)
         raise
     words = await gather(ranks, "recovery", msgspec.msgpack.encode(told))
     choice = choose([msgspec.msgpack.decode(word, type=Told) for word in words])
@@ -120,8 +120,16 @@ async def _recover(
         await _carry_out(transport, state, manager, choice)
     except Exception as error:  # noqa: BLE001  # all ranks hear of it
         failure = _known(error)
+    except BaseException as error:
+        await leave(ranks, "recovered", error)
+        raise
     outcome = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    outcomes = await gather(ranks, "recovered", outcome.encode())
+    try:
+        outcomes = await gather(ranks, "recovered", outcome.encode())
+    except AsyncDCPError as error:
+        if failure is not None:  # this rank's own says more
+            raise failure from error
+        raise
     if failure is not None:
         raise failure
     for rank, said in enumerate(outcomes):

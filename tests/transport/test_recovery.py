@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import anyio
 import anyio.lowlevel
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 
 from asyncdcp.errors import AsyncDCPError, Cancelled, InvalidOption, PeerFailed, StateMismatch, UnseenFailure
 from asyncdcp.manager import CheckpointManager
-from asyncdcp.ranks import SoleRank, StoreRanks
+from asyncdcp.ranks import SoleRank, StoreRanks, gather
 from asyncdcp.transport import PGTransport, Recovered, recover
 from asyncdcp.transport.recovery import Choice, Told, choose
 from tests.transport.conftest import LONG, World
@@ -153,3 +155,45 @@ def test_a_failure_that_nobody_looked_at_comes_up_at_close(world: World) -> None
     assert futures[1].wait(LONG)
     with pytest.raises(UnseenFailure, match="recovery"):
         second.transport.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_cancelled_fails_the_others_at_once(world: World, victim: int) -> None:
+    """While the step of the newest checkpoint is looked up, or while it is loaded; and the next try is a new one."""
+
+    class Stuck:
+        def __init__(self, engine: PGTransport, *, latest: bool) -> None:
+            self.engine, self.looks = engine, latest
+            self.begun, self.never = threading.Event(), anyio.Event()
+
+        async def _stuck(self) -> Any:
+            self.begun.set()
+            await self.never.wait()
+
+        async def _newest(self) -> Any:
+            return SimpleNamespace(step=7)
+
+        def latest(self) -> Any:
+            return self.engine.submit(self._stuck if self.looks else self._newest, "a look")
+
+        def restore_latest(self, state: Any) -> Any:
+            return self.engine.submit(self._stuck if self.engine.rank == victim else self._newest, "a load")
+
+    ranks = job(world, [1.0, 2.0, 3.0])
+    managers = [Stuck(rank.transport, latest=victim == 0) for rank in ranks]
+    futures = [
+        recover(rank.transport, rank.state, step=None, ranks=rank.ranks, manager=manager)
+        for rank, manager in zip(ranks, managers, strict=True)
+    ]
+    assert managers[victim].begun.wait(LONG)
+    futures[victim].cancel()
+    found = [future.exception(LONG / 2) for future in futures]
+    assert isinstance(found.pop(victim), Cancelled)
+    assert all(isinstance(error, PeerFailed) and error.rank == victim for error in found), found
+    assert outcomes(ranks, [None] * 3) == [Recovered("nothing", None)] * 3
+
+
+def test_one_that_does_not_come_is_waited_for_as_long_as_the_transport_waits() -> None:
+    ranks = StoreRanks(PrefixStore("job", HashStore()), 0, 2, deadline=0.05, option="timeout= of PGTransport")
+    with pytest.raises(PeerFailed, match=r"within 0\.05 s \(timeout= of PGTransport\)"):
+        anyio.run(gather, ranks, "recovery", b"")
