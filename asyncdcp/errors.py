@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from errno import EDQUOT, ENOSPC
+from errno import EDQUOT, EFBIG, EMFILE, ENOSPC
 from functools import partial
 from inspect import signature
 from traceback import clear_frames
@@ -223,17 +223,26 @@ class StorageFull(StorageError):
     """No space or quota is left (ENOSPC, EDQUOT)."""
 
 
-_FULL: Final = frozenset({ENOSPC, EDQUOT})
+_ROOM: Final = "make room (asyncdcp gc removes what cut-off saves have left)"
+_WAYS_OUT: Final = {
+    ENOSPC: _ROOM,
+    EDQUOT: _ROOM,
+    EFBIG: "raise RLIMIT_FSIZE (ulimit -f), or save where the filesystem takes larger files",
+    EMFILE: "raise RLIMIT_NOFILE (ulimit -n)",
+}
+
+
+def with_way_out(message: str, number: int | None) -> str:
+    """The message, and the way out where the system's number names one."""
+    return f"{message}; {_WAYS_OUT[number]}" if number in _WAYS_OUT else message
 
 
 def storage_error(message: str, path: str, number: int | None) -> StorageError:
-    """The error of a storage by the system's number, where it has one: ``StorageFull``, with the way out, if that says
-    so.
+    """The error of a storage by the system's number, where it has one: ``StorageFull`` if that says so; with the way
+    out.
     """
-    if number not in _FULL:
-        return StorageError(message, path=path, errno=number)
-    way_out = "make room (asyncdcp gc removes what cut-off saves have left)"
-    return StorageFull(f"{message}; {way_out}", path=path, errno=number)
+    kind = StorageFull if number in (ENOSPC, EDQUOT) else StorageError
+    return kind(with_way_out(message, number), path=path, errno=number)
 
 
 class CommitUnknown(StorageError):

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import Final, NamedTuple
 
-from asyncdcp.errors import WorkerCrashed
+from asyncdcp.errors import WorkerCrashed, with_way_out
 from asyncdcp.worker.protocol import IGNORED
 
 _NEEDED: Final = ("asyncdcp", "msgspec", "anyio", "aiofiles", "xxhash", "zstandard")
@@ -66,7 +66,8 @@ def launch() -> Launched:
             on_error.pop_all()
             return Launched(pid, pidfd, ours, stderr)
     except OSError as error:
-        raise WorkerCrashed(f"the background process could not be started: {error}") from error
+        message = f"the background process could not be started: {error}"
+        raise WorkerCrashed(with_way_out(message, error.errno)) from error
 
 
 def _pidfd_of(pid: int) -> int:

@@ -173,7 +173,7 @@ def test_one_that_no_descriptor_is_left_for_is_no_process(
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(socket if call == "socketpair" else os, call, full)
-    with pytest.raises(WorkerCrashed, match=r"could not be started: .*Too many open files"):
+    with pytest.raises(WorkerCrashed, match=r"could not be started: .*Too many open files; .*\(ulimit -n\)"):
         launch.launch()
     assert [is_there(pid) for pid in spawned.queue] == ([False] if call == "pidfd_open" else [])
     assert descriptors() == before
