@@ -69,10 +69,10 @@ async def chosen(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], typ
     """
 
     async def tell() -> bytes:
-        return msgspec.msgpack.encode(await work())
+        return msgspec.json.encode(await work())
 
     try:
-        return msgspec.msgpack.decode(await together(ranks, topic, tell), type=type_)
+        return msgspec.json.decode(await together(ranks, topic, tell), type=type_)
     except AsyncDCPError as error:
         if ranks.rank == 0 or error.rank != 0 or isinstance(error, PeerError):
             raise
