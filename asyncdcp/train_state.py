@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,12 +74,13 @@ class TrainState:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
         model = state_dict.get("model", {})
-        for part in self.models:
-            own = get_model_state_dict(part)
-            missing = [name for name in own if name not in model]
-            if missing:
-                raise StateMismatch(f"TrainState: the state lacks {', '.join(missing[:5])}", missing=missing)
-            set_model_state_dict(part, {name: model[name] for name in own})
+        names = [list(get_model_state_dict(part)) for part in self.models]
+        pairs = pair_names(dict.fromkeys(chain.from_iterable(names)), model)
+        missing = [name for own in names for name in own if name not in pairs]
+        if missing:
+            raise StateMismatch(f"TrainState: the state lacks {', '.join(missing[:5])}", missing=missing)
+        for part, own in zip(self.models, names, strict=True):
+            set_model_state_dict(part, {name: model[pairs[name]] for name in own})
         stored = state_dict.get("optimizer", {})
         for optimizer in self.optimizers:
             self._load_optimizer(optimizer, stored.get("state", {}), stored.get("groups", {}))
@@ -108,8 +110,10 @@ class TrainState:
         optimizer = stored.get("optimizer", {})
         groups = optimizer.get("groups", {})
         kept = {name: entries for name, entries in own["optimizer"]["state"].items() if name not in groups}
+        model = stored.get("model", {})
+        pairs = pair_names(own["model"], model)
         return {
-            "model": own["model"] | stored.get("model", {}),
+            "model": {name: model[pairs[name]] if name in pairs else ours for name, ours in own["model"].items()},
             "optimizer": {"state": kept | optimizer.get("state", {}), "groups": groups},
         }
 
@@ -141,6 +145,26 @@ class TrainState:
 def canonical_name(name: str) -> str:
     """A parameter's name without the steps that wrappers add."""
     return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
+
+
+def pair_names(own: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """The stored name for each of the state's: equal ones first, then those that are equal without the steps of
+    wrappers, if that is one to one.
+    """
+    rest: dict[str, list[str]] = {}
+    for name in stored:
+        if name not in own:
+            rest.setdefault(canonical_name(name), []).append(name)
+    alone: dict[str, list[str]] = {}
+    for name in own:
+        if rest and name not in stored:
+            alone.setdefault(canonical_name(name), []).append(name)
+    pairs = {name: name for name in own if name in stored}
+    for short, names in alone.items():
+        candidates = rest.get(short, ())
+        if len(candidates) == len(names) == 1:
+            pairs[names[0]] = candidates[0]
+    return pairs
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
 from asyncdcp.state_dict.chunks import is_dtensor
 from asyncdcp.state_dict.composed import compare
-from asyncdcp.state_dict.extra_states import extra_state_of, pair_extra_states
+from asyncdcp.state_dict.extra_states import extra_state_of
 from asyncdcp.state_dict.flatten import FlatState, Taken
 from asyncdcp.state_dict.mismatches import mismatch
 from asyncdcp.state_dict.nodes import TreeNodes
@@ -28,7 +28,7 @@ from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import own_leaves
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.subclasses import Subclass, cannot_be_made, inner_names, put_together
-from asyncdcp.train_state import TrainState, canonical_name
+from asyncdcp.train_state import TrainState, canonical_name, pair_names
 
 
 @dataclass
@@ -177,7 +177,7 @@ class _Matcher:
         """Finds the extra states on which the checkpoint decides. Their names, on either side."""
         stored = self._nodes.extra_states
         own = TreeNodes(self._flat.tree, str).extra_states if stored else {}
-        pairs = {name: other for name, other in pair_extra_states(own, stored).items() if self._is_chosen(other)}
+        pairs = {name: other for name, other in pair_names(own, stored).items() if self._is_chosen(other)}
         self._match.extra_states = {name: stored[other] for name, other in pairs.items()}
         return {*pairs, *pairs.values()}
 
@@ -195,23 +195,8 @@ class _Matcher:
         return None
 
     def _pair(self) -> None:
-        """Equal names first, then those that are equal without the steps of wrappers, if that is one to one."""
-        sources = self._match.sources
-        for name in self._want:
-            if name in self._have:
-                sources[name] = self._have[name]
-        rest: dict[str, list[str]] = {}
-        for name in self._have:
-            if name not in self._want:
-                rest.setdefault(canonical(name), []).append(name)
-        alone: dict[str, list[str]] = {}
-        for name in self._want:
-            if rest and name not in sources:
-                alone.setdefault(canonical(name), []).append(name)
-        for short, names in alone.items():
-            candidates = rest.get(short, ())
-            if len(candidates) == len(names) == 1:
-                sources[names[0]] = self._have[candidates[0]]
+        pairs = pair_names(self._want, self._have)
+        self._match.sources.update((name, self._have[other]) for name, other in pairs.items())
 
     def _find_gaps(self, told: set[str]) -> None:
         """What one side lacks; names that were ``told`` of already are left out."""

@@ -170,3 +170,29 @@ def test_without_strict_what_the_checkpoint_lacks_is_left_alone(
         assert optimizer.param_groups[0]["lr"] == 0.1
         of_old = [first.state[each] for each in old.parameters()]
         assert same([optimizer.state[each] for each in grown[:3].parameters()], of_old)
+
+
+class Wrapped(nn.Module):
+    """A wrapper of one's own, whose step torch does not take away."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_wrappers_of_ones_own_do_not_count(
+    checkpointer: AsyncCheckpointer, tmp_path: Path, same: Any, strict: bool
+) -> None:
+    for number, kinds in enumerate([(Wrapped, None), (None, Wrapped)]):
+        nets = [model(seed) for seed in (0, 1)]
+        wrapped = [net if kind is None else kind(net) for net, kind in zip(nets, kinds, strict=True)]
+        optimizers = [torch.optim.AdamW(net.parameters(), lr=0.1) for net in nets]
+        step(nets[0], optimizers[0])
+        saved, target = (TrainState(net, optimizers=one) for net, one in zip(wrapped, optimizers, strict=True))
+        checkpointer.save(tmp_path / str(number), {"train": saved}).result()
+        checkpointer.load(tmp_path / str(number), {"train": target}, strict=strict).result()
+        assert same(contents(nets[1], optimizers[1]), contents(nets[0], optimizers[0]))
