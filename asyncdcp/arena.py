@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import threading
 import warnings
 import weakref
@@ -83,7 +84,9 @@ class Arena:
         nbytes = slots * slot_bytes
         address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         if address == ctypes.c_void_p(-1).value:
-            raise _translated(ctypes.get_errno(), nbytes)
+            code = ctypes.get_errno()
+            bounded = code == errno.ENOMEM and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+            raise _translated(code, nbytes, ", or raise RLIMIT_AS (ulimit -v)" if bounded else "")
         for advice in (mmap.MADV_DONTFORK, mmap.MADV_DONTDUMP):
             _libc.madvise(address, nbytes, advice)  # a kernel without core dumps may refuse one; no harm
         memory = (ctypes.c_char * nbytes).from_address(address)

@@ -8,6 +8,7 @@ import gc
 import mmap
 import os
 import re
+import resource
 import threading
 import warnings
 from collections.abc import Iterator
@@ -264,6 +265,18 @@ def test_a_mapping_refused_is_a_memory_limit_and_leaks_nothing(monkeypatch: pyte
     monkeypatch.setattr(arena_module, "check_memory", lambda *_, **__: None)
     with pytest.raises(MemoryLimit, match="staging_bytes"):
         Arena(1 << 20, 1 << 30)  # 2**50 bytes: more addresses than there are
+    assert not descriptors()
+
+
+def test_a_limit_of_addresses_is_named_and_leaks_nothing() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))  # threads of other tests have room
+    try:
+        with pytest.raises(MemoryLimit, match=r"536,870,912 bytes.*Cannot allocate.*\(ulimit -v\)"):
+            Arena(1, 512 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
     assert not descriptors()
 
 
