@@ -57,7 +57,7 @@ async def said(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_
         value = await work()
     except BaseException as error:
         with move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
-            await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(f"{type(error).__name__}: {error}")))
+            await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(_words(error))))
         raise
     await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(data=msgspec.json.encode(value))))
     return value
@@ -129,6 +129,11 @@ async def _loaded(ranks: Ranks, topic: str, load: Callable[[], Awaitable[None]])
         return error, damage
     rank, outcome = next(iter(failed.items()))
     return PeerFailed(f"rank {rank} could not load: {outcome.error}", rank=rank), damage
+
+
+def _words(error: BaseException) -> str:
+    """What other ranks are told of an error, in UTF-8 even where a path in it is not."""
+    return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
 
 
 def _is_damage(error: AsyncDCPError) -> bool:

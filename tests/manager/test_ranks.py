@@ -15,6 +15,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from asyncdcp import CheckpointManager, EverySteps, KeepLast, PerRank
 from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, Fenced, PeerFailed, StateMismatch, UnseenFailure
 from asyncdcp.manager.deciding import WINDOW
+from asyncdcp.manager.restoring import said
 from asyncdcp.ranks import SoleRank, StoreRanks
 from asyncdcp.runs import read_history
 from asyncdcp.storage import LocalPlace
@@ -104,6 +105,22 @@ def test_what_rank_0_cannot_find_no_rank_finds(everywhere: Callable[..., list[An
     found = everywhere(lambda rank, manager: manager.restore(5, state(rank, 0)).result())
     assert isinstance(found[0], CheckpointNotFound)
     assert isinstance(found[1], PeerFailed) and "no checkpoint of step 5" in str(found[1])
+
+
+async def test_an_error_that_names_a_path_that_is_not_utf_8_is_told_all_the_same() -> None:
+    told: list[bytes] = []
+
+    class Telling(SoleRank):
+        async def broadcast(self, topic: str, data: bytes | None) -> bytes:
+            told.append(data or b"")
+            return data or b""
+
+    async def work() -> int:
+        raise CheckpointNotFound("no checkpoint at there/\udcff")
+
+    with pytest.raises(CheckpointNotFound):
+        await said(Telling(), "candidates", work, int)
+    assert b"there" in told[0]
 
 
 def test_a_failed_save_comes_up_on_all_ranks_at_one_step(everywhere: Callable[..., list[Any]], run: Path) -> None:
