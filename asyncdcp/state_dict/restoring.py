@@ -135,7 +135,8 @@ class Restorer:
             self._hand_over(fqn, taken.stateful, part, strict=whole)
 
     def _is_here(self, name: str) -> bool:
-        return name in self._match.tensors or name in self._values or name in self._match.extra_states
+        empty = name in self._nodes and name in self._nodes.extra_states  # the name of a container: it has no leaf
+        return empty or name in self._match.tensors or name in self._values
 
     def _made(self, node: Any) -> Any:
         return unflatten(node, self._match.tensors, self._values, allow_pickle=self._options.allow_pickle)

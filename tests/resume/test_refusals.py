@@ -53,9 +53,11 @@ def test_extra_states_of_bare_states_and_train_states_and_alone(into, same):
     for fresh, stored in (({}, filled), (None, filled), (filled, {}), (torch.ones(1), torch.ones(2))):
         bare = into({"m": Extra(fresh).state_dict()}, {"m": Extra(stored).state_dict()})
         assert same(bare["m"]["_extra_state"], stored)
-        model = Extra(fresh)
-        into({"t": TrainState(model)}, {"t": TrainState(Extra(stored))})
-        assert same(model.extra, stored)
+        for wraps in (False, True):
+            model, saved = Extra(fresh), Extra(stored)
+            wrapped = nn.ModuleDict({"module": saved}) if wraps else saved
+            into({"t": TrainState(model)}, {"t": TrainState(wrapped)})
+            assert same(model.extra, stored)
         model, saved = Extra(fresh), Extra(stored)
         into({"m": model}, {"m": saved}, keys=["m._extra_state*", "m.bias"])
         assert same(model.extra, stored)
