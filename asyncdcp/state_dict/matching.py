@@ -229,18 +229,18 @@ class _Matcher:
 
     def _target(self, name: str, source: str, filled: dict[int, int]) -> None:
         """Decides what becomes of one of the state's tensors. A tied one is filled once: where the checkpoint has
-        several for it, from that of its last name, as ``Module.load_state_dict`` would leave it.
+        several for it, from that of its last name, as ``Module.load_state_dict`` would leave it. Where the checkpoint
+        decides, it is not tied any more.
         """
         tensor, stored = self._targets[name], self._origin(source)
         problem = self._difference(name, tensor, stored)
         if problem is None and not self._options.assign and not tensor.is_meta:
+            fill = self._match.fill
+            place = filled.setdefault(id(tensor), len(fill)) if self._ties else len(fill)
+            if place < len(fill) and fill[place][0] != stored and self._decided_by_checkpoint(name):
+                return
             self._match.tensors[source] = tensor
-            if self._ties:
-                place = filled.setdefault(id(tensor), len(self._match.fill))
-                if place < len(self._match.fill):
-                    self._match.fill[place] = stored, tensor
-                    return
-            self._match.fill.append((stored, tensor))
+            fill[place : place + 1] = [(stored, tensor)]
         elif problem is not None and not self._decided_by_checkpoint(name):
             self._different[name] = problem
 

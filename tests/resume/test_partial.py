@@ -115,6 +115,30 @@ def test_tied_tensors_take_the_last_of_several(into):
     assert torch.equal(weight, first)
 
 
+def test_what_is_tied_in_the_state_and_not_in_the_checkpoint_comes_back_untied_where_that_decides(into):
+    one = torch.zeros(1)
+    target = Held({"a": one, "b": {"c": [one]}, "d": one})
+    into({"x": target}, {"x": Held({"a": torch.tensor([1.0]), "b": {"c": [torch.tensor([2.0])]}, "d": torch.ones(1)})})
+    assert target.state == {"a": torch.ones(1), "b": {"c": [torch.full((1,), 2.0)]}, "d": torch.ones(1)}
+    assert target.state["a"] is one
+    assert target.state["d"] is not one
+
+
+def test_a_sequence_of_schedulers_with_rates_as_tensors(into, same):
+    def made() -> Any:
+        rates = torch.optim.lr_scheduler
+        optimizer = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), foreach=False)
+        parts = [rates.LinearLR(optimizer), rates.ExponentialLR(optimizer, 0.9)]
+        return optimizer, rates.SequentialLR(optimizer, parts, [2])  # a fresh one shares a tensor with its first part
+
+    stored, fresh = made(), made()
+    for _ in range(3):
+        stored[0].step()
+        stored[1].step()
+    into({"o": fresh[0], "s": fresh[1]}, {"o": stored[0], "s": stored[1]})
+    assert same(fresh[1].state_dict(), stored[1].state_dict())
+
+
 def test_several_nans_in_a_set_come_back(checkpointer):
     storage = MemoryStorage()
     checkpointer.save(storage, {"s": {float("nan"), float("nan"), float("inf")}})
