@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from secrets import token_hex
@@ -15,7 +15,7 @@ import zstandard
 from anyio import to_thread
 
 from asyncdcp.checkpointer.sharing import Exchange, what_to_share
-from asyncdcp.errors import CheckpointNotFound, CorruptCheckpoint, InvalidOption
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, InvalidOption, PeerError
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
@@ -159,7 +159,7 @@ async def find_together(request: LoadRequest, opened: AsyncExitStack) -> tuple[f
         check_sizes(found[0].files, await storage.list())
         return await to_thread.run_sync(_compressed, description)
 
-    packed = await together(ranks, f"the opening of {request.location}", find, deadline=request.deadline)
+    packed = await together(ranks, _opening(request.location), find, deadline=request.deadline)
 
     async def open_here() -> ReadableCheckpoint:
         if found:
@@ -173,6 +173,16 @@ async def find_together(request: LoadRequest, opened: AsyncExitStack) -> tuple[f
         return reader
 
     return begun[0], open_here
+
+
+async def refuse_load(ranks: Ranks, location: str, error: AsyncDCPError) -> None:
+    """Says to the other ranks that this one does not come to the load from ``location``. Never raises."""
+    with suppress(PeerError):
+        await ranks.refuse(_opening(location), error)
+
+
+def _opening(location: str) -> str:
+    return f"the opening of {location}"
 
 
 class Bound(NamedTuple):

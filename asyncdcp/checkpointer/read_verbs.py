@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 
-from asyncdcp.checkpointer.loading import LoadRequest, load_state
+from asyncdcp.checkpointer.loading import LoadRequest, load_state, refuse_load
 from asyncdcp.checkpointer.pending import PendingSaves
 from asyncdcp.checkpointer.reading import ReadTask
 from asyncdcp.closing import Closing
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Closed, InvalidOption
+from asyncdcp.errors import AsyncDCPError, Closed, InvalidOption
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.pipeline.descriptions import OtherWorld
@@ -139,36 +140,50 @@ class ReadVerbs(Closing):
         ...     print(checkpointer.load("trained", keys=["step"]))
         {'step': 7}
         """
-        self._enter()
-        options = LoadOptions(
-            strict=strict,
-            cast=cast,
-            keys=keys,
-            rename=rename,
-            device=known_device(device),
-            assign=assign,
-            allow_pickle=allow_pickle,
-            per_rank=per_rank,
-            replicas=replicas,
-        )
-        if state is None and rename is not None:
-            raise InvalidOption("rename pairs the checkpoint's names with those of a state; give load the state, too")
         storage = open_storage(path)
-        flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
-        staged = None if state is None else self._pending.all_staged(self._engine)
-        request = LoadRequest(
-            storage,
-            state,
-            flat,
-            options,
-            self._trace(0, on_progress),
-            staged,
-            self.ranks,
-            self._options.load_deadline,
-            self._registry,
-        )
+        with self._telling_peers(storage.info.location):
+            self._enter()
+            options = LoadOptions(
+                strict=strict,
+                cast=cast,
+                keys=keys,
+                rename=rename,
+                device=known_device(device),
+                assign=assign,
+                allow_pickle=allow_pickle,
+                per_rank=per_rank,
+                replicas=replicas,
+            )
+            if state is None and rename is not None:
+                raise InvalidOption(
+                    "rename pairs the checkpoint's names with those of a state; give load the state, too"
+                )
+            flat = None if state is None else flatten(state, allow_pickle=allow_pickle, allow_meta=True)
+            staged = None if state is None else self._pending.all_staged(self._engine)
+            request = LoadRequest(
+                storage,
+                state,
+                flat,
+                options,
+                self._trace(0, on_progress),
+                staged,
+                self.ranks,
+                self._options.load_deadline,
+                self._registry,
+            )
         hint = "; tensors loaded in place may still be written to"
         return self._read("load", storage, partial(load_state, request), hint)
+
+    @contextmanager
+    def _telling_peers(self, location: str) -> Iterator[None]:
+        """A load that this rank refuses at the call is refused to the others, too, who would wait for it."""
+        try:
+            yield
+        except AsyncDCPError as error:
+            if self.ranks.world_size > 1:
+                with suppress(Closed):
+                    self._engine.submit(refuse_load, self.ranks, location, error)
+            raise
 
     def _read(
         self, verb: str, storage: Storage, work: Callable[[], Awaitable[tuple[T, object]]], hint: str = ""

@@ -22,6 +22,7 @@ from asyncdcp.errors import (
     PeerFailed,
     SaveSkipped,
     StorageError,
+    UnsupportedValue,
     UsageError,
 )
 from asyncdcp.storage.port import Buffer
@@ -235,3 +236,15 @@ def test_without_a_process_group_a_launched_process_is_told_so(monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="init_process_group"):
         AsyncCheckpointer(process=False)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_load_that_one_rank_refuses_is_refused_to_all_at_once(job: Jobs, tmp_path: Path, victim: int) -> None:
+    two = job(2)
+    assert not any(isinstance(each, Exception) for each in two.save(tmp_path / "a", lambda rank: state(rank, 2)))
+    found = two.load(tmp_path / "a", lambda rank: state(rank, 2) | ({"y": object()} if rank == victim else {}))
+    assert isinstance(found[victim], UnsupportedValue)
+    other = found[1 - victim]
+    assert isinstance(other, PeerFailed) and other.rank == victim and "'y' is a builtins.object" in str(other)
+    again = two.load(tmp_path / "a", lambda rank: state(rank, 2))
+    assert not any(isinstance(each, Exception) for each in again), again
