@@ -116,7 +116,7 @@ async def _loaded(ranks: Ranks, topic: str, load: Callable[[], Awaitable[None]])
             await load()
         except AsyncDCPError as known:
             error = known
-            return msgspec.msgpack.encode(_Outcome(f"{type(known).__name__}: {known}", _is_damage(known)))
+            return msgspec.msgpack.encode(_Outcome(_words(known), _is_damage(known)))
         return msgspec.msgpack.encode(_Outcome())
 
     words = msgspec.msgpack.decode(await together(ranks, topic, tell, msgspec.msgpack.encode), type=list[bytes])

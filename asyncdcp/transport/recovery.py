@@ -125,7 +125,7 @@ async def _recover(
         raise
     outcome = "" if failure is None else f"{type(failure).__name__}: {failure}"
     try:
-        outcomes = await gather(ranks, "recovered", outcome.encode())
+        outcomes = await gather(ranks, "recovered", outcome.encode("utf-8", "backslashreplace"))
     except AsyncDCPError as error:
         if failure is not None:  # this rank's own says more
             raise failure from error
