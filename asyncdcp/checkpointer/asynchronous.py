@@ -158,9 +158,10 @@ class AsyncCheckpointer(ReadVerbs):
 
         ``path`` is a directory, made where it is missing, or a ``Storage``. A checkpoint that is there already fails
         the save (``CheckpointExists``); with ``overwrite`` it stays whole until the new one is committed, and is
-        deleted then. ``metadata`` is anything that JSON can carry, kept in the checkpoint's Record. ``keys`` are
-        globs of FQNs: only these are stored (dicts lose other entries; a list is stored whole if any entry of it is).
-        ``allow_pickle=True`` pickles what could not be stored otherwise; it has to be given again at load.
+        deleted then. ``metadata`` is anything that JSON can carry (so that nan becomes None), up to 32 MiB, kept in
+        the checkpoint's Record. ``keys`` are globs of FQNs: only these are stored (dicts lose other entries; a list is
+        stored whole if any entry of it is). ``allow_pickle=True`` pickles what could not be stored otherwise; it has to
+        be given again at load.
         ``on_progress`` is called with ``Progress`` on a thread of its own. ``run`` is a manager's, which see.
 
         Raises at once, with nothing begun: ``UnsupportedValue`` and ``DuplicateName`` for what cannot be stored;
