@@ -17,7 +17,7 @@ import asyncdcp
 ROOT = Path(asyncdcp.__file__).parent
 
 LEVELS: list[set[str]] = [
-    {"errors"},
+    {"errors", "unwinding"},
     {
         "at_exit",
         "boxes",

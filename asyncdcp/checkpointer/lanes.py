@@ -9,9 +9,9 @@ from collections import deque
 
 import anyio
 
-from asyncdcp.errors import ungrouped
 from asyncdcp.pipeline.session import Pipeline, ThreadPipeline
 from asyncdcp.staging import Arenas
+from asyncdcp.unwinding import ungrouped
 
 
 class Turn:

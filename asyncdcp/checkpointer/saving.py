@@ -14,15 +14,7 @@ from asyncdcp.checkpointer.handle import SaveHandle
 from asyncdcp.checkpointer.lanes import Lanes, Turn
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import (
-    AsyncDCPError,
-    Cancelled,
-    CommitUnknown,
-    DeadlineExceeded,
-    StructureChanged,
-    drop_frames,
-    ungrouped,
-)
+from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, DeadlineExceeded, StructureChanged
 from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import SaveSession, SessionRequest
@@ -31,6 +23,7 @@ from asyncdcp.results import SaveResult, frozen
 from asyncdcp.staging import CheckpointStager, Sources, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import drop_frames, ungrouped
 
 _AGREEMENTS = 3
 """How many agreements there may be before a save, each with its deadline."""

@@ -16,7 +16,7 @@ import anyio
 import xxhash
 from anyio import to_thread
 
-from asyncdcp.errors import PeerFailed, ungrouped
+from asyncdcp.errors import PeerFailed
 from asyncdcp.metadata import DTYPE_SIZES, Metadata, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.load import Target, place
@@ -25,6 +25,7 @@ from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.planning.shared_reads import SharedReads, Unit, Wanted, cut
 from asyncdcp.ranks import Links
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import ungrouped
 
 RECEIVERS: Final = 4
 SENDERS: Final = 2

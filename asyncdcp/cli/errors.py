@@ -8,7 +8,8 @@ import os
 import click
 
 from asyncdcp.cli.text import shown
-from asyncdcp.errors import AsyncDCPError, first_error
+from asyncdcp.errors import AsyncDCPError
+from asyncdcp.unwinding import first_error
 
 DIFFERENT = 1
 """The exit status of a "no": damaged, different."""

@@ -12,8 +12,8 @@ import anyio
 import click
 from click.shell_completion import CompletionItem
 
-from asyncdcp.errors import ungrouped
 from asyncdcp.storage import OBJECT_STORES, LocalStorage, Storage, open_storage
+from asyncdcp.unwinding import ungrouped
 
 PATIENCE = 10.0
 """Seconds without a word."""

@@ -21,7 +21,7 @@ from anyio import to_thread
 from torch import Tensor
 
 from asyncdcp.boxes import Box, whole
-from asyncdcp.errors import UnsupportedFormat, ungrouped
+from asyncdcp.errors import UnsupportedFormat
 from asyncdcp.interop.memory import memory
 from asyncdcp.interop.selection import Chosen
 from asyncdcp.pipeline.formats import ReadableCheckpoint
@@ -30,6 +30,7 @@ from asyncdcp.planning import SavePlan, Slab, Want, plan_load
 from asyncdcp.state_dict.structure import DTYPES
 from asyncdcp.state_dict.targets import TensorTarget
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import ungrouped
 
 WINDOW_BYTES = 64 << 20
 

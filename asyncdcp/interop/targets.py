@@ -28,15 +28,7 @@ from asyncdcp.buffers import io_buffer
 from asyncdcp.checkpointer.jobs import make_job
 from asyncdcp.config import Options
 from asyncdcp.envelope import encode_record
-from asyncdcp.errors import (
-    AsyncDCPError,
-    Cancelled,
-    CheckpointExists,
-    InvalidOption,
-    UnsupportedFormat,
-    UsageError,
-    ungrouped,
-)
+from asyncdcp.errors import AsyncDCPError, Cancelled, CheckpointExists, InvalidOption, UnsupportedFormat, UsageError
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
 from asyncdcp.interop.huggingface import INDEX_SUFFIX, encode_weight_index, shard_names
@@ -55,6 +47,7 @@ from asyncdcp.storage.files import REFUSED, sync_directory, translated
 from asyncdcp.storage.posix import SYSTEM
 from asyncdcp.threads import ended
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import ungrouped
 
 SHARD_BYTES: Final = 5 * 10**9
 """The size of a shard where none is asked for: Hugging Face's own default."""

@@ -20,7 +20,7 @@ import anyio
 from anyio import to_thread
 
 from asyncdcp.buffers import io_buffer
-from asyncdcp.errors import StorageError, UsageError, reading, ungrouped
+from asyncdcp.errors import StorageError, UsageError, reading
 from asyncdcp.extensions import Chain, ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.metadata import Metadata, Record, StorageMeta
@@ -40,6 +40,7 @@ from asyncdcp.pipeline.windows import (
 )
 from asyncdcp.storage.port import Fetch, ObjectReader, Storage
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import ungrouped
 
 READS_IN_FLIGHT = 6
 WINDOWS_A_TRIP = 4

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import anyio
 
 from asyncdcp.buffers import io_buffer
-from asyncdcp.errors import AsyncDCPError, frameless
+from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions.base import BlockContext
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.format.blocks import block_count, checksum, element_size, slice_blocks, stored_limit
@@ -26,6 +26,7 @@ from asyncdcp.pipeline.messages import FileJob, SaveJob, SlabReady
 from asyncdcp.storage.files import address
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import frameless
 
 CHECKSUMS_IN_FLIGHT = 2
 BUFFERS = 6

@@ -17,16 +17,7 @@ from anyio import to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from asyncdcp.envelope import IndexHead, digest, encode_index
-from asyncdcp.errors import (
-    AsyncDCPError,
-    CommitUnknown,
-    DeadlineExceeded,
-    SaveAborted,
-    StorageError,
-    UnsupportedValue,
-    frameless,
-    ungrouped,
-)
+from asyncdcp.errors import AsyncDCPError, CommitUnknown, DeadlineExceeded, SaveAborted, StorageError, UnsupportedValue
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import INDEX_LIMIT, FileTable, IndexRef
@@ -39,6 +30,7 @@ from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_
 from asyncdcp.pipeline.transform import Piece, SlabSource, Stage, StoredFile, checksum_slabs, encode_slabs
 from asyncdcp.storage.port import ObjectWriter, Storage
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import frameless, ungrouped
 
 _logger = logging.getLogger("asyncdcp")
 

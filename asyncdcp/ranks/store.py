@@ -24,9 +24,10 @@ import msgspec
 from anyio import to_thread
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch exports them without saying so
 
-from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed, ungrouped
+from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed
 from asyncdcp.ranks.links import Links
 from asyncdcp.ranks.port import Decide
+from asyncdcp.unwinding import ungrouped
 from asyncdcp.worker.failures import from_frame, to_frame
 from asyncdcp.worker.protocol import ErrorFrame
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from asyncdcp.errors import TornSnapshotError, ungrouped
+from asyncdcp.errors import TornSnapshotError
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab
@@ -18,6 +18,7 @@ from asyncdcp.staging.copier import SlabCopier
 from asyncdcp.staging.sources import Sources
 from asyncdcp.threads import on_executor, on_thread
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import ungrouped
 
 COPIES_IN_FLIGHT = 2
 SLABS_A_TRIP = 4

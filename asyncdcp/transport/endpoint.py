@@ -9,11 +9,12 @@ import anyio
 import torch
 from torch import Tensor
 
-from asyncdcp.errors import Cancelled, PeerError, PeerFailed, ungrouped
+from asyncdcp.errors import Cancelled, PeerError, PeerFailed
 from asyncdcp.threads import on_thread
 from asyncdcp.transport import wire
 from asyncdcp.transport.link import Link, LinkError, Pending
 from asyncdcp.transport.wire import Failure, Message, Tick
+from asyncdcp.unwinding import ungrouped
 from asyncdcp.worker.failures import from_frame
 
 T = TypeVar("T")

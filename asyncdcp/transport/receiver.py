@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerError, PeerFailed, drop_frames
+from asyncdcp.errors import AsyncDCPError, Cancelled, ChecksumMismatch, PeerError, PeerFailed
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.results import frozen
 from asyncdcp.trace import Trace
@@ -26,6 +26,7 @@ from asyncdcp.transport.reports import ReceiveReport
 from asyncdcp.transport.shared import SharedBlocks
 from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Accept, Done, Failure, Offer, Verdict
+from asyncdcp.unwinding import drop_frames
 from asyncdcp.worker.failures import to_frame
 
 _TOUCHED = ". The state may be partly written: receive or load it again"

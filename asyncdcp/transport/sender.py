@@ -12,7 +12,7 @@ import anyio
 import msgspec
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, TornSnapshotError, drop_frames, ungrouped
+from asyncdcp.errors import AsyncDCPError, Cancelled, TornSnapshotError
 from asyncdcp.staging import Sources
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
@@ -28,6 +28,7 @@ from asyncdcp.transport.shared import SharedPool
 from asyncdcp.transport.stream import Stream
 from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Offer, Tick, Verdict
+from asyncdcp.unwinding import drop_frames, ungrouped
 
 T = TypeVar("T")
 

@@ -13,10 +13,11 @@ import anyio
 import numpy as np
 import pytest
 
-from asyncdcp.errors import StorageError, ungrouped
+from asyncdcp.errors import StorageError
 from asyncdcp.storage.object_store import ObjectStorage
 from asyncdcp.storage.object_store import writer as writing
 from asyncdcp.storage.object_store.writer import PARTS_AHEAD, PARTS_IN_FLIGHT
+from asyncdcp.unwinding import ungrouped
 from tests.object_store.conftest import BUCKET, Make, client
 from tests.object_store.lean import S3Handler, running
 from tests.object_store.proxy import Proxy, proxied

@@ -12,7 +12,7 @@ import anyio
 from anyio import to_thread
 from msgspec.structs import replace
 
-from asyncdcp.errors import CorruptCheckpoint, InvalidOption, ungrouped
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption
 from asyncdcp.interop.dcp.aligning import WholeElements
 from asyncdcp.interop.dcp.catalog import Catalog, Described, describe
 from asyncdcp.interop.dcp.crc import Record, RecordCheck
@@ -35,6 +35,7 @@ from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage.foreign import ForeignPlace
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import ungrouped
 
 T = TypeVar("T")
 

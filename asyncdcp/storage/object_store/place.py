@@ -9,13 +9,14 @@ from typing import Any, Final
 import anyio
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import CorruptCheckpoint, StorageError, ungrouped
+from asyncdcp.errors import CorruptCheckpoint, StorageError
 from asyncdcp.storage.object_store.failures import translated
 from asyncdcp.storage.object_store.storage import ObjectStorage
 from asyncdcp.storage.place import Contents, Selects, Survey
 from asyncdcp.storage.port import check_name
 from asyncdcp.storage.spec import RequestLimits
 from asyncdcp.threads import ended
+from asyncdcp.unwinding import ungrouped
 
 _READS_IN_FLIGHT: Final = 16
 _LOG_LIMIT: Final = 256 << 20

@@ -18,7 +18,7 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 from obstore.exceptions import BaseError
 
-from asyncdcp.errors import CommitUnknown, StorageError, ungrouped
+from asyncdcp.errors import CommitUnknown, StorageError
 from asyncdcp.storage.object_store.claim import Claimer
 from asyncdcp.storage.object_store.connect import Access, access, connect
 from asyncdcp.storage.object_store.failures import translated
@@ -31,6 +31,7 @@ from asyncdcp.storage.place import Found
 from asyncdcp.storage.port import StorageInfo, already_there, check_name, read_small
 from asyncdcp.storage.spec import ObjectStoreSpec, RequestLimits, StorageSpec
 from asyncdcp.threads import ended
+from asyncdcp.unwinding import ungrouped
 
 T = TypeVar("T")
 
