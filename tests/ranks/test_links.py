@@ -187,14 +187,20 @@ def test_who_does_not_connect_after_all_keeps_nobody_waiting(
     monkeypatch.setattr(Links, "connect", fails)
 
     async def meet(each: Any, name: str) -> None:
+        links: list[Links] = []
+
         async def work() -> bytes:
             with anyio.move_on_after(0.05 if name == "cut" and each.rank == 1 else 30) as scope:
-                await (await each.connect(name, until=time.monotonic() + 30)).aclose()
+                links.append(await each.connect(name, until=time.monotonic() + 30))
             if scope.cancelled_caught:
                 raise StorageError("no network", errno=5)
             return b""
 
-        await together(each, "the work", work, deadline=60)
+        try:
+            await together(each, "the work", work, deadline=60)
+        finally:
+            for made in links:  # once all are connected: one that is may be before another has read its address
+                await made.aclose()
 
     begun = time.monotonic()
     errors = everywhere(lambda each: anyio.run(meet, each, "cut"), three)
