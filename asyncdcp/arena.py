@@ -53,6 +53,10 @@ class Arena:
         self._fd: int | None = None
         _check_size(slots, slot_bytes)
         check_memory(slots * slot_bytes, what="the staging arena")
+        with _making:
+            self._make(slots, slot_bytes)
+
+    def _make(self, slots: int, slot_bytes: int) -> None:
         fd = os.memfd_create("asyncdcp-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, slots * slot_bytes)
@@ -201,10 +205,11 @@ class Arena:
         if os.getpid() != self._pid:  # a fork's copy: its lock may have been held by a thread that is not there
             self._lock = threading.Lock()
         self._closing = True  # before the lock, which prefault would else take again and again
-        with self._lock:
-            fd, self._fd, self._memory = self._fd, None, None
-        if fd is not None:
-            os.close(fd)
+        with self._lock, _making:
+            fd, self._fd = self._fd, None
+            if fd is not None:
+                os.close(fd)
+        self._memory = None  # unmapping takes its time, and delays no fork
 
     def __enter__(self) -> Arena:
         return self
@@ -246,12 +251,17 @@ def _translated(code: int | None, nbytes: int, way_out: str = "") -> Exception:
 # Fork handlers are one per process, and cannot be removed. Without this one a DataLoader's child would keep the memory
 # of every arena that was open when it was forked.
 _living: weakref.WeakSet[Arena] = weakref.WeakSet()
+_making = threading.RLock()
+"""Held while a descriptor is made or closed, and by a fork: else the child kept one that no living arena has."""
 
 
 def _after_fork() -> None:
-    for arena in list(_living):
-        arena.close()
-    _living.clear()
+    try:
+        for arena in list(_living):
+            arena.close()
+        _living.clear()
+    finally:
+        _making.release()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_after_fork)

@@ -1,7 +1,6 @@
 """The engine: one thread with its own event loop, where all work of a checkpointer runs.
 
-It makes futures, runs coroutine functions for them, calls their callbacks, and at interpreter exit waits for what is
-pending.
+It makes futures, runs coroutine functions for them, calls their callbacks, and waits at exit for what is pending.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from weakref import WeakSet
 
 import anyio
 
-from asyncdcp.at_exit import exit_hook
 from asyncdcp.callbacks import CallbackThread
-from asyncdcp.errors import Cancelled, Closed, DeadlineExceeded, WouldDeadlock
-from asyncdcp.futures import CheckpointFuture
+from asyncdcp.closing import exit_hook
+from asyncdcp.errors import Cancelled, Closed, DeadlineExceeded, WouldDeadlock, foreign_error
+from asyncdcp.futures import CheckpointFuture, work_of
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -54,8 +53,7 @@ class Engine:
     owner that wants to be collected before gives a weak method. ``grace`` is how many seconds cancelled work gets to
     clean up. The loop is asyncio's own whatever policy the process has set; work may block in ``anyio.to_thread``,
     ``asyncio.to_thread`` and the loop's default executor. All these threads and the engine's are daemons (they inherit
-    it): the exit hook does the waiting, with a deadline, and a storage that hangs must not hold the interpreter beyond
-    it.
+    it): the exit hook does the waiting, and a storage that hangs must not hold the interpreter beyond its deadline.
     """
 
     def __init__(
@@ -96,8 +94,9 @@ class Engine:
 
         ``future.cancel()`` cancels an ``anyio.CancelScope`` around the work, or calls ``cancel`` on the loop where
         given. So cancelled work waits for its ``anyio.to_thread`` calls, whose buffers are in use until they return
-        (those of ``asyncio.to_thread`` go on alone), and clean-up that awaits is shielded by a scope. Cancelled work
-        resolves to ``Cancelled``.
+        (those of ``asyncio.to_thread`` go on alone), and clean-up that awaits is shielded by a scope. Work that is
+        cancelled before it has begun still begins, and ends where it first waits. Cancelled work resolves to
+        ``Cancelled``.
 
         Raises ``Closed`` once ``close`` was called; only work that is pending may start more then, on the loop.
         """
@@ -206,7 +205,9 @@ class Engine:
             future.resolve(task.result())
 
     async def _work(self, future: CheckpointFuture[T], fn: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
+        work_of.set(future)
         with anyio.CancelScope() as self._scopes[future]:
+            del future  # which has the error, whose traceback has this
             try:
                 return await fn(*args)
             except (SystemExit, KeyboardInterrupt) as stop:
@@ -216,15 +217,15 @@ class Engine:
     def _cancel_work(self, future: CheckpointFuture[Any]) -> None:
         if (scope := self._scopes.get(future)) is not None:
             scope.cancel()
-        elif (task := self._tasks.get(future)) is not None:
-            task.cancel()  # it has not begun, and never will
+        elif future in self._tasks:  # it begins first, so that who waits for its part hears that there is none
+            asyncio.get_running_loop().call_soon(self._cancel_work, future)
 
     async def _main(self) -> None:
-        await self._stopping.wait()
-        loop = asyncio.get_running_loop()
-        while self._tasks and (left := self._stop_by - loop.time()) > 0:
+        with anyio.CancelScope():  # anyio loads its backend here: where it cannot, no work has begun
+            await self._stopping.wait()
+        while self._tasks and (left := self._stop_by - asyncio.get_running_loop().time()) > 0:
             await asyncio.wait(self._tasks.values(), timeout=left)
-        while self._tasks:  # no deadline here: who closes has one, and leaves this thread behind when it has passed
+        while self._tasks:  # no deadline: who closes has one, and leaves this thread behind when it has passed
             for future in self._tasks:
                 self._cancel_work(future)
             await asyncio.wait(self._tasks.values())
@@ -259,7 +260,11 @@ class Engine:
         try:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
                 loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=self._prefix))
-                runner.run(self._main())
+                try:
+                    runner.run(self._main())
+                except BaseException as error:  # said before the runner cancels what is left
+                    _logger.exception("%s ended by an error", self.name)
+                    self._end(foreign_error(f"the work of {self.name}", error))
         finally:
             self._end()
 
@@ -327,8 +332,9 @@ class Engine:
         try:
             if self._drain is not None:
                 self._drain()
-        except Exception:
-            _logger.exception("%s: draining at interpreter exit failed", self.name)
+        except Exception as error:
+            text = "%s was not closed before the program ended, which is too late to raise this (close() would): %s"
+            _logger.exception(text, self.name, error)
         except BaseException:  # Control-C: whoever waits for the exit wants no more of it
             _logger.exception("%s: pending work was given up at interpreter exit", self.name)
             self._abandon(0)

@@ -9,10 +9,10 @@ processes as its class name, message and fields.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, EMFILE, ENOSPC
 from functools import partial
 from inspect import signature
 from typing import Any, Final
@@ -42,6 +42,16 @@ class AsyncDCPError(Exception):
         options = (option for option in signature(type(self)).parameters.values() if option.kind is option.KEYWORD_ONLY)
         fields = {option.name: getattr(self, option.name) for option in options}
         return partial(type(self), **fields), self.args, vars(self)
+
+
+def plain(text: str) -> str:
+    """Text that can be encoded: a path's bytes that are not UTF-8 (surrogates) are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def in_words(error: BaseException) -> str:
+    """An error as other processes are told of it where its fields do not count."""
+    return plain(f"{type(error).__name__}: {error}")
 
 
 # ── the caller ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,7 +155,7 @@ class SaveAborted(SaveInterrupted):
 
 class StructureChanged(SaveAborted):
     """What the ranks wrote does not cover what they hold: on one of them the state's structure has changed since they
-    divided it among themselves. They agree anew, and the next save is complete.
+    divided it among themselves. They agree anew, and the next save is complete if what they hold fits together by then.
     """
 
 
@@ -219,12 +229,29 @@ class StorageFull(StorageError):
     """No space or quota is left (ENOSPC, EDQUOT)."""
 
 
+class StorageUnavailable(StorageError):
+    """A storage did not answer, or did not let us in, or this process has come to a limit of its own, such as that on
+    open files; the message names the way out. It says nothing of what lies there: a checkpoint that was to be read may
+    be whole, so none is taken for damaged, and no older one is taken in its place. Try again once that is mended.
+    """
+
+
+_UNAVAILABLE: Final = frozenset(
+    {errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
+    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
+_KINDS: Final = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StorageFull),
+    **dict.fromkeys((*_UNAVAILABLE, errno.EACCES, errno.EPERM), StorageUnavailable),
+}
 _ROOM: Final = "make room (asyncdcp gc removes what cut-off saves have left)"
 _WAYS_OUT: Final = {
-    ENOSPC: _ROOM,
-    EDQUOT: _ROOM,
-    EFBIG: "raise RLIMIT_FSIZE (ulimit -f), or save where the filesystem takes larger files",
-    EMFILE: "raise RLIMIT_NOFILE (ulimit -n)",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise RLIMIT_FSIZE (ulimit -f), or save where the filesystem takes larger files",
+    errno.EMFILE: "raise RLIMIT_NOFILE (ulimit -n)",
+    errno.ENOMEM: "free memory, or raise RLIMIT_AS (ulimit -v) where that is set",
 }
 
 
@@ -233,11 +260,24 @@ def with_way_out(message: str, number: int | None) -> str:
     return f"{message}; {_WAYS_OUT[number]}" if number in _WAYS_OUT else message
 
 
+def foreign_error(what: str, error: BaseException, *, path: str | None = None) -> AsyncDCPError:
+    """What to raise where ``what`` failed by an error that is not asyncdcp's, which becomes the cause."""
+    number = error.errno if isinstance(error, OSError) else None
+    known = AsyncDCPError(with_way_out(f"{what} failed: {type(error).__name__}: {error}", number), path=path)
+    known.__cause__ = error
+    return known
+
+
+def is_unavailable(number: int | None) -> bool:
+    """Whether the system's number is that of a storage that does not answer, or of a limit of this process."""
+    return number in _UNAVAILABLE
+
+
 def storage_error(message: str, path: str, number: int | None) -> StorageError:
-    """The error of a storage by the system's number, where it has one: ``StorageFull`` if that says so; with the way
+    """The error of a storage by the system's number, where it has one, of the class that this calls for; with the way
     out.
     """
-    kind = StorageFull if number in (ENOSPC, EDQUOT) else StorageError
+    kind = StorageError if number is None else _KINDS.get(number, StorageError)
     return kind(with_way_out(message, number), path=path, errno=number)
 
 

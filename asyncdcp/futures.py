@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple, cast
@@ -26,6 +26,9 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _logger = logging.getLogger(__name__)
+
+work_of: ContextVar[CheckpointFuture[Any]] = ContextVar("work_of")
+"""Within work that was submitted to an engine: the future of it, whose ``report`` the work may set."""
 
 
 class FutureHost(Protocol):
@@ -104,11 +107,14 @@ class CheckpointFuture(Generic[T]):
         return self._wait().__await__()
 
     async def _wait(self) -> T:
-        if not self._done:
-            self._host.check_process()  # first of all: in a forked child a lock may be held for good
-            with self._awaiting():
-                await self.settled()
-        return self._outcome()
+        try:
+            if not self._done:
+                self._host.check_process()  # first of all: in a forked child a lock may be held for good
+                with self._awaiting():
+                    await self.settled()
+            return self._outcome()
+        finally:
+            del self  # it has the error, whose traceback has this frame
 
     async def settled(self) -> None:
         """Returns once it is done, however. For the owner: it does not count as seeing an error, nor as waiting."""
@@ -143,8 +149,11 @@ class CheckpointFuture(Generic[T]):
         Raises ``DeadlineExceeded`` (a ``TimeoutError``) after ``timeout`` seconds; the work goes on. Raises
         ``WouldDeadlock`` on the engine's own thread and in a done callback, where the wait might never end.
         """
-        self._block(timeout)
-        return self._outcome()
+        try:
+            self._block(timeout)
+            return self._outcome()
+        finally:
+            del self
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Block like ``result`` and return the error, or None where there is a value."""
@@ -170,7 +179,10 @@ class CheckpointFuture(Generic[T]):
             return cast(T, self._value)
         self._retrieved = True
         # The traceback of the work alone: else each raise would add the frames of another waiter, and keep them alive.
-        raise self._failure.with_traceback(self._traceback)
+        try:
+            raise self._failure.with_traceback(self._traceback)
+        finally:
+            del self
 
     # ── state ──
 

@@ -58,6 +58,12 @@ class LoadReport:
     """What became of the checkpoint's ``PerRank`` values, by FQN: "own", this rank's as it had saved them; of another
     number of ranks "rank0", rank 0's, or "dropped", not loaded, as ``load(per_rank=…)`` says. What the load was not
     asked for (``keys``, ``strict=False``) is not listed."""
+    missing: tuple[str, ...] = ()
+    """FQNs of the state that were asked for and are as they were, since the checkpoint lacks them. Only with
+    ``strict=False`` is there any; tied tensors are not, where one of their names is there."""
+    unexpected: tuple[str, ...] = ()
+    """FQNs of the checkpoint, as ``rename`` makes them, that ``keys`` let through and that have no place in the state:
+    with ``strict=False``, or on one of several ranks, of which another may hold them."""
 
     @property
     def bytes_per_second(self) -> float:

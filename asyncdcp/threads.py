@@ -87,10 +87,10 @@ async def ended(work: asyncio.Future[T]) -> T:
                 await asyncio.wait((work,))
             except asyncio.CancelledError as error:
                 cancelled = error
-    if cancelled is None:
-        return work.result()
-    work.exception()  # looked at, so that asyncio does not report it as lost
     try:
+        if cancelled is None:
+            return work.result()
+        work.exception()  # looked at, so that asyncio does not report it as lost
         raise cancelled
     finally:
-        del cancelled  # which would hold this frame, and with it the buffers of all that wait here
+        del cancelled, work  # their errors hold this frame, and with it the buffers of all that wait here

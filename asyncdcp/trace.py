@@ -55,13 +55,6 @@ class Trace:
             bounds[span.stage] = (min(start, span.start), max(end, span.end))
         return {stage: end - start for stage, (start, end) in bounds.items()}
 
-    def bytes(self) -> dict[str, int]:
-        """Per stage, the bytes of its spans."""
-        totals: dict[str, int] = {}
-        for span in self.spans:
-            totals[span.stage] = totals.get(span.stage, 0) + span.bytes
-        return totals
-
 
 def chrome_trace(spans: Sequence[Span], name: str) -> bytes:
     """The spans in Chrome's trace event format (JSON), which Perfetto and chrome://tracing open.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from traceback import clear_frames
 from types import TracebackType
 from typing import TypeVar
+
+from anyio import create_task_group
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -17,7 +21,7 @@ def first_error(group: BaseExceptionGroup[ErrorT]) -> ErrorT:
 
 
 class ungrouped:  # in lower case, since it is used as a statement: with ungrouped(): async with create_task_group() …
-    """Around a task group: what made it fail is raised by itself, with its own cause."""
+    """Around a task group: what made it fail is raised by itself, with its own cause and context."""
 
     def __enter__(self) -> None:
         pass
@@ -27,7 +31,34 @@ class ungrouped:  # in lower case, since it is used as a statement: with ungroup
     ) -> None:
         if isinstance(error, BaseExceptionGroup):
             first = first_error(error)
-            raise first from first.__cause__
+            context = first.__context__
+            try:
+                raise first
+            finally:
+                first.__context__ = context  # not the group, which holds it
+                del first, error, context
+
+
+@contextmanager
+def cancelled_by_others() -> Iterator[None]:
+    """A storage may let an ``asyncio.CancelledError`` out that nobody has asked for, which a task group takes for a
+    good end, and others for a save that was given up: RuntimeError.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError("a task was cancelled, and nobody had asked for it") from error
+
+
+async def all_of(work: Callable[[], Awaitable[None]], count: int) -> None:
+    """Runs so many tasks of the same work at once, each ``frameless``. What makes one fail is raised by itself."""
+    with ungrouped():
+        async with create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(frameless, work)
 
 
 def drop_frames(error: BaseException) -> None:
@@ -52,13 +83,15 @@ def drop_frames(error: BaseException) -> None:
 
 
 async def frameless(task: Callable[[], Awaitable[None]]) -> None:
-    """Runs a task that has views of a slab's memory: what it raises, a cancellation too, does not keep them.
+    """Runs a task that has tensors or views of a slab's memory: what it raises, a cancellation too, does not keep them.
 
     A task group's task and the error that ended it hold each other, so what is in its frames would stay until the
     garbage collector comes by; an arena of gigabytes with it.
     """
     try:
-        await task()
+        with cancelled_by_others():
+            await task()
     except BaseException as error:
         drop_frames(error)
+        del task
         raise

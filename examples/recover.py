@@ -22,6 +22,8 @@ from typing import Any
 
 RESTARTS = 3
 TIMEOUT = 30.0
+COMES_BACK = 120.0
+"""How many seconds a trainer may take to start."""
 
 
 def arguments() -> argparse.Namespace:
@@ -62,18 +64,28 @@ class Meeting:
         self.started = self._store.add(f"started/{rank}", 1)
 
     def join(self) -> None:
-        """Makes the process group of a new generation, once all ranks are there."""
+        """Makes the process group of a new generation, once all ranks are there. TimeoutError if one stays away, and
+        ConnectionError if torchrun is gone: waiting would not help.
+        """
         import torch.distributed as dist
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # as above
 
-        counts = [0]
+        counts, until = [0], time.monotonic() + COMES_BACK
         while 0 in counts or self._generation == str(counts):
+            if time.monotonic() > until:
+                raise TimeoutError(f"not all ranks were there within {COMES_BACK:g} s; started so far: {counts}")
             time.sleep(0.02)
-            counts = [self._store.add(f"started/{rank}", 0) for rank in range(self._world)]
+            counts = self._counts()
         self._generation = str(counts)
         store = PrefixStore(self._generation, self._store)
         limit = timedelta(seconds=TIMEOUT)
         dist.init_process_group("gloo", store=store, rank=self._rank, world_size=self._world, timeout=limit)
+
+    def _counts(self) -> list[int]:
+        try:
+            return [self._store.add(f"started/{rank}", 0) for rank in range(self._world)]
+        except RuntimeError as error:
+            raise ConnectionError(f"torchrun, which has the store, is gone: {error!s:.80}") from error
 
     def leave(self) -> None:
         """Lets go of a group that has lost a rank."""
@@ -132,7 +144,7 @@ class Trainer:
             parameter.grad = part.view_as(parameter)
         self.optimizer.step()
         self.progress.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def digest(self) -> str:
         """The parameters in one number, to compare ranks by."""

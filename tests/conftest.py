@@ -16,10 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from asyncdcp.engine import Engine
 from tests.programs import Programs
 from tests.work import LONG
+
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")  # on a busy machine anything may take a second, and is no failure
 
 Same = Callable[[Any, Any], bool]
 

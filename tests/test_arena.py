@@ -12,6 +12,7 @@ import resource
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,23 @@ def test_an_unclosed_arena_warns_and_leaks_nothing() -> None:
     assert not mappings()
 
 
+@pytest.mark.parametrize("call", ["ftruncate", "close"])
+def test_nobody_forks_while_an_arena_is_made_or_closed(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    free: list[bool] = []
+    function = getattr(os, call)
+
+    def look(*args: int) -> None:
+        monkeypatch.setattr(os, call, function)
+        free.append(pool.submit(arena_module._making.acquire, blocking=False).result())
+        function(*args)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        monkeypatch.setattr(os, call, look)
+        Arena(1, 4096).close()
+        assert free == [False]
+
+
 def test_a_fork_has_no_arena(arena: Arena) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: a thread of another test may be there
@@ -170,6 +188,8 @@ def test_a_fork_has_no_arena(arena: Arena) -> None:
             assert not mappings()
             assert not descriptors()
             arena.close()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(Arena, 1, 4096).result().close()
             code = 0
         finally:
             os._exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import os
 import select
 import signal
@@ -19,9 +20,9 @@ import anyio.to_thread
 import pytest
 
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Closed, DeadlineExceeded, WouldDeadlock
+from asyncdcp.errors import AsyncDCPError, Cancelled, Closed, DeadlineExceeded, WouldDeadlock
 from asyncdcp.futures import CheckpointFuture
-from tests.work import LONG, add, forever
+from tests.work import LONG, add, forever, open_descriptors
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="none")
 
@@ -53,6 +54,19 @@ def test_the_engine_survives_an_exit_in_its_work(engine: Engine, error: type[Bas
 
     assert isinstance(engine.submit(work).exception(LONG), error)
     assert engine.submit(add, 1, 2).result(LONG) == 3
+
+
+def test_an_engine_that_cannot_run_fails_whatever_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    engine = Engine("test")
+    made: CheckpointFuture[int] = engine.future("made by itself")
+    monkeypatch.setattr(anyio, "CancelScope", full)
+    for future in (made, engine.submit(forever)):  # nobody has cancelled either
+        with pytest.raises(AsyncDCPError, match=r"Too many open files; raise RLIMIT_NOFILE"):
+            future.result(LONG)
+    engine.close(LONG)
 
 
 def test_a_failing_call_is_logged(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -110,6 +124,24 @@ def test_close_cancels_what_is_left_at_the_deadline() -> None:
             call()
 
 
+def test_work_that_is_cancelled_before_it_has_begun_begins_and_ends_by_that(engine: Engine) -> None:
+    told: list[str] = []
+
+    async def work() -> None:
+        try:
+            await forever()
+        finally:
+            told.append("it is given up")
+
+    begins = threading.Event()
+    engine.call(begins.wait, LONG)
+    future = engine.submit(work)
+    assert future.cancel()
+    begins.set()
+    assert isinstance(future.exception(LONG), Cancelled)
+    assert told
+
+
 def test_close_before_any_work() -> None:
     engine = Engine("engine")
     future = engine.future("it")
@@ -157,11 +189,11 @@ def test_a_closed_engine_leaves_no_thread_and_no_descriptor() -> None:
         assert not engine._thread.is_alive()
 
     before_threads = set(threading.enumerate())
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     round_trip()
     for thread in set(threading.enumerate()) - before_threads:
         thread.join()  # anyio's idle worker was told to stop, and nobody waits for it
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_asynchronous_generators_are_closed() -> None:

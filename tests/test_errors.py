@@ -92,5 +92,5 @@ def test_a_full_storage_is_told_from_a_broken_one(number: int | None) -> None:
 @pytest.mark.parametrize(("number", "command"), [(errno.EFBIG, "ulimit -f"), (errno.EMFILE, "ulimit -n")])
 def test_a_limit_of_the_process_is_named(number: int, command: str) -> None:
     error = storage_error("cannot create f", "f", number)
-    assert type(error) is StorageError and error.errno == number
+    assert isinstance(error, StorageError) and error.errno == number
     assert re.search(rf"^cannot create f; raise RLIMIT_\w+ \({command}\)", str(error))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,7 @@ ROOT = Path(asyncdcp.__file__).parent
 LEVELS: list[set[str]] = [
     {"errors", "unwinding"},
     {
-        "at_exit",
         "boxes",
-        "buffers",
         "callbacks",
         "config",
         "memory_limits",
@@ -66,6 +65,11 @@ def part_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def dotted(path: Path) -> str:
+    """The name by which a file is imported."""
+    return ".".join(("asyncdcp", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
 def level_of(part: str) -> int:
     """Raises AssertionError for a part that is not in the table: give it its place."""
     found = [number for number, parts in enumerate(LEVELS) if part in parts]
@@ -91,7 +95,8 @@ def targets(node: ast.AST, path: Path) -> Iterator[str]:
         assert node.level == 0, f"{path} has a relative import"
         base = node.module or ""
         # `from asyncdcp import x` may mean a module or a public name, which both have a home to be looked up
-        yield from (f"{base}.{alias.name}" for alias in node.names) if base == "asyncdcp" else (base,)
+        for name in (f"{base}.{alias.name}" for alias in node.names):
+            yield name if base == "asyncdcp" or (ROOT.parent / f"{name.replace('.', '/')}.py").exists() else base
     elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
         yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
 
@@ -122,6 +127,14 @@ def test_imports_point_downward(imports: list[Import]) -> None:
     assert wrong == []
 
 
+def test_no_modules_import_each_other_in_a_circle(imports: list[Import]) -> None:
+    """Within a part, too, and not for types alone."""
+    graph: dict[str, set[str]] = {}
+    for _, module, target in imports:
+        graph.setdefault(dotted(ROOT / module), set()).add(target)
+    TopologicalSorter(graph).prepare()
+
+
 def test_no_module_below_the_torch_line_imports_torch(imports: list[Import]) -> None:
     wrong = [
         f"{module} imports {target}"
@@ -135,7 +148,7 @@ def test_no_module_below_the_torch_line_imports_torch(imports: list[Import]) -> 
 def test_importing_all_below_the_line_leaves_torch_out() -> None:
     """Dynamically too: no library that they use brings it along."""
     below = [
-        ".".join(("asyncdcp", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+        dotted(path)
         for path in sorted(ROOT.rglob("*.py"))
         if path.name != "__main__.py" and part_of(path) != "__init__" and level_of(part_of(path)) < level_of(TORCH_FROM)
     ]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[1]
-_PAGES = [_ROOT / "README.md", *sorted((_ROOT / "asyncdcp").rglob("README.md"))]
+_PARTS = (_ROOT / "asyncdcp", _ROOT / "tests")
+_PAGES = [_ROOT / "README.md", *sorted(page for part in _PARTS for page in part.rglob("README.md"))]
 _TEXTS = {page: page.read_text(encoding="utf-8") for page in _PAGES}
 _README = _TEXTS[_PAGES[0]]
 _BLOCK = re.compile(r"(?:^<!-- (program|goes on from): (\w+) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

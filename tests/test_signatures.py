@@ -66,7 +66,7 @@ def test_every_load_has_the_same_options(verb: Callable[..., Any]) -> None:
 
 def test_every_save_has_the_same_options() -> None:
     assert words(SyncCheckpointer.save) == words(AsyncCheckpointer.save)
-    assert words(CheckpointManager.save, "metrics") == words(AsyncCheckpointer.save, "overwrite", "run")
+    assert words(CheckpointManager.save, "metrics") == words(AsyncCheckpointer.save, "overwrite")
 
 
 def test_all_are_made_with_the_same_options() -> None:
@@ -100,6 +100,7 @@ async def test_each_load_hands_all_of_them_on(tmp_path: Path, monkeypatch: pytes
 WRONG: list[tuple[str, Any]] = [
     ("device", "gpu"),
     ("device", 1.5),
+    ("device", "meta"),
     ("keys", "a"),
     ("keys", ["a", 1]),
     ("keys", []),

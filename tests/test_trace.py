@@ -12,7 +12,6 @@ def test_stages_are_summed_from_first_start_to_last_end() -> None:
     for span in (Span("a", 1.0, 2.0, 10), Span("b", 0.0, 0.5), Span("a", 1.5, 4.0, 5)):
         trace.add(span)
     assert trace.seconds() == {"a": 3.0, "b": 0.5}
-    assert trace.bytes() == {"a": 15, "b": 0}
 
 
 def test_a_span_is_heard_of_also_when_the_block_raises() -> None:

@@ -19,10 +19,10 @@ import anyio
 import msgspec
 from anyio import to_thread
 
-from asyncdcp.errors import AsyncDCPError, InvalidOption, StorageError
+from asyncdcp.errors import AsyncDCPError, InvalidOption, StorageError, plain
 from asyncdcp.planning import Structure
 from asyncdcp.planning.division import Division, Pick, Rows, divide, share
-from asyncdcp.planning.holdings import Holdings
+from asyncdcp.planning.held_chunks import Holdings
 from asyncdcp.ranks import Ranks, together
 from asyncdcp.storage import Storage
 
@@ -55,11 +55,19 @@ class _Heard(msgspec.Struct):
     begin: int
 
 
-class SaveAgreements:
-    """Used on the engine's loop, but for ``wanted``."""
+class _Way(msgspec.Struct):
+    """Where and how a rank saves."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    place: str
+    transforms: list[str]
+
+
+class SaveAgreements:
+    """Used on the engine's loop, but for ``wanted``. ``transforms`` are those of this rank's saves."""
+
+    def __init__(self, ranks: Ranks, transforms: Sequence[str] = ()) -> None:
         self._ranks = ranks
+        self._transforms = list(transforms)
         self._divisions: list[_Agreed] = []
         self._latest: Holdings | None = None
         self._joined = self._planned = 0
@@ -146,7 +154,7 @@ class SaveAgreements:
             await self.agree(self._latest, f"{_TOPIC} after save {save_id}")
 
     async def check_place(self, storage: Storage, save_id: str) -> None:
-        """Makes sure, once, that all ranks write to the same place. Collective at the first call."""
+        """Makes sure, once, that all ranks write to one place, in one way. Collective at the first call."""
         if self._probed:
             return
         name = f"{save_id}.probe"
@@ -154,14 +162,14 @@ class SaveAgreements:
         async def put() -> bytes:
             if self._ranks.rank == 0:
                 await storage.put(name, b"rank 0 was here")
-            return storage.info.location.encode()
+            return msgspec.msgpack.encode(_Way(plain(storage.info.location), self._transforms))
 
         async def see() -> bytes:
             await _see(storage, name)
             return b""
 
         try:
-            await together(self._ranks, _PLACE, put, _one_place)
+            await together(self._ranks, _PLACE, put, _one_way)
             await together(self._ranks, f"{_PLACE}, seen by all", see)
         finally:
             if self._ranks.rank == 0:
@@ -186,13 +194,23 @@ async def _see(storage: Storage, name: str) -> None:
     )
 
 
-def _one_place(told: Sequence[bytes]) -> bytes:
-    for rank, place in enumerate(told):
-        if place != told[0]:
+def _one_way(told: Sequence[bytes]) -> bytes:
+    first, *others = [msgspec.msgpack.decode(one, type=_Way) for one in told]
+    for rank, way in enumerate(others, 1):
+        if way.place != first.place:
             raise InvalidOption(
-                f"rank 0 saves to {told[0].decode()}, rank {rank} to {place.decode()}: all ranks must give one path"
+                f"rank 0 saves to {first.place}, rank {rank} to {way.place}: all ranks must give one path"
+            )
+        if way.transforms != first.transforms:
+            raise InvalidOption(
+                f"rank 0 saves with {_listed(first.transforms)}, rank {rank} with {_listed(way.transforms)}: all ranks "
+                "must give the same extensions, with the same key"
             )
     return b""
+
+
+def _listed(transforms: Sequence[str]) -> str:
+    return f"the extensions {', '.join(transforms)}" if transforms else "no extensions"
 
 
 def _divided(told: Sequence[bytes]) -> bytes:

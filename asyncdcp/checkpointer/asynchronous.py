@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -15,20 +15,16 @@ import torch
 from anyio import to_thread
 from torch.distributed import ProcessGroup
 
-from asyncdcp.checkpointer.guards import Guards
-from asyncdcp.checkpointer.handle import SaveHandle
+from asyncdcp.checkpointer.handles import Guards, PendingSaves, SaveHandle
 from asyncdcp.checkpointer.jobs import plain_json
 from asyncdcp.checkpointer.lanes import Lanes
-from asyncdcp.checkpointer.pending import PendingSaves
-from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner
+from asyncdcp.checkpointer.planner import SaveName, SaveOrder, SavePlanner, SaveWords
 from asyncdcp.checkpointer.read_verbs import OnProgress, Place, ReadVerbs
 from asyncdcp.checkpointer.saving import SaveRequest, SaveTask
-from asyncdcp.checkpointer.volatile import VolatileWarnings
 from asyncdcp.closing import weakly
 from asyncdcp.config import Options, check_flags, known_options
 from asyncdcp.engine import Engine
 from asyncdcp.errors import (
-    AsyncDCPError,
     CheckpointerBusy,
     Closed,
     DeadlineExceeded,
@@ -39,14 +35,16 @@ from asyncdcp.extensions import Chain, Extension, ExtensionRegistry, known_exten
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.metadata import RunStamp
+from asyncdcp.pipeline.records import known_error
 from asyncdcp.pipeline.session import ThreadPipeline
 from asyncdcp.planning import Structure
-from asyncdcp.planning.holdings import Holdings
+from asyncdcp.planning.held_chunks import Holdings
 from asyncdcp.ranks import Ranks, find_ranks, first_rank
 from asyncdcp.staging import Arenas, EagerBudget, Guard, Sources
 from asyncdcp.state_dict.flatten import FlatState, flatten
 from asyncdcp.state_dict.pruning import select
 from asyncdcp.storage import Storage, open_storage
+from asyncdcp.storage.memory import VolatileWarnings
 from asyncdcp.worker.launch import is_supported
 from asyncdcp.worker.pipeline import ProcessPipeline
 
@@ -111,7 +109,7 @@ class AsyncCheckpointer(ReadVerbs):
         self._chain = Chain(extensions)
         self._chain.warn_of_order()
         self._registry = known_extensions(registry, extensions)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant, as all here: a signal's handler may save in the middle of a save
         self._planner = SavePlanner(self.ranks, self._options, self._chain)
         pipeline = ProcessPipeline(self._options) if process else ThreadPipeline()
         self._lanes = Lanes(Arenas(SLAB_BYTES, self._options.staging_bytes), pipeline)
@@ -152,39 +150,48 @@ class AsyncCheckpointer(ReadVerbs):
         keys: Sequence[str] | None = None,
         allow_pickle: bool = False,
         on_progress: OnProgress | None = None,
-        run: RunStamp | None = None,
     ) -> SaveHandle:
         """Begins to save ``state`` as the checkpoint at ``path``, and returns its handle.
 
         ``path`` is a directory, made where it is missing, or a ``Storage``. A checkpoint that is there already fails
         the save (``CheckpointExists``); with ``overwrite`` it stays whole until the new one is committed, and is
-        deleted then. ``metadata`` is anything that JSON can carry (so that nan becomes None), up to 32 MiB, kept in
-        the checkpoint's Record. ``keys`` are globs of FQNs: only these are stored (dicts lose other entries; a list is
-        stored whole if any entry of it is). ``allow_pickle=True`` pickles what could not be stored otherwise; it has to
-        be given again at load.
-        ``on_progress`` is called with ``Progress`` on a thread of its own. ``run`` is a manager's, which see.
+        deleted then, but for one of ``torch.distributed.checkpoint``, which is never replaced. ``metadata`` is anything
+        that JSON can carry (so that nan becomes None), up to 32 MiB, kept in the checkpoint's Record. ``keys`` are
+        globs of FQNs: only these are stored (dicts lose other entries; a list is stored whole if any entry of it is).
+        Each glob has to match something; on several ranks, which all give the same, on one of them, or the futures
+        raise ``InvalidOption``. ``allow_pickle=True`` pickles what could not be stored otherwise; it has to be given
+        again at load. ``on_progress`` is called with ``Progress`` on a thread of its own.
 
         Raises at once, with nothing begun: ``UnsupportedValue`` and ``DuplicateName`` for what cannot be stored;
-        ``CheckpointerBusy``; ``Closed``; ``UnseenFailure`` of an earlier save. The futures raise ``CheckpointExists``,
-        ``MemoryLimit``, ``StorageError`` and its kin, ``DeadlineExceeded``, ``SaveSkipped``, ``Cancelled``,
-        ``CommitUnknown``.
+        ``InvalidOption``; ``CheckpointerBusy``; ``Closed``; ``UnseenFailure`` of an earlier save. The futures raise
+        ``CheckpointExists``, ``MemoryLimit``, ``StorageError`` and its kin, ``DeadlineExceeded``, ``SaveSkipped``,
+        ``Cancelled``, ``CommitUnknown``.
         """
+        return self._save(path, state, SaveWords(overwrite, metadata, keys, allow_pickle, on_progress))
+
+    def _save(
+        self, path: Place, state: Mapping[Any, Any], words: SaveWords, stamp: Callable[[], RunStamp] | None = None
+    ) -> SaveHandle:
+        """``save``, with what a manager's saves say of their run. What fails there fails all ranks."""
         begun = time.monotonic()
         self._check_open()
         storage = open_storage(path)
         name = self._planner.name(storage.info.location)
         try:
-            check_flags(overwrite=overwrite, allow_pickle=allow_pickle)
+            check_flags(overwrite=words.overwrite, allow_pickle=words.allow_pickle)
             self._pending.surface()
-            order = SaveOrder(name, storage, overwrite, plain_json("metadata", metadata), run)
+            run = None if stamp is None else stamp()
+            order = SaveOrder(name, storage, words.overwrite, plain_json("metadata", words.metadata), words.keys, run)
             with self._pending.entering() as busy:
                 if busy and self._options.when_busy != "queue":
                     return self._refuse(name, storage)
                 self._volatile.warn_of(storage)
                 self._lanes.pipeline.warn_unless_travels(storage, self._chain)
-                flat = flatten(state, allow_pickle=allow_pickle)
-                return self._begin(order, flat if keys is None else select(flat, keys), on_progress, begun)
-        except AsyncDCPError as error:
+                flat = flatten(state, allow_pickle=words.allow_pickle)
+                if words.keys is not None:
+                    flat = select(flat, words.keys, alone=self.ranks.world_size == 1)
+                return self._begin(order, flat, words.on_progress, begun)
+        except Exception as error:  # what a state_dict raises, too
             self._tell_peers(name, storage, error)
             raise
 
@@ -194,29 +201,31 @@ class AsyncCheckpointer(ReadVerbs):
         plan = self._planner.planning(order, flat, described, trace)
         statefuls = (taken.stateful for taken in flat.statefuls.values())
         sources = Sources(list(described.sources), self._guards.active(), statefuls, self._eager)
-        request = SaveRequest(
-            order.storage,
-            plan,
-            partial(self._planner.tell_peers, order.name, order.storage),
-            partial(self._engine.submit, self._planner.renew, order.name),
-            sources,
-            trace,
-            begun,
-            self._chain,
-        )
-        task = SaveTask(request, self._engine, self._lanes, self._options)
-        with self._lock:
-            if self._closed:
-                raise Closed("the checkpointer is closed")
-            self._engine.submit(task.run, name=f"save to {task.handle.path}")
-            self._pending.add(task.handle)
+        try:
+            tell_peers = partial(self._planner.tell_peers, order.name, order.storage)
+            renew = partial(self._engine.submit, self._planner.renew, order.name)
+            request = SaveRequest(order.storage, plan, tell_peers, renew, sources, trace, begun, self._chain)
+            return self._started(SaveTask(request, self._engine, self._lanes, self._options))
+        except BaseException:  # Control-C: the eager copies would count for good
+            sources.drop()
+            raise
+
+    def _started(self, task: SaveTask) -> SaveHandle:
+        try:
+            with self._lock:
+                self._check_open()
+                self._engine.submit(task.run, name=f"save to {task.handle.path}")
+                self._pending.add(task.handle)
+        except BaseException:  # it may have begun, and nobody has its handle
+            task.handle.cancel()
+            raise
         return task.handle
 
-    def _tell_peers(self, name: SaveName, storage: Storage, error: AsyncDCPError) -> None:
+    def _tell_peers(self, name: SaveName, storage: Storage, error: Exception) -> None:
         """Of a save that this rank has refused."""
         if self.ranks.world_size > 1:
             with suppress(Closed):
-                self._engine.submit(self._planner.tell_peers, name, storage, error)
+                self._engine.submit(self._planner.tell_peers, name, storage, known_error(error, storage.info.location))
 
     def prepare(self, state: Mapping[Any, Any]) -> CheckpointFuture[None]:
         """Plans saves of this structure, takes the arena's memory and starts the background process ahead, so that the

@@ -33,7 +33,7 @@ from asyncdcp.state_dict.matching import match
 from asyncdcp.state_dict.mismatches import nothing_chosen, unexpected_everywhere
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
-from asyncdcp.state_dict.pruning import leaves, prune
+from asyncdcp.state_dict.pruning import choose, leaves
 from asyncdcp.state_dict.restoring import Restorer
 from asyncdcp.state_dict.targets import TensorTarget, new_tensors, targets_of
 from asyncdcp.state_dict.unflatten import unflatten
@@ -73,6 +73,7 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
     async with AsyncExitStack() as opened:
         begun, open_here = await find_together(request, opened)
         bound = await bind_together(request, open_here)
+        opened.callback(bound.drop)
         exchange = await _read_together(request, bound, until=begun + request.deadline)
         with request.trace.span("restore"):
             state = await to_thread.run_sync(bound.into.finish)
@@ -86,6 +87,8 @@ async def load_state(request: LoadRequest) -> tuple[Any, LoadReport]:
         stage_seconds=frozen(request.trace.seconds()),
         received_bytes=exchange.received_bytes,
         per_rank=_per_rank(request, metadata, bound.into),
+        missing=tuple(bound.into.missing),
+        unexpected=tuple(bound.into.unexpected),
     )
     return state, report
 
@@ -196,6 +199,11 @@ class Bound(NamedTuple):
     targets: list[TensorTarget]
     shared: bytes
 
+    def drop(self) -> None:
+        """Lets go of the tensors: nothing is read any more, and whoever has a load's error has this."""
+        self.targets.clear()
+        self.into.drop()
+
 
 class _Told(msgspec.Struct):
     """What a rank has to say of its state and the checkpoint. ``wanted`` is None where it reads for itself alone."""
@@ -217,7 +225,8 @@ async def bind_together(request: LoadRequest, open_here: Opening) -> Bound:
         wants, targets = into.bind()
         made.append(Bound(reader, into, plan_load(metadata, wants), targets, b""))
         shares = request.options.replicas == "broadcast" and request.ranks.world_size > 1
-        return _compressed(_Told(into.unexpected, what_to_share(made[0].plan, metadata) if shares else None))
+        unexpected = into.unexpected if request.options.strict else []
+        return _compressed(_Told(unexpected, what_to_share(made[0].plan, metadata) if shares else None))
 
     async def work() -> bytes:
         return await to_thread.run_sync(bind, await open_here())
@@ -257,6 +266,7 @@ class _Anew:
         self._path = request.location
         self._metadata = metadata
         self._state: Any = None
+        self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.loaded: frozenset[str] = frozenset()
 
@@ -265,9 +275,9 @@ class _Anew:
         metadata, options = self._metadata, self._options
         tree, values = decoded(metadata)
         if options.keys is not None:
-            tree = prune(tree, options.selects)
-            if tree is None:
-                raise nothing_chosen(self._path, options.keys)
+            tree, idle = choose(tree, options.keys, metadata.own)
+            if tree is None or (idle and options.strict):
+                raise nothing_chosen(self._path, idle)
         names = leaves(tree) if options.keys is not None else None
         self.loaded = frozenset(metadata.own if names is None else names)
         stored = {
@@ -289,6 +299,9 @@ class _Anew:
         """The state."""
         return self._state
 
+    def drop(self) -> None:
+        self._state = None
+
 
 class _InPlace:
     """A load into a state that is there."""
@@ -301,6 +314,7 @@ class _InPlace:
         self._metadata = metadata
         self._restorer: Restorer | None = None
         self._alone = request.ranks.world_size == 1
+        self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.loaded: frozenset[str] = frozenset()
 
@@ -310,7 +324,7 @@ class _InPlace:
         tree, values = decoded(metadata)
         nodes = TreeNodes(tree, options.renamed, allow_pickle=options.allow_pickle)
         found = match(self._flat, metadata, nodes, options, alone=self._alone)
-        self.unexpected, self.loaded = found.unexpected, found.loaded
+        self.missing, self.unexpected, self.loaded = found.missing, found.unexpected, found.loaded
         made = new_tensors(metadata, found.fresh, found.alike)
         found.add_fresh(made)
         self._restorer = Restorer(self._flat, found, nodes, values, options)
@@ -320,6 +334,9 @@ class _InPlace:
         """Plain values, and every Stateful's ``load_state_dict``, in the state's order."""
         assert self._restorer is not None
         return self._restorer.restore(self._state)
+
+    def drop(self) -> None:
+        self._restorer = None
 
 
 def decoded(metadata: Metadata) -> tuple[Any, dict[str, Any]]:

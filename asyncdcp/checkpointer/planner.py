@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
 
 from anyio import CancelScope, move_on_after, to_thread
 from msgspec import structs
 
 from asyncdcp.checkpointer.agreements import SaveAgreements
 from asyncdcp.checkpointer.jobs import make_job, versions
+from asyncdcp.checkpointer.read_verbs import OnProgress
 from asyncdcp.checkpointer.saving import Planned
 from asyncdcp.config import Options
 from asyncdcp.envelope import encode_record
@@ -20,16 +24,17 @@ from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions import Chain
 from asyncdcp.metadata import RunStamp
 from asyncdcp.names import make_save_id, record_name
-from asyncdcp.pipeline.causes import abort_record
+from asyncdcp.pipeline.records import abort_record
 from asyncdcp.planning import PlanCache, SavePlan, Structure
 from asyncdcp.planning.division import Pick
-from asyncdcp.planning.holdings import Holdings
+from asyncdcp.planning.held_chunks import Holdings
 from asyncdcp.ranks import Ranks
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.replicas import holdings
+from asyncdcp.state_dict.parameters import holdings
 from asyncdcp.state_dict.structure import Described, StructureCache
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import cancelled_by_others
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -42,6 +47,16 @@ class SaveName:
     number: int
 
 
+class SaveWords(NamedTuple):
+    """The options of a save, as ``AsyncCheckpointer.save`` has them, not checked yet."""
+
+    overwrite: bool = False
+    metadata: Mapping[str, Any] | None = None
+    keys: Sequence[str] | None = None
+    allow_pickle: bool = False
+    on_progress: OnProgress | None = None
+
+
 @dataclass(frozen=True)
 class SaveOrder:
     """A save as the caller has asked for it."""
@@ -50,6 +65,7 @@ class SaveOrder:
     storage: Storage
     overwrite: bool
     metadata: dict[str, Any]
+    keys: Sequence[str] | None
     run: RunStamp | None
 
 
@@ -58,22 +74,21 @@ class SavePlanner:
 
     def __init__(self, ranks: Ranks, options: Options, chain: Chain) -> None:
         self.run_id = ""
-        self.agreements = SaveAgreements(ranks)
+        self.agreements = SaveAgreements(ranks, chain.descriptors)
         self._ranks = ranks
         self._options = options
         self._chain = chain
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._structures = StructureCache()
         self._plans = PlanCache()
-        self._attempts: dict[str, int] = {}
-        self._calls = 0
+        self._attempts: defaultdict[str, Iterator[int]] = defaultdict(partial(count, 1))
+        self._calls = count(1)
 
     def name(self, location: str) -> SaveName:
         """The name of this call of ``save``. Whatever becomes of it, it counts, so that all ranks agree on the next."""
         with self._lock:
-            self._calls += 1
-            attempt = self._attempts[location] = self._attempts.get(location, 0) + 1
-            return SaveName(make_save_id(self.run_id, location, attempt), self._calls)
+            attempt = next(self._attempts[location])  # in one step, which no signal's handler can come between
+            return SaveName(make_save_id(self.run_id, location, attempt), next(self._calls))
 
     def describe(self, flat: FlatState) -> Described:
         """The structure of what this rank holds, and the tensors."""
@@ -100,6 +115,7 @@ class SavePlanner:
 
             return given
         marked = self.held(flat, described, marked=True) if self.agreements.wanted else None
+        order = replace(order, keys=None if order.keys is None else [*order.keys])  # the list is the caller's
 
         async def agreed() -> Planned:
             def held() -> Holdings:
@@ -126,7 +142,8 @@ class SavePlanner:
             metadata=order.metadata,
             transforms=self._chain.descriptors,
         )
-        return Planned(plan, structs.replace(job, run=order.run, world_size=self._ranks.world_size))
+        keys = [] if order.keys is None else [*order.keys]
+        return Planned(plan, structs.replace(job, run=order.run, world_size=self._ranks.world_size, keys=keys))
 
     async def tell_peers(self, name: SaveName, storage: Storage, error: AsyncDCPError) -> None:
         """Says to the other ranks that this one gives a save up that no pipeline knows of. Never raises."""
@@ -134,11 +151,12 @@ class SavePlanner:
             return
         with CancelScope(shield=True), move_on_after(self._options.settle_seconds):
             try:
-                await self.agreements.refuse(name.number, error)
-                world = (self._ranks.rank, self._ranks.world_size)
-                record = abort_record(name.save_id, world, error, dict(versions()))
-                sealer = self._chain.sealer(name.save_id)
-                await storage.claim(record_name(name.save_id), encode_record(record, sealer))
+                with cancelled_by_others():
+                    await self.agreements.refuse(name.number, error)
+                    world = (self._ranks.rank, self._ranks.world_size)
+                    record = abort_record(name.save_id, world, error, dict(versions()))
+                    sealer = self._chain.sealer(name.save_id)
+                    await storage.claim(record_name(name.save_id), encode_record(record, sealer))
             except Exception:
                 _logger.exception("the other ranks could not be told that the save %s is given up", name.save_id)
 

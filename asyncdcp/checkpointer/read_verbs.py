@@ -1,22 +1,23 @@
-"""The verbs of a checkpointer that read: ``load`` and ``verify``."""
+"""The verbs of a checkpointer that read, ``load`` and ``verify``: one future each, cancellation and a deadline."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
+import anyio
 import torch
 
+from asyncdcp.checkpointer.handles import PendingSaves
 from asyncdcp.checkpointer.loading import LoadRequest, load_state, refuse_load
-from asyncdcp.checkpointer.pending import PendingSaves
-from asyncdcp.checkpointer.reading import ReadTask
 from asyncdcp.closing import Closing
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Closed, InvalidOption
+from asyncdcp.errors import AsyncDCPError, Cancelled, Closed, DeadlineExceeded, InvalidOption, foreign_error, reading
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.pipeline.descriptions import OtherWorld
@@ -27,12 +28,67 @@ from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.options import LoadOptions, known_device
 from asyncdcp.storage import Storage, open_storage
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import drop_frames
 
 StateT = TypeVar("StateT")
 T = TypeVar("T")
 Place: TypeAlias = str | os.PathLike[str] | Storage
 Replicas: TypeAlias = Literal["read", "broadcast"]
 OnProgress: TypeAlias = Callable[[Progress], object]
+
+
+class ReadTask(Generic[T]):
+    """Carries ``work`` out on the engine's loop; ``future`` resolves to the first of what it returns, with the second
+    at its ``report``. ``verb`` is "load" or "verify", ``hint`` more to say where it is late.
+    """
+
+    def __init__(self, verb: str, path: str, work: Callable[[], Awaitable[tuple[T, object]]], engine: Engine) -> None:
+        self._what = f"{verb} of {path}"
+        self._path = path
+        self._work = work
+        self._scope: anyio.CancelScope | None = None
+        self._given_up = False
+        self.future: CheckpointFuture[T] = engine.future(self._what, cancel=self._cancel)
+
+    async def run(self, deadline: float, hint: str = "") -> None:
+        """Never raises but for cancellation, at the engine's end."""
+        timer = asyncio.get_running_loop().call_later(deadline, self._expire, deadline, hint)
+        try:
+            error = await self._carried_out()
+            if error is not None:
+                drop_frames(error)
+                self.future.fail(error)
+        finally:
+            timer.cancel()
+            self.future.fail(Cancelled(f"the {self._what} was cancelled", path=self._path))
+
+    async def _carried_out(self) -> AsyncDCPError | None:
+        """What the work failed by, if it did."""
+        try:
+            with anyio.CancelScope() as self._scope:
+                if self._given_up:
+                    self._scope.cancel()
+                with reading(self._path):
+                    value, self.future.report = await self._work()
+                self.future.resolve(value)
+        except AsyncDCPError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # it belongs to whoever awaits the future
+            return foreign_error(f"the {self._what}", error, path=self._path)
+        return None
+
+    def _cancel(self) -> None:
+        self._given_up = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _expire(self, deadline: float, hint: str) -> None:
+        """A read that never returns must not keep the caller: the future fails now, the read is left to end when it
+        can.
+        """
+        message = f"the {self._what} was not done within {deadline:g} s (option load_deadline){hint}"
+        self.future.fail(DeadlineExceeded(message, path=self._path))
+        self._cancel()
 
 
 class ReadVerbs(Closing):
@@ -104,16 +160,19 @@ class ReadVerbs(Closing):
         resolves to, and it must not be used until then. For modules and bare tensors and values the *state* decides:
         tensors are filled in place, values replaced. For other Statefuls (optimizers, schedulers, data loaders) the
         *checkpoint* decides: tensors that match are filled in place, others made anew. Every Stateful's
-        ``load_state_dict`` is called, in the state's order, after every byte was verified.
+        ``load_state_dict`` is called, in the state's order, after every byte was verified. Tensors that show the same
+        memory in the same way are one; others that overlap are filled in no order.
 
         All that is missing, unexpected or different is found and listed (``StateMismatch``) before a byte is read. A
         load into ``state`` begins once the saves that were called before it have copied their tensors.
 
-        - ``strict=False`` loads what both sides have and leaves the rest alone.
+        - ``strict=False`` loads what both sides have and leaves the rest alone; the report's ``missing`` and
+          ``unexpected`` say what that is. A tied tensor is missing only where all of its names are.
         - ``cast="allow"`` converts to the target's dtype where it differs.
         - ``keys`` are globs of the checkpoint's FQNs: only these are loaded; the rest of the state is left alone.
-          Into ``state`` and strictly, one that matches nothing is a mismatch, whatever the others match. A Stateful
-          of which they choose a part only gets no entries that it does not have yet.
+          Strictly, a glob that matches nothing is a mismatch, and so is what the state has by such a name and the
+          checkpoint lacks, as far as a function for ``rename`` lets that be told. A Stateful of which they choose a
+          part only gets no entries that it does not have yet.
         - ``rename`` maps the checkpoint's FQNs, or dotted prefixes of them ("" is all), to the state's, or is a
           function that does, and must not give one name to two; names that differ only by what wrappers add
           (``module.``, ``_orig_mod.``, activation checkpointing) match by themselves.
@@ -179,10 +238,12 @@ class ReadVerbs(Closing):
         """A load that this rank refuses at the call is refused to the others, too, who would wait for it."""
         try:
             yield
-        except AsyncDCPError as error:
+        except Exception as error:  # what a state_dict raises, too
             if self.ranks.world_size > 1:
+                what = f"the load from {location}"
+                known = error if isinstance(error, AsyncDCPError) else foreign_error(what, error, path=location)
                 with suppress(Closed):
-                    self._engine.submit(refuse_load, self.ranks, location, error)
+                    self._engine.submit(refuse_load, self.ranks, location, known)
             raise
 
     def _read(

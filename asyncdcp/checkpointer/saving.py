@@ -10,11 +10,18 @@ from functools import partial
 
 import anyio
 
-from asyncdcp.checkpointer.handle import SaveHandle
+from asyncdcp.checkpointer.handles import SaveHandle
 from asyncdcp.checkpointer.lanes import Lanes, Turn
 from asyncdcp.config import Options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import AsyncDCPError, Cancelled, CommitUnknown, DeadlineExceeded, StructureChanged
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Cancelled,
+    CommitUnknown,
+    DeadlineExceeded,
+    StructureChanged,
+    foreign_error,
+)
 from asyncdcp.extensions import PLAIN, Chain
 from asyncdcp.pipeline.messages import Saved, SaveJob
 from asyncdcp.pipeline.session import SaveSession, SessionRequest
@@ -23,7 +30,7 @@ from asyncdcp.results import SaveResult, frozen
 from asyncdcp.staging import CheckpointStager, Sources, StagingArena
 from asyncdcp.storage import Storage
 from asyncdcp.trace import Trace
-from asyncdcp.unwinding import drop_frames, ungrouped
+from asyncdcp.unwinding import cancelled_by_others, drop_frames, frameless, ungrouped
 
 _AGREEMENTS = 3
 """How many agreements there may be before a save, each with its deadline."""
@@ -102,19 +109,25 @@ class SaveTask:
         """From the wait for its turn until it is settled. Never raises but for cancellation, at the engine's end."""
         self._lanes.staging.join(self._staging)
         self._lanes.writing.join(self._writing)
+        outcome = await self._carried_out()
+        if isinstance(outcome, AsyncDCPError) and not self._over:  # else others have it, and may be in its frames
+            drop_frames(outcome)
+        self._settle(outcome)
+
+    async def _carried_out(self) -> SaveResult | AsyncDCPError:
+        """What the save comes to."""
         try:
-            saved = await self._save()
+            with cancelled_by_others():
+                return self._result(await self._save())
         except AsyncDCPError as error:
             if not self._reached_pipeline:
                 await self._request.tell_peers(error)
             elif isinstance(error, StructureChanged):
                 self._request.renew()
-            self._settle(error)
+            return error
         except BaseException as error:
             self._settle(_unexpected(error, self._request.storage.info.location))
             raise
-        else:
-            self._settle(self._result(saved))
 
     def cancel(self) -> None:
         """Gives the save up, wherever it is."""
@@ -175,7 +188,7 @@ class SaveTask:
         saved: Saved | None = None
         with ungrouped():
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._stage, attempt)
+                tasks.start_soon(frameless, partial(self._stage, attempt))
                 try:
                     await self._writing.wait()
                     if not attempt.session.begun:
@@ -192,7 +205,7 @@ class SaveTask:
         request = self._request
         try:
             with anyio.CancelScope() as self._copying, ungrouped():
-                await attempt.stager.stage(request.sources, attempt.session.announce)
+                await frameless(partial(attempt.stager.stage, request.sources, attempt.session.announce))
         except Exception as error:  # noqa: BLE001  # whatever it is, the save is settled and the caller told
             self._give_up(_unexpected(error, request.storage.info.location), "failed")
             return
@@ -276,7 +289,6 @@ class SaveTask:
         self._staging.end()
         self._writing.end()
         if isinstance(outcome, AsyncDCPError):
-            drop_frames(outcome)
             self.handle.staged.fail(outcome)
             self.handle.committed.fail(outcome)
         else:
@@ -317,6 +329,4 @@ def _unexpected(error: BaseException, location: str) -> AsyncDCPError:
         return error
     if isinstance(error, asyncio.CancelledError):
         return Cancelled("the save was given up when its checkpointer closed")
-    known = AsyncDCPError(f"the save to {location} failed: {type(error).__name__}: {error}", path=location)
-    known.__cause__ = error
-    return known
+    return foreign_error(f"the save to {location}", error, path=location)

@@ -10,6 +10,7 @@ receive.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import anyio
@@ -25,7 +26,7 @@ from asyncdcp.planning.load_plan import LoadPlan, ReadItem
 from asyncdcp.planning.shared_reads import SharedReads, Unit, Wanted, cut
 from asyncdcp.ranks import Links
 from asyncdcp.trace import Trace
-from asyncdcp.unwinding import ungrouped
+from asyncdcp.unwinding import frameless, ungrouped
 
 RECEIVERS: Final = 4
 SENDERS: Final = 2
@@ -87,9 +88,9 @@ class Exchange:
             with ungrouped():
                 async with anyio.create_task_group() as tasks:
                     for _ in range(min(SENDERS, len(self._sends))):
-                        tasks.start_soon(self._send, sends, reader, links, trace)
+                        tasks.start_soon(frameless, partial(self._send, sends, reader, links, trace))
                     for _ in range(min(RECEIVERS, len(self._receives))):
-                        tasks.start_soon(self._receive, receives, links, trace)
+                        tasks.start_soon(frameless, partial(self._receive, receives, links, trace))
         except BaseException:
             await links.abort()
             raise

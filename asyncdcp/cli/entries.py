@@ -1,19 +1,28 @@
-"""What a checkpoint holds, entry by entry: tensors, tied names and plain values."""
+"""What a checkpoint holds, entry by entry: tensors, tied names and plain values, these as a person reads them.
+
+``state_dict/values.py`` makes values of their tagged JSON. Here they only become text, so that torch is not needed, and
+what only torch could make (a dtype, a device) is shown too; nothing of it is run or trusted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from typing import Any
 
 import click
 import msgspec
 
+from asyncdcp.cli.text import shown
 from asyncdcp.metadata import DTYPE_SIZES, MetadataIndex, TensorStorageMetadata
 from asyncdcp.pipeline.formats import ReadableCheckpoint
+
+_DEPTH = 8
+_BINARY = ("bytes", "bytearray", "bytesio", "pickle", "np", "np_str", "np_bytes")
 
 
 @dataclass(frozen=True)
@@ -118,3 +127,64 @@ def no_such_name(name: str, names: Sequence[str], shown_by: str = "asyncdcp insp
     if not names:
         return f"nothing is named {name}; the checkpoint holds no tensors"
     return f"nothing is named {name}; names are such as {names[0]} ({shown_by} shows them)"
+
+
+def plain_text(encoded: msgspec.Raw | None, limit: int = 60) -> str:
+    """At most ``limit`` printable characters of a value; ``?`` for one that is not there or malformed."""
+    if encoded is None:
+        return "?"
+    try:
+        text = shown(_text(msgspec.json.decode(encoded), 0))
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, RecursionError):
+        return "?"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _text(obj: Any, depth: int) -> str:
+    if depth > _DEPTH:
+        return "…"
+    if isinstance(obj, list):
+        return f"[{_items(obj, depth)}]"
+    if not isinstance(obj, dict):
+        return repr(obj)
+    ((tag, content),) = obj.items()
+    shape = _SHAPES.get(tag)
+    if shape is not None:
+        return shape(content, depth)
+    return f"{tag} {_text(content, depth + 1)}" if isinstance(content, (list, dict)) else f"{tag} {content}"
+
+
+def _items(content: list[Any], depth: int) -> str:
+    return ", ".join(_text(item, depth + 1) for item in content)
+
+
+def _pairs(content: list[Any], depth: int) -> str:
+    return ", ".join(f"{_text(key, depth + 1)}: {_text(item, depth + 1)}" for key, item in content)
+
+
+def _mapping(content: list[Any], depth: int) -> str:
+    return f"{{{_pairs(content, depth)}}}"
+
+
+def _integer(content: str, _: int) -> str:
+    return str(int(content, 16)) if len(content) < 1000 else f"0x{content}"
+
+
+def _unseen(tag: str, _: Any, __: int) -> str:
+    return f"<{tag}>"
+
+
+_SHAPES: dict[str, Callable[[Any, int], str]] = {
+    "tuple": lambda content, depth: f"({_items(content, depth)}{',' if len(content) == 1 else ''})",
+    "set": lambda content, depth: f"{{{_items(content, depth)}}}",
+    "frozenset": lambda content, depth: f"frozenset({{{_items(content, depth)}}})",
+    "deque": lambda content, depth: f"deque([{_items(content[1], depth)}])",
+    "dict": _mapping,
+    "ordered": _mapping,
+    "counter": lambda content, depth: f"Counter({_mapping(content, depth)})",
+    "defaultdict": lambda content, depth: f"defaultdict({content[0]}, {_mapping(content[1], depth)})",
+    "float": lambda content, _: str(content),
+    "int": _integer,
+    "ndarray": lambda content, _: f"ndarray {content[0]} {content[1]}",
+    **{tag: partial(_unseen, tag) for tag in _BINARY},
+}

@@ -19,8 +19,8 @@ from typing import Any, TextIO
 import click
 from click.shell_completion import CompletionItem
 
-from asyncdcp.cli.errors import TROUBLE, describe, one_line
-from asyncdcp.cli.text import ReaderGone
+from asyncdcp.cli.output import TROUBLE, ReaderGone
+from asyncdcp.cli.text import describe, one_line
 from asyncdcp.errors import ThreadPipelineWarning, VolatileStorageWarning
 
 COMMANDS = {
@@ -93,6 +93,9 @@ def program(ctx: click.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Of the exceptions only ``SystemExit`` gets out."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before it began (>&-); no file is to get its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets its number
             stream.reconfigure(errors="backslashreplace")

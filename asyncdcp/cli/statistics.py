@@ -10,9 +10,8 @@ import numpy as np
 from anyio import to_thread
 
 from asyncdcp.cli.entries import Entry
-from asyncdcp.cli.numbers import Array, is_number, numbers
-from asyncdcp.cli.progress import shown_progress
-from asyncdcp.cli.reading import batches, pieces, read_pieces, stored
+from asyncdcp.cli.output import shown_progress
+from asyncdcp.cli.reading import Array, batches, is_number, numbers, pieces, read_pieces, stored
 from asyncdcp.cli.text import number_text
 from asyncdcp.metadata import DTYPE_SIZES
 from asyncdcp.pipeline.formats import ReadableCheckpoint

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -12,11 +13,15 @@ import anyio
 import click
 from click.shell_completion import CompletionItem
 
+from asyncdcp.cli.text import one_line
+from asyncdcp.errors import AsyncDCPError
 from asyncdcp.storage import OBJECT_STORES, LocalStorage, Storage, open_storage
 from asyncdcp.unwinding import ungrouped
 
 PATIENCE = 10.0
 """Seconds without a word."""
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,30 +42,39 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON for program
 
 
 def run(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs a command's coroutine to its end. Where it takes long with an object store, that is said: one that does not
-    answer is asked for minutes, in silence.
+    """Runs a command's coroutine to its end. Where it takes long with an object store, that is said, and why: one that
+    does not answer is asked for minutes, in silence.
     """
     given = [part for each in args for part in (each if isinstance(each, tuple) else (each,))]
-    url = next((each for each in given if isinstance(each, str) and each.partition("://")[0] in OBJECT_STORES), None)
-    return anyio.run(_patient, partial(function, *args, **kwargs), url)
+    urls = [each for each in given if isinstance(each, str) and each.partition("://")[0] in OBJECT_STORES]
+    return anyio.run(_patient, partial(function, *args, **kwargs), urls)
 
 
-async def _patient(function: Callable[[], Awaitable[T]], url: str | None) -> T:
+async def _patient(function: Callable[[], Awaitable[T]], urls: Sequence[str]) -> T:
     with ungrouped():
         async with anyio.create_task_group() as tasks:
-            if url is not None:
-                tasks.start_soon(_say_so, url)
+            if urls:
+                tasks.start_soon(_say_so, urls)
             result = await function()
             tasks.cancel_scope.cancel()
     return result
 
 
-async def _say_so(url: str) -> None:
+async def _say_so(urls: Sequence[str]) -> None:
     await anyio.sleep(PATIENCE)
+    troubles = [trouble for url in urls if (trouble := await _trouble(url))]
+    why = f"{troubles[0]}; it is asked again, for up to 3 minutes" if troubles else "the store answers, and takes long"
     with suppress(OSError):  # nobody reads it
-        click.echo(
-            f"still at work with {url}: a store that does not answer is asked again, for up to 3 minutes", err=True
-        )
+        click.echo(f"asyncdcp: still at work with {', '.join(urls)}: {one_line(why)}", err=True)
+
+
+async def _trouble(url: str) -> str | None:
+    from asyncdcp.storage.object_store import ObjectStorage  # of an extra, which the command uses already
+
+    try:
+        return await ObjectStorage(url).trouble()
+    except AsyncDCPError:  # the command says so
+        return None
 
 
 def open_storage_at(target: str) -> Storage:
@@ -68,12 +82,24 @@ def open_storage_at(target: str) -> Storage:
     if not target:
         raise click.ClickException("an empty path; give the folder of a checkpoint or of a run")
     storage = open_storage(target)
-    if isinstance(storage, LocalStorage) and not os.path.lexists(path := storage.info.location):
-        parent = os.path.dirname(path)
-        while not os.path.isdir(parent):
-            parent = os.path.dirname(parent)
-        raise click.ClickException(f"there is no {path}; what there is of it is {parent}")
+    if isinstance(storage, LocalStorage):
+        _check_there(storage.info.location)
     return storage
+
+
+def _check_there(path: str) -> None:
+    try:
+        os.stat(path)
+        return
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        found = path
+    while not os.path.lexists(found):
+        found = os.path.dirname(found)
+    if not os.path.exists(found):
+        raise click.ClickException(f"{found} is a link to {os.readlink(found)}, which is not there")
+    raise click.ClickException(f"there is no {path}; what there is of it is {found}")
 
 
 def open_folder(target: str, what: str) -> Storage:

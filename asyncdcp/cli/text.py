@@ -1,17 +1,21 @@
-"""What people read: sizes, times and names as text, tables as wide as the terminal, and JSON for programs."""
+"""What people read: sizes, times and names as text, tables as wide as the terminal, and of an exception the one line
+that says what is wrong, and the way out.
+"""
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import click
-import msgspec
+
+from asyncdcp.errors import AsyncDCPError
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _LEAST = 12
@@ -145,21 +149,40 @@ def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]
     return "  ".join(parts).rstrip()
 
 
-# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class ReaderGone(Exception):
-    """Who read the output went away. Not an OSError, which click would take for an exit status of its own."""
+def describe(error: BaseException) -> str:
+    """One printable line, without the program's name."""
+    if isinstance(error, BaseExceptionGroup):
+        from asyncdcp.unwinding import first_error  # which imports anyio; --help does without
+
+        error = first_error(error)
+    return one_line(_message(error))
 
 
-def say(lines: Sequence[str] | Iterator[str] | str) -> None:
-    """Prints lines; without colours where they do not belong."""
-    try:
-        click.echo(lines if isinstance(lines, str) else "\n".join(lines))
-    except BrokenPipeError as error:
-        raise ReaderGone from error
+def one_line(text: str) -> str:
+    """``text`` as one printable line."""
+    return shown(" ".join(text.split()))
 
 
-def say_json(content: Any) -> None:
-    """Prints JSON, indented; what is not finite is null."""
-    say(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
+def _message(error: BaseException) -> str:
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{error.format_message()} (see {error.ctx.command_path} --help)"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, AsyncDCPError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno)}{where}{_way_out(error.errno)}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this"
+    kind = type(error).__name__
+    return f"a bug in asyncdcp: {kind}: {error}; with ASYNCDCP_TRACEBACK=1 it shows where, please report it"
+
+
+def _way_out(number: int) -> str:
+    if number in (errno.EACCES, errno.EPERM):
+        return "; you need the right to read it"
+    return ""

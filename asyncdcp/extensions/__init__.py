@@ -4,12 +4,18 @@ Nothing here imports torch, and third-party libraries are imported when they are
 """
 
 from asyncdcp.extensions.aesgcm import AESGCM
-from asyncdcp.extensions.base import BlockContext, BlockExtension, Extension, StreamTransformExtension
+from asyncdcp.extensions.base import (
+    BlockContext,
+    BlockExtension,
+    Extension,
+    ExtensionSpec,
+    StreamTransformExtension,
+    extension_of,
+    spec_of,
+)
 from asyncdcp.extensions.chain import PLAIN, Chain
 from asyncdcp.extensions.planes import BytePlanes
-from asyncdcp.extensions.registry import ExtensionRegistry, known_extensions
-from asyncdcp.extensions.seals import Seals
-from asyncdcp.extensions.travel import ExtensionSpec, extension_of, spec_of
+from asyncdcp.extensions.registry import ExtensionRegistry, Seals, known_extensions
 from asyncdcp.extensions.zstd import ZStandard
 
 __all__ = [

@@ -11,22 +11,27 @@ Nonces are 96 random bits under a key that lives for one save: 2^32 blocks of it
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from asyncdcp.config import check_flags
 from asyncdcp.errors import InvalidOption, KeyUnavailable, MissingDependency
 from asyncdcp.extensions.base import BlockContext, SealingExtension
-from asyncdcp.extensions.keys import KEY_VARIABLE, KeyProvider, check_key, keys_in_environment, ring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM as Cipher
 
+KeyProvider: TypeAlias = Callable[[str], bytes]
+"""Returns the key of an id; raises KeyError for one that it does not have."""
+
+KEY_VARIABLE = "ASYNCDCP_KEY"
+KEY_BYTES = 32
 _NONCE, _TAG = 12, 16
 _KEPT = 8
 """Derived keys that are kept: those of the last few saves."""
@@ -63,7 +68,7 @@ class AESGCM(SealingExtension):
             raise InvalidOption("key is a callable: AESGCM takes a key_id too, the id of the key to save with")
         self._key_id = _check_id(key_id) if key_id is not None else key_name(self._key or b"")
         self._hide = hide_metadata
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may save while the provider is asked
         self._ciphers: OrderedDict[tuple[str, _Use], Cipher] = OrderedDict()
 
     @classmethod
@@ -181,6 +186,45 @@ class AESGCM(SealingExtension):
                 while len(self._ciphers) > _KEPT:
                     self._ciphers.popitem(last=False)
             return cipher
+
+
+def check_key(key: object) -> bytes:
+    """The key itself; ``InvalidOption`` unless it has the right length. The message never shows it."""
+    if not isinstance(key, bytes | bytearray) or len(key) != KEY_BYTES:
+        what = f"{len(key)} bytes" if isinstance(key, bytes | bytearray) else f"a {type(key).__name__}"
+        raise InvalidOption(f"a key takes {KEY_BYTES} random bytes, such as of os.urandom({KEY_BYTES}), not {what}")
+    return bytes(key)
+
+
+def parse_key(text: str, source: str) -> bytes:
+    """A key written in hex or in base64 (the usual or the URL-safe alphabet)."""
+    text = text.strip()
+    try:
+        key = bytes.fromhex(text) if len(text) == 2 * KEY_BYTES else base64.b64decode(_usual(text), validate=True)
+    except (ValueError, binascii.Error):
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise InvalidOption(f"{source} takes a key of {KEY_BYTES} bytes, written in hex or base64")
+    return key
+
+
+def keys_in_environment(variable: str) -> list[bytes]:
+    """The keys in an environment variable, separated by commas: the one in use first, older ones after it.
+    ``KeyUnavailable`` if it is not set.
+    """
+    text = os.environ.get(variable, "")
+    if not text.strip():
+        raise KeyUnavailable(f"the environment variable {variable} is not set")
+    return [parse_key(part, f"the environment variable {variable}") for part in text.split(",")]
+
+
+def ring(keys: Iterable[bytes], name: Callable[[bytes], str]) -> KeyProvider:
+    """A provider over some keys, each under the id that ``name`` gives it."""
+    return {name(key): key for key in keys}.__getitem__
+
+
+def _usual(text: str) -> str:
+    return text.replace("-", "+").replace("_", "/").ljust(-(-len(text) // 4) * 4, "=")
 
 
 def key_name(key: bytes) -> str:

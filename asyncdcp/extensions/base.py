@@ -1,14 +1,22 @@
-"""What an extension is. Names and descriptors are those of ``torch.distributed.checkpoint._extension``, so that a
-stream transform written for DCP works here, block by block.
+"""What an extension is, and how one travels: as typed data, so that the background process can make an equal one.
+
+Names and descriptors are those of ``torch.distributed.checkpoint._extension``, so that a stream transform written for
+DCP works here, block by block. What is sent to the background process comes from the trainer's own objects: the import
+path of their class and its arguments. Nothing of that is ever read from a checkpoint.
 """
 
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Mapping
+from functools import reduce
+from importlib import import_module
 from typing import IO, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
-from asyncdcp.errors import AsyncDCPError
+import msgspec
+
+from asyncdcp.errors import AsyncDCPError, InvalidOption
 
 Block: TypeAlias = bytes | bytearray | memoryview
 """What a transform returns: contiguous bytes, its own or a view of what it was given."""
@@ -16,7 +24,7 @@ Block: TypeAlias = bytes | bytearray | memoryview
 Role: TypeAlias = Literal["transform", "compression", "encryption"]
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """What an extension's error says; with its type, unless it was meant to be read."""
     return str(error) if isinstance(error, ValueError | AsyncDCPError) else f"{type(error).__name__}: {error}"
 
@@ -105,8 +113,8 @@ class BlockExtension(Extension):
 
     @abc.abstractmethod
     def encode(self, data: memoryview, context: BlockContext) -> Block:
-        """The block as it is to be stored, 1 to ``context.limit`` bytes. ``data`` is good only during the call, but
-        may be returned, or a part of it.
+        """The block as it is to be stored, 1 to ``context.limit`` bytes, in memory that is not used again for another.
+        ``data`` is good only during the call, but may be returned, or a part of it.
         """
 
     @abc.abstractmethod
@@ -160,3 +168,51 @@ class SealingExtension(BlockExtension):
     @abc.abstractmethod
     def unseal(self, token: bytes, body: bytes, save_id: str, name: str, *, hidden: bool) -> bytes:
         """The body, which is encrypted where ``hidden``; ValueError if it is not what was sealed."""
+
+
+class ExtensionSpec(msgspec.Struct, frozen=True):
+    """The class ``name`` of ``module``, to be made by its ``arrive(arguments)``. The arguments may hold secrets."""
+
+    module: str
+    name: str
+    arguments: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"ExtensionSpec({self.module}.{self.name})"
+
+
+def spec_of(extension: Extension) -> ExtensionSpec | None:
+    """The extension's spec; None if it says that it cannot travel, or its class cannot be imported elsewhere."""
+    kind, arguments = type(extension), extension.travel()
+    if arguments is None or kind.__module__ == "__main__" or _found(sys.modules.get(kind.__module__), kind) is not kind:
+        return None
+    try:
+        plain = msgspec.json.decode(msgspec.json.encode(dict(arguments)))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidOption(
+            f"{kind.__qualname__}.travel() returned what JSON cannot carry; let it return keyword arguments of plain "
+            "values, or None"
+        ) from error
+    return ExtensionSpec(kind.__module__, kind.__qualname__, plain)
+
+
+def extension_of(spec: ExtensionSpec) -> Extension:
+    """The extension of a spec. ``InvalidOption`` if it cannot be made here."""
+    try:
+        kind = reduce(getattr, spec.name.split("."), import_module(spec.module))
+        made = kind.arrive(spec.arguments)
+    except Exception as error:
+        raise InvalidOption(
+            f"the extension {spec.module}.{spec.name} could not be made in the background process "
+            f"({type(error).__name__}: {error}); make its module importable there, or use process=False"
+        ) from error
+    if not isinstance(made, Extension):
+        raise InvalidOption(f"{spec.module}.{spec.name}.arrive() returned no extension, but {type(made).__qualname__}")
+    return made
+
+
+def _found(module: Any, kind: type[Extension]) -> Any:
+    try:
+        return reduce(getattr, kind.__qualname__.split("."), module)
+    except AttributeError:  # a class made in a function, or replaced since
+        return None

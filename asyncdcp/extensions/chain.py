@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import combinations
+from typing import IO, cast
 
 from asyncdcp.envelope import Seal
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, ExtensionOrderWarning, InvalidOption, UsageError
-from asyncdcp.extensions.base import Block, BlockContext, BlockExtension, Extension, SealingExtension, said
-from asyncdcp.extensions.base import StreamTransformExtension as Stream
-from asyncdcp.extensions.streams import decode_stream, encode_stream
-from asyncdcp.extensions.travel import ExtensionSpec, spec_of
+from asyncdcp.extensions.base import (
+    Block,
+    BlockContext,
+    BlockExtension,
+    Extension,
+    ExtensionSpec,
+    SealingExtension,
+    StreamTransformExtension,
+    said,
+    spec_of,
+)
 from asyncdcp.names import is_descriptor
 from asyncdcp.warn import warn_caller
 
@@ -87,7 +96,7 @@ class Chain:
                     raise ValueError(f"it made {len(data)} bytes, and 1 to {context.limit} are allowed")
             except (AsyncDCPError, MemoryError):
                 raise
-            except Exception as error:
+            except BaseException as error:  # SystemExit would end the loop; a CancelledError, pass for none
                 what = f"{descriptor} failed at block {context.block} of {context.file}: {said(error)}"
                 raise AsyncDCPError(what, path=context.file) from error
         return data
@@ -104,7 +113,7 @@ class Chain:
                     raise ValueError(f"it made {len(data)} bytes of at most {step.limit}")
             except (UsageError, MemoryError):
                 raise
-            except Exception as error:
+            except BaseException as error:  # as above
                 raise _undecodable(self.descriptors[number], context, said(error)) from error
         if len(data) != length:
             raise _undecodable(self.descriptors[0], context, f"it has {len(data)} bytes of {length}")
@@ -112,7 +121,7 @@ class Chain:
 
 
 def _descriptor(extension: Extension) -> str:
-    kinds = (BlockExtension, Stream)
+    kinds = (BlockExtension, StreamTransformExtension)
     if not isinstance(extension, kinds):
         raise InvalidOption(
             f"extensions takes instances of BlockExtension and StreamTransformExtension, not {extension!r}"
@@ -129,14 +138,14 @@ def _descriptor(extension: Extension) -> str:
 def _encode(extension: Extension, data: memoryview, context: BlockContext) -> Block:
     if isinstance(extension, BlockExtension):
         return extension.encode(data, context)
-    assert isinstance(extension, Stream)
+    assert isinstance(extension, StreamTransformExtension)
     return encode_stream(extension, data)
 
 
 def _decode(extension: Extension, data: memoryview, context: BlockContext) -> Block:
     if isinstance(extension, BlockExtension):
         return extension.decode(data, context)
-    assert isinstance(extension, Stream)
+    assert isinstance(extension, StreamTransformExtension)
     return decode_stream(extension, data, context.limit)
 
 
@@ -147,6 +156,39 @@ def _view(block: Block) -> memoryview:
 def _undecodable(descriptor: str, context: BlockContext, why: str) -> CorruptCheckpoint:
     what = f"{context.file}: block {context.block} cannot be decoded by {descriptor}: {why}"
     return CorruptCheckpoint(what, path=context.file)
+
+
+def encode_stream(extension: StreamTransformExtension, data: memoryview) -> bytes:
+    """The whole stream that ``data`` becomes."""
+    collected = _Collected()
+    stream = extension.transform_to(cast("IO[bytes]", collected))
+    position = 0
+    while position < len(data):
+        position += stream.write(data[position:]) or _stuck()
+    stream.close()
+    return collected.getvalue()
+
+
+def decode_stream(extension: StreamTransformExtension, data: memoryview, limit: int) -> bytes:
+    """What a stream holds; ValueError where that is more than ``limit`` bytes."""
+    decoded = bytearray()
+    with extension.transform_from(io.BytesIO(data)) as stream:
+        while part := stream.read(limit + 1 - len(decoded)):
+            decoded += part
+            if len(decoded) > limit:
+                raise ValueError(f"it holds more than {limit} bytes")
+    return bytes(decoded)
+
+
+class _Collected(io.BytesIO):
+    """Can be read after it was closed: a transform may close what it writes to, or only flush it."""
+
+    def close(self) -> None:
+        pass
+
+
+def _stuck() -> int:
+    raise ValueError("the stream takes no more bytes")
 
 
 PLAIN = Chain(())

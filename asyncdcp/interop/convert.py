@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from asyncdcp.config import check_flags
-from asyncdcp.errors import CorruptCheckpoint, InvalidOption
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption, plain
 from asyncdcp.interop.selection import Selection, select
 from asyncdcp.interop.streaming import Digests, read_ahead, whole_tensor
 from asyncdcp.interop.targets import SHARD_BYTES, Written, write_huggingface, write_native
-from asyncdcp.interop.torch_target import write_torch
+from asyncdcp.interop.torch_file import write_torch
 from asyncdcp.pipeline.formats import ReadableCheckpoint, open_checkpoint
 from asyncdcp.state_dict.options import check_keys, is_renaming
 from asyncdcp.storage import LocalStorage, Storage, open_storage
@@ -101,7 +101,7 @@ async def _write(
             await _compare(found, kept, written, storage.info.location)
 
     if to == "native":
-        metadata = {"converted_from": reader.metadata.storage_meta.checkpoint_id}
+        metadata = {"converted_from": plain(reader.metadata.storage_meta.checkpoint_id)}
         metadata = {**reader.metadata.storage_meta.user, **metadata}
         return await write_native(reader, selection, storage, read_back, metadata)
     if not isinstance(storage, LocalStorage):

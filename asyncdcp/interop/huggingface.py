@@ -18,7 +18,7 @@ import msgspec
 from asyncdcp.boxes import whole
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
 from asyncdcp.format.blocks import BLOCK_BYTES
-from asyncdcp.format.safetensors import HEADER_LIMIT, SAFETENSORS_DTYPES
+from asyncdcp.format.image import HEADER_LIMIT, SAFETENSORS_DTYPES
 from asyncdcp.metadata import (
     DTYPE_SIZES,
     ChunkLocation,
@@ -29,9 +29,9 @@ from asyncdcp.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from asyncdcp.pipeline.formats import ForeignPlace
 from asyncdcp.pipeline.reader import RangeReader
 from asyncdcp.pipeline.union import FileMap
-from asyncdcp.storage.foreign import ForeignPlace
 from asyncdcp.storage.port import Storage
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"

@@ -10,8 +10,8 @@ import msgspec
 
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, UnsupportedFormat
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
-from asyncdcp.state_dict.options import key_pattern, longest_prefix, with_prefix
-from asyncdcp.state_dict.pruning import children, leaves, prune
+from asyncdcp.state_dict.options import longest_prefix, with_prefix
+from asyncdcp.state_dict.pruning import children, choose, leaves
 
 FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 
@@ -49,10 +49,9 @@ def select(
         raise InvalidOption(f"dtype takes one of {', '.join(FLOATS)}, not {dtype!r}")
     tree, values = _decoded(metadata)
     if keys is not None:
-        pattern = key_pattern(keys)
-        tree = prune(tree, lambda name: pattern.fullmatch(name) is not None)
-        if tree is None:
-            raise InvalidOption(f"keys {', '.join(keys)} match nothing in {metadata.storage_meta.checkpoint_id}")
+        tree, idle = choose(tree, keys)
+        if idle:
+            raise InvalidOption(f"keys {', '.join(idle)} match nothing in {metadata.storage_meta.checkpoint_id}")
     names = leaves(tree)
     primaries = _primaries(metadata, names)
     rules = _Rules(rename or {})

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from asyncdcp.boxes import Box, whole
 from asyncdcp.errors import UnsupportedFormat
-from asyncdcp.interop.memory import memory
 from asyncdcp.interop.selection import Chosen
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.load import load
 from asyncdcp.planning import SavePlan, Slab, Want, plan_load
 from asyncdcp.state_dict.structure import DTYPES
 from asyncdcp.state_dict.targets import TensorTarget
+from asyncdcp.state_dict.tensors import memory
 from asyncdcp.trace import Trace
 from asyncdcp.unwinding import ungrouped
 

@@ -24,26 +24,25 @@ from anyio import to_thread
 
 from asyncdcp.arena import Arena
 from asyncdcp.boxes import whole
-from asyncdcp.buffers import io_buffer
 from asyncdcp.checkpointer.jobs import make_job
 from asyncdcp.config import Options
 from asyncdcp.envelope import encode_record
 from asyncdcp.errors import AsyncDCPError, Cancelled, CheckpointExists, InvalidOption, UnsupportedFormat, UsageError
 from asyncdcp.format.blocks import SLAB_BYTES
-from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
+from asyncdcp.format.image import SAFETENSORS_DTYPES
 from asyncdcp.interop.huggingface import INDEX_SUFFIX, encode_weight_index, shard_names
 from asyncdcp.interop.selection import Selection
 from asyncdcp.interop.streaming import Digests, Fill, whole_tensor, write_plan
 from asyncdcp.names import file_save_id, make_save_id, record_name
-from asyncdcp.pipeline.causes import abort_record
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.pipeline.messages import SaveJob, SlabReady
+from asyncdcp.pipeline.records import abort_record
 from asyncdcp.pipeline.session import LocalSession, SessionRequest
 from asyncdcp.planning import ChunkSpec, SavePlan, Slab, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.slot_ring import SlotRing
 from asyncdcp.storage import LocalStorage, ObjectWriter, Storage
-from asyncdcp.storage.files import REFUSED, sync_directory, translated
+from asyncdcp.storage.files import REFUSED, io_buffer, sync_directory, translated
 from asyncdcp.storage.posix import SYSTEM
 from asyncdcp.threads import ended
 from asyncdcp.trace import Trace
@@ -270,7 +269,8 @@ def _by_name(plan: SavePlan, digests: Digests) -> Written:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to. What is there when the block ends well gets the name ``path``; else it is
-    removed. ``CheckpointExists`` if something has that name already, or has got it by then.
+    removed, and the error names ``path``. ``CheckpointExists`` if something has that name already, or has got it by
+    then.
     """
     if path.exists() or path.is_symlink():
         raise _exists(path)
@@ -281,11 +281,13 @@ def replacing(path: Path) -> Iterator[Path]:
         yield scratch
         _give_name(scratch, path)
         sync_directory(path.absolute().parent)
-    except BaseException:
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # it was that directory, or is not there
+            scratch.unlink()
+        if isinstance(error, AsyncDCPError):
+            error.args = (str(error).replace(str(scratch), str(path)),)
+            error.path = error.path and error.path.replace(str(scratch), str(path))
         raise
 
 

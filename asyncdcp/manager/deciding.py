@@ -9,6 +9,7 @@ who comes before rank 0 has decided waits for it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -37,8 +38,9 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class _Board(msgspec.Struct):
-    """What rank 0 has decided for windows up to ``until``, the latest last."""
+    """What rank 0 has decided for windows up to ``until``, the latest last, and puts up under the name ``topic``."""
 
+    topic: str = "decisions"
     until: int = -1
     decided: list[tuple[int, Decision]] = []
 
@@ -70,6 +72,7 @@ class Decider:
         self._engine = engine
         self._failure = failure
         self._since = time.monotonic()
+        self._passes = 0
         self._window: int | None = None
         self._board = _Board()
         self._background: CheckpointFuture[None] | None = None
@@ -77,7 +80,7 @@ class Decider:
         self._heard_failure: str | None = None
         self._told: set[tuple[str, str]] = set()
         self._reported: set[str] = set()
-        self._lock = anyio.Lock()
+        self._lock = asyncio.Lock()
         self.preempted = False
 
     def saved(self) -> None:
@@ -85,10 +88,19 @@ class Decider:
         self._since = time.monotonic()
 
     def close(self) -> None:
-        """Nothing is asked any more."""
+        """Nothing is asked any more. What rank 0 has decided is put up all the same: others may come to it yet."""
         if self._background is not None:
-            self._background.cancel()
+            if self._ranks.rank:
+                self._background.cancel()
             self._background.mark_seen()
+
+    def begin_anew(self) -> None:
+        """What comes now are other steps, as after a rollback: nothing that was decided for those before counts for
+        them. All ranks call it between the same two steps.
+        """
+        self.close()
+        self._passes += 1
+        self._window, self._board, self._background = None, _Board(f"decisions of pass {self._passes}"), None
 
     def decide(self, step: int) -> Decision:
         """The decision for a step, which is asked for once. Blocks only for what rank 0 has not decided yet."""
@@ -137,11 +149,11 @@ class Decider:
         self._board.until = window + 1
         if self._background is not None and self._background.done():
             self._background.result()  # the store may have failed
-        self._background = self._engine.submit(self._announce, msgspec.msgpack.encode(self._board))
+        self._background = self._engine.submit(self._announce, self._board.topic, msgspec.msgpack.encode(self._board))
 
-    async def _announce(self, board: bytes) -> None:
+    async def _announce(self, topic: str, board: bytes) -> None:
         async with self._lock:  # one after another, so that no older board takes the place of a newer one
-            await self._ranks.announce("decisions", board)
+            await self._ranks.announce(topic, board)
             self._heard_preempted = self._heard_preempted or await self._ranks.heard("preempted") is not None
             failure = (await self._ranks.heard("failed") or b"").decode()
             self._heard_failure = failure if failure and failure not in self._reported else None
@@ -157,16 +169,18 @@ class Decider:
 
     async def _tell(self, name: str, text: str) -> None:
         if (name, text) not in self._told:
-            self._told.add((name, text))
             await self._ranks.announce(name, text.encode())
+            self._told.add((name, text))
 
     async def _fetch(self, window: int) -> None:
+        board = self._board
         with anyio.move_on_after(self._ranks.deadline):
             while True:
-                data = await self._ranks.heard("decisions")
+                data = await self._ranks.heard(board.topic)
                 if data is not None:
-                    self._board = msgspec.msgpack.decode(data, type=_Board)
-                    if self._board.until >= window:
+                    found = msgspec.msgpack.decode(data, type=_Board)
+                    board.decided, board.until = found.decided, found.until
+                    if board.until >= window:
                         return
                 await anyio.sleep(_POLL_SECONDS)
         raise PeerFailed(

@@ -15,11 +15,12 @@ from torch.distributed import ProcessGroup
 
 from asyncdcp.checkpointer import AsyncCheckpointer, SaveHandle
 from asyncdcp.checkpointer.asynchronous import PROCESS_BY_DEFAULT
+from asyncdcp.checkpointer.planner import SaveWords
 from asyncdcp.checkpointer.read_verbs import OnProgress
 from asyncdcp.closing import weakly
 from asyncdcp.config import Options, check_flags, known_options
 from asyncdcp.engine import Engine
-from asyncdcp.errors import CheckpointExists, DeadlineExceeded, InvalidOption, PeerFailed
+from asyncdcp.errors import CheckpointExists, DeadlineExceeded, InvalidOption, PeerFailed, UsageError
 from asyncdcp.extensions import Chain, Extension, ExtensionRegistry, known_extensions
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.deciding import Decider
@@ -59,7 +60,7 @@ class CheckpointManager(ReadVerbs):
       claims anything, and so does whatever is asked about the line.
     - ``mirror`` is a second place, such as ``"s3://bucket/run"``: what is committed is copied there in the
       background, and ``mirror_keep`` says what to keep there. Opening fetches its newest checkpoint where the run has
-      none so new.
+      none so new, and restoring what the run has damaged or not any more.
     - Of a failure that nobody looked at, ``options.on_error`` decides, at the next verb or at the end. In a job of
       several ranks it comes up on all of them at the same step, in ``should_save``, or in ``wait``.
 
@@ -104,7 +105,8 @@ class CheckpointManager(ReadVerbs):
         self.location = self._place.storage.info.location
         policies = check_policies(EverySeconds(600.0) if save_when is None else save_when)
         retention = None if keep is None else check_retention("keep", keep)
-        if isinstance(takeover_seconds, bool) or not takeover_seconds >= 0:
+        known = isinstance(takeover_seconds, (int, float)) and not isinstance(takeover_seconds, bool)
+        if not known or not takeover_seconds >= 0:
             raise InvalidOption(f"takeover_seconds takes a number of seconds from 0 up, not {takeover_seconds!r}")
         self.read_only = read_only
         self._options = known_options(options)
@@ -113,7 +115,7 @@ class CheckpointManager(ReadVerbs):
         self._lock = threading.RLock()
         self._opening: CheckpointFuture[None] | None = None
         self._asked: tuple[int, bool] | None = None
-        self._restores = count(1)
+        self._calls, self._restoring = count(1), None
         deadline = self._options.close_deadline
         self._engine = Engine("asyncdcp-manager", drain=weakly(self.close), exit_deadline=deadline)
         self._reporter = Reporter(telemetry, self.location, self._engine)
@@ -124,17 +126,22 @@ class CheckpointManager(ReadVerbs):
         self._mirror = None
         if mirror is not None and not read_only:
             kept = None if mirror_keep is None else check_retention("mirror_keep", mirror_keep)
-            self._mirror = self._session.mirror = Mirror(self._place, open_place(mirror), kept, keys)
+            far = open_place(mirror)
+            by_name = far is not mirror and self._place is not run  # else one location may be that of two stores
+            if by_name and os.path.realpath(far.storage.info.location) == os.path.realpath(self.location):
+                raise InvalidOption(f"mirror takes a second place, and {self.location} is the run's own")
+            self._mirror = self._session.mirror = Mirror(self._place, far, kept, keys)
         self._saves = Saves(self._session, self._engine, self._reporter, leads=self._leads)
         self._checkpointer = AsyncCheckpointer(
             replace(self._options, on_error=self._saves.collect),
             process=process,
-            process_group=process_group,
+            process_group=ranks,
             extensions=extensions,
             registry=registry,
         )
         self._ending = Ending(self._engine, self._checkpointer._engine)
-        preempts = next((policy for policy in policies if isinstance(policy, OnPreemption)), None)
+        # With read_only nobody may ask should_save, and so answer a signal.
+        preempts = next((each for each in policies if isinstance(each, OnPreemption) and not read_only), None)
         self._preemption = None if preempts is None else Preemption(preempts.signals, preempts.deadline)
         self._watching: CheckpointFuture[None] | None = None
         self._decider = Decider(policies, self._preemption, ranks, self._engine, self._saves.failure_text)
@@ -179,8 +186,9 @@ class CheckpointManager(ReadVerbs):
         has not come yet.
         """
         self._enter()
-        if self._asked is not None and self._asked[0] == check_step(step):
-            return self._asked[1]
+        check_step(step)
+        if self._asked is not None and self._asked[0] == step:
+            return self._asked[1] and step > self._saves.newest()
         before = self._decider.preempted
         decision = self._decider.decide(step)
         if self._decider.preempted and not before:
@@ -215,26 +223,25 @@ class CheckpointManager(ReadVerbs):
         """
         begun = time.monotonic()
         self._enter()
-        newest = self._saves.newest()
-        if check_step(step) <= newest:
+        restoring, newest = self._is_restoring(), self._saves.newest()
+        if check_step(step) <= newest and not restoring:
             raise CheckpointExists(
                 f"step {step} cannot be saved: the run's line has step {newest} already, and steps only grow; "
                 "restore an earlier one to go back to it",
                 path=self.location,
             )
-        numbers = as_numbers(metrics)
-        if self._leads and not self._session.standing.begun:
-            self._engine.submit(self._session.begin, name="the beginning of a line").result()
-        stamp = RunStamp(self._session.standing.term, self._saves.parent(), numbers)
-        handle = self._checkpointer.save(
-            self._place.child(step_name(step)),
-            state,
-            metadata=metadata,
-            keys=keys,
-            allow_pickle=allow_pickle,
-            on_progress=on_progress,
-            run=stamp,
-        )
+        numbers: dict[str, float | None] = {}
+
+        def stamp() -> RunStamp:
+            if restoring:  # the state is none to save yet, and the line may change
+                raise UsageError(f"{self.location}: a restore is under way; await it, or call result(), before a save")
+            numbers.update(as_numbers(metrics))
+            if self._leads and not self._session.standing.begun:
+                self._engine.submit(self._session.begin, name="the beginning of a line").result()
+            return RunStamp(self._session.standing.term, self._saves.parent(), numbers)
+
+        words = SaveWords(metadata=metadata, keys=keys, allow_pickle=allow_pickle, on_progress=on_progress)
+        handle = self._checkpointer._save(self._place.child(step_name(step)), state, words, stamp)
         self._decider.saved()
         self._saves.add(Called(step, numbers, time.monotonic() - begun), handle)
         if self._decider.preempted and self._preemption is not None:
@@ -264,15 +271,15 @@ class CheckpointManager(ReadVerbs):
         return self._engine.submit(self._wait, opened, name=f"the saves to {self.location}")
 
     async def _wait(self, opened: CheckpointFuture[None]) -> None:
-        await opened
-        await self._saves.settle()
-        if self._mirror is not None and self._leads:
-            await self._saves.copy()
-        failures = self._saves.failures()
-        if self._saves.fenced is not None:
-            failures.append(self._saves.fenced)
-        told = await self._session.tell_failures(failures)
-        self._surface(failures or told)
+        async def settled() -> list[BaseException]:
+            await opened
+            await self._saves.settle()
+            fenced = self._saves.fenced
+            if self._mirror is not None and self._leads and fenced is None:
+                await self._saves.copy()
+            return self._saves.failures() if fenced is None else [*self._saves.failures(), fenced]
+
+        self._surface(await self._session.tell_failures(settled))
 
     # ── the end ──
 
@@ -283,7 +290,8 @@ class CheckpointManager(ReadVerbs):
         then ends the process, as it would have at once without this; earlier only where closing takes longer than
         ``OnPreemption.deadline``.
 
-        Raises as ``AsyncCheckpointer.close`` does, and what failed unseen. After it, verbs raise ``Closed``.
+        Raises as ``AsyncCheckpointer.close`` does, for what follows from saves, too, and what failed unseen. After it,
+        verbs raise ``Closed``.
         """
         if self._engine.inherited:
             return
@@ -319,6 +327,7 @@ class CheckpointManager(ReadVerbs):
                 self._watching.cancel()
                 self._watching.mark_seen()
             self._engine.close(patience)
+        self._saves.check_over(patience)
 
     def _back_on_thread(self) -> None:
         if self._preemption is not None and self._ending.over.is_set() and not self._engine.inherited:

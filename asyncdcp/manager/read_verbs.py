@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from asyncdcp.closing import Closing
 from asyncdcp.engine import Engine
 from asyncdcp.errors import Closed, InvalidOption
 from asyncdcp.futures import CheckpointFuture
+from asyncdcp.manager.deciding import Decider
 from asyncdcp.manager.ending import Ending
 from asyncdcp.manager.saves import Saves
 from asyncdcp.manager.session import RunSession
@@ -43,7 +45,9 @@ class ReadVerbs(Closing):
     _saves: Saves
     _session: RunSession
     _ending: Ending
-    _restores: Iterator[int]
+    _decider: Decider
+    _calls: Iterator[int]
+    _restoring: CheckpointFuture[Checkpoint | None] | None
 
     @abstractmethod
     def open(self) -> CheckpointFuture[None]:
@@ -66,15 +70,17 @@ class ReadVerbs(Closing):
     ) -> CheckpointFuture[Checkpoint | None]:
         """Loads the newest checkpoint on the line into ``state``, and resolves to it; to None where there is none yet.
 
-        One that is damaged is passed over, with an error in the log and a "fallback" event, and an older one loaded;
-        the training then goes on from that. Where one is whole and only cannot be read here, that is raised
-        (``KeyUnavailable``; ``UnsupportedFormat`` if an extension is missing). The options are those of
-        ``AsyncCheckpointer.load``. On all ranks alike.
+        One that is damaged is taken from the ``mirror``, if that has it whole (a "fetched" event). Otherwise it is
+        passed over, with an error in the log and a "fallback" event, and an older one loaded; the training then goes on
+        from that. Where one is whole and only cannot be read here, that is raised
+        (``KeyUnavailable``; ``UnsupportedFormat`` if an extension is missing; ``StorageUnavailable`` if a storage does
+        not answer or lets nobody in). Options and the future's ``report`` are those of ``AsyncCheckpointer.load``. On
+        all ranks alike.
         """
         load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, rename=rename)
         load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
         load = partial(load, per_rank=per_rank, replicas=replicas, on_progress=on_progress)
-        restored: CheckpointFuture[Checkpoint | None] = self._restore(None, load)
+        restored: CheckpointFuture[Checkpoint | None] = self._restore(load, None, latest=True)
         return restored
 
     def restore(  # noqa: PLR0913  # the vocabulary of loading
@@ -93,7 +99,8 @@ class ReadVerbs(Closing):
         replicas: Replicas = "read",
         on_progress: OnProgress | None = None,
     ) -> CheckpointFuture[Checkpoint]:
-        """Loads the checkpoint of ``step`` into ``state``, and resolves to it; ``CheckpointNotFound`` otherwise.
+        """Loads the checkpoint of ``step`` into ``state``, and resolves to it; ``CheckpointNotFound`` otherwise. One
+        that is damaged, or deleted, is fetched from the ``mirror``, if that has it on the run's line.
 
         For a writer this is a rollback: from now on the line goes on from that step, and those beyond it, which stay
         where they are, do not count any more and may be saved again.
@@ -101,15 +108,36 @@ class ReadVerbs(Closing):
         load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, rename=rename)
         load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
         load = partial(load, per_rank=per_rank, replicas=replicas, on_progress=on_progress)
-        restored: CheckpointFuture[Checkpoint] = self._restore(check_step(step), load)
+        restored: CheckpointFuture[Checkpoint] = self._restore(load, step, latest=False)
         return restored
 
-    def _restore(self, step: int | None, load: partial[CheckpointFuture[Any]]) -> Any:
-        if load.keywords.get("state") is None:
-            raise InvalidOption("restore takes the state to restore into, such as {'model': model}")
-        opened = self.open()
-        number = next(self._restores)
-        return self._engine.submit(self._restored, number, step, load, opened, name=f"restore from {self.location}")
+    def _restore(self, load: partial[CheckpointFuture[Any]], step: int | None, *, latest: bool) -> Any:
+        self._check_open()
+        self._decider.begin_anew()
+        with self._called() as number:
+            if load.keywords.get("state") is None:
+                raise InvalidOption("restore takes the state to restore into, such as {'model': model}")
+            if not latest:
+                check_step(step)
+            opened = self.open()
+            name = f"restore from {self.location}"
+            self._restoring = self._engine.submit(self._restored, number, step, load, opened, name=name)
+            return self._restoring
+
+    def _is_restoring(self) -> bool:
+        return self._restoring is not None and not self._restoring.done()
+
+    @contextmanager
+    def _called(self) -> Iterator[int]:
+        """The number of a call that all ranks make. One that this rank refuses is refused to the others, too, who would
+        wait for it.
+        """
+        number = next(self._calls)
+        try:
+            yield number
+        except InvalidOption as error:
+            self._engine.submit(self._session.refuse, number, error)
+            raise
 
     async def _restored(
         self, number: int, step: int | None, load: partial[CheckpointFuture[Any]], opened: CheckpointFuture[None]
@@ -146,7 +174,10 @@ class ReadVerbs(Closing):
         load = partial(self._checkpointer.load, state=state, strict=strict, cast=cast, keys=keys, rename=rename)
         load = partial(load, device=device, assign=assign, allow_pickle=allow_pickle)
         load = partial(load, per_rank=per_rank, replicas=replicas, on_progress=on_progress)
-        return self._engine.submit(self._session.load, checkpoint, load, name=f"load from {self.location}")
+        with self._called() as number:
+            if not isinstance(checkpoint, Checkpoint):
+                check_step(checkpoint)
+            return self._engine.submit(self._session.load, number, checkpoint, load, name=f"load from {self.location}")
 
     def checkpoints(self) -> CheckpointFuture[list[Checkpoint]]:
         """The checkpoints on the line, oldest first, as this rank sees the storage now."""

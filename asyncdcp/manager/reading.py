@@ -7,12 +7,20 @@ from typing import Any, TypeAlias
 
 from anyio import CancelScope
 
-from asyncdcp.errors import CheckpointGone, CheckpointNotFound, CorruptCheckpoint, StorageError
-from asyncdcp.futures import CheckpointFuture
+from asyncdcp.errors import (
+    AsyncDCPError,
+    CheckpointGone,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    StorageError,
+    StorageUnavailable,
+)
+from asyncdcp.futures import CheckpointFuture, work_of
+from asyncdcp.metadata import RECORD_LIMIT
 from asyncdcp.names import record_name
 from asyncdcp.runs import Checkpoint
-from asyncdcp.runs.deletion import check_there
-from asyncdcp.runs.view import SaveView
+from asyncdcp.runs.collection import check_there
+from asyncdcp.runs.saves import SaveView
 from asyncdcp.storage import Place, Storage
 
 LoadFrom: TypeAlias = Callable[[Storage], CheckpointFuture[Any]]
@@ -35,8 +43,8 @@ class _Committed(SaveView):
 
 
 async def load_checkpoint(place: Place, checkpoint: Checkpoint, load: LoadFrom) -> Any:
-    """What ``load`` makes of the checkpoint's storage, which shows this one save. ``CheckpointGone`` if it was deleted
-    before all of it was read.
+    """What ``load`` makes of the checkpoint's storage, which shows this one save; its report is that of the work that
+    this is a part of. ``CheckpointGone`` if it was deleted before all of it was read.
 
     Who is cancelled gives the load up, and goes on when nothing writes to the state any more.
     """
@@ -44,7 +52,9 @@ async def load_checkpoint(place: Place, checkpoint: Checkpoint, load: LoadFrom) 
     storage = place.child(checkpoint.name)
     loading = load(_Committed(storage, checkpoint.save_id))
     try:
-        return await loading
+        loaded = await loading
+        work_of.get().report = loading.report
+        return loaded
     except CheckpointGone:
         raise
     except (CorruptCheckpoint, CheckpointNotFound, StorageError) as error:
@@ -59,3 +69,20 @@ async def load_checkpoint(place: Place, checkpoint: Checkpoint, load: LoadFrom) 
         loading.cancel()  # of no effect where it is done
         with CancelScope(shield=True):
             await loading.settled()
+        del loading  # it has the error, whose traceback has this
+
+
+async def check_allowed(place: Place, checkpoint: Checkpoint) -> None:
+    """``StorageUnavailable`` where a listing takes for damaged what this process has no right to read: that may be
+    whole.
+    """
+    storage = place.child(checkpoint.name)
+    try:
+        if checkpoint.save_id is None:
+            await storage.list()
+        else:
+            await storage.get(record_name(checkpoint.save_id), RECORD_LIMIT)
+    except StorageUnavailable:
+        raise
+    except (OSError, EOFError, AsyncDCPError):
+        pass  # it is damaged

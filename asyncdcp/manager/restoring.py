@@ -17,7 +17,9 @@ from asyncdcp.errors import (
     PeerError,
     PeerFailed,
     StorageError,
+    StorageUnavailable,
     UnsupportedFormat,
+    in_words,
 )
 from asyncdcp.ranks import Ranks, together
 from asyncdcp.runs import Checkpoint
@@ -25,7 +27,8 @@ from asyncdcp.runs import Checkpoint
 T = TypeVar("T")
 
 Load = Callable[[Checkpoint], Awaitable[None]]
-OnDamage = Callable[[Checkpoint, AsyncDCPError], None]
+OnDamage = Callable[[Checkpoint, AsyncDCPError, list[Checkpoint]], Awaitable[list[Checkpoint]]]
+"""What to try after a candidate that is damaged, and why, and those that are left; alike on all ranks."""
 
 _LAST_WORD_SECONDS: Final = 5.0
 
@@ -57,22 +60,24 @@ async def said(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_
         value = await work()
     except BaseException as error:
         with move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
-            await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(_words(error))))
+            await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(in_words(error))))
         raise
     await ranks.broadcast(topic, msgspec.msgpack.encode(_Word(data=msgspec.json.encode(value))))
     return value
 
 
-async def chosen(ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_: type[T]) -> T:
+async def chosen(
+    ranks: Ranks, topic: str, work: Callable[[], Awaitable[T]], type_: type[T], *, deadline: float | None = None
+) -> T:
     """As ``said``, but for all ranks do ``work``, and none goes on unless it went well on each: one that fails or is
-    cancelled fails the others at once. Rank 0's counts.
+    cancelled fails the others at once. Rank 0's counts. ``deadline`` is for work that takes long.
     """
 
     async def tell() -> bytes:
         return msgspec.json.encode(await work())
 
     try:
-        return msgspec.json.decode(await together(ranks, topic, tell), type=type_)
+        return msgspec.json.decode(await together(ranks, topic, tell, deadline=deadline), type=type_)
     except AsyncDCPError as error:
         if ranks.rank == 0 or error.rank != 0 or isinstance(error, PeerError):
             raise
@@ -84,24 +89,32 @@ async def load_first(
 ) -> Checkpoint | None:
     """The first candidate that every rank could load; None if there are no candidates.
 
-    Damage on any rank (bytes that do not verify, files that are gone or cannot be read) makes all go on to the next,
-    and ``on_damage`` hears of it; any other error is raised on all, as is the first damage if nothing is left. Where
-    one is cancelled, all others fail (``PeerFailed``) as soon as they have loaded, or could not.
+    Damage on any rank (bytes that do not verify, files that are gone or cannot be read) makes all go on to what
+    ``on_damage`` says; any other error is raised on all, as is the first damage if nothing is left. Where one is
+    cancelled, all others fail (``PeerFailed``) as soon as they have loaded, or could not.
     """
     first: AsyncDCPError | None = None
-    for candidate in candidates:
-        found = await _loaded(ranks, topic, partial(load, candidate))
-        if found is None:
-            return candidate
-        known, damage = found
-        if not damage:
-            raise known
-        on_damage(candidate, known)
-        first = first or known
-    if first is not None:
-        first.add_note(f"and no older checkpoint could be loaded: {[each.step for each in candidates]} were tried")
-        raise first
-    return None
+    found: tuple[AsyncDCPError, bool] | None = None
+    tried: dict[int, None] = {}
+    left = list(candidates)
+    try:
+        while left:
+            candidate, *older = left
+            found = await _loaded(ranks, topic, partial(load, candidate))
+            if found is None:
+                return candidate
+            if not found[1]:
+                raise found[0]
+            first = first or found[0]
+            tried[candidate.step] = None
+            left = await on_damage(candidate, found[0], older)
+        if first is not None:
+            if len(tried) > 1:
+                first.add_note(f"and no older checkpoint could be loaded: {[*tried]} were tried")
+            raise first
+        return None
+    finally:
+        del first, found  # whose tracebacks have this
 
 
 async def _loaded(ranks: Ranks, topic: str, load: Callable[[], Awaitable[None]]) -> tuple[AsyncDCPError, bool] | None:
@@ -116,7 +129,7 @@ async def _loaded(ranks: Ranks, topic: str, load: Callable[[], Awaitable[None]])
             await load()
         except AsyncDCPError as known:
             error = known
-            return msgspec.msgpack.encode(_Outcome(_words(known), _is_damage(known)))
+            return msgspec.msgpack.encode(_Outcome(in_words(known), _is_damage(known)))
         return msgspec.msgpack.encode(_Outcome())
 
     words = msgspec.msgpack.decode(await together(ranks, topic, tell, msgspec.msgpack.encode), type=list[bytes])
@@ -125,20 +138,17 @@ async def _loaded(ranks: Ranks, topic: str, load: Callable[[], Awaitable[None]])
     if not failed:
         return None
     damage = all(outcome.damage for outcome in failed.values())
-    if error is not None:
-        return error, damage
+    own, error = error, None  # its traceback has what tells
+    if own is not None:
+        return own, damage
     rank, outcome = next(iter(failed.items()))
     return PeerFailed(f"rank {rank} could not load: {outcome.error}", rank=rank), damage
 
 
-def _words(error: BaseException) -> str:
-    """What other ranks are told of an error, in UTF-8 even where a path in it is not."""
-    return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
-
-
 def _is_damage(error: AsyncDCPError) -> bool:
     """A peer's failure within a load that all ranks make together is that of the peer, which tells for itself. What
-    only lacks an extension or a package here is whole: an older checkpoint in its place would lose progress.
+    only lacks an extension, a package, descriptors or a right here, or lies in a store that does not answer, is whole:
+    an older checkpoint in its place would lose progress.
     """
     kinds = (CorruptCheckpoint, CheckpointNotFound, StorageError, PeerError)
-    return isinstance(error, kinds) and not isinstance(error, UnsupportedFormat)
+    return isinstance(error, kinds) and not isinstance(error, UnsupportedFormat | StorageUnavailable)

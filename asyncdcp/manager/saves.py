@@ -13,11 +13,13 @@ from functools import partial
 from typing import SupportsFloat
 
 import anyio
+import torch
 
 from asyncdcp.checkpointer import SaveHandle
+from asyncdcp.checkpointer.jobs import plain_json
 from asyncdcp.config import OnError
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Fenced, InvalidOption, UnseenFailure
+from asyncdcp.errors import AsyncDCPError, DeadlineExceeded, Fenced, InvalidOption, SaveSkipped, UnseenFailure, in_words
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.manager.session import Finished, RunSession
 from asyncdcp.manager.telemetry import Reporter
@@ -37,19 +39,19 @@ class Called:
 
 
 def as_numbers(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float | None]:
-    """The metrics as they will be read back; ``InvalidOption`` for what is no number."""
+    """The metrics as they will be read back; ``InvalidOption`` for what is no number, or what a Record cannot carry."""
     found: dict[str, float | None] = {}
     if metrics is not None and not isinstance(metrics, Mapping):
         raise InvalidOption(f"metrics takes numbers by name, such as {{'loss': 0.5}}, not {metrics!r:.80}")
     for name, value in (metrics or {}).items():
         try:
-            number = float(value)
+            number = float(value.detach() if isinstance(value, torch.Tensor) else value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InvalidOption(f"metrics[{name!r}] is {value!r:.80}; metrics take numbers: {error}") from error
         if not isinstance(name, str):
             raise InvalidOption(f"metrics take names, not {name!r}")
         found[name] = number if math.isfinite(number) else None
-    return found
+    return plain_json("metrics", found)
 
 
 class _Save:
@@ -75,6 +77,7 @@ class Saves:
         self._leads = leads
         self._lock = threading.RLock()
         self._saves: list[_Save] = []
+        self._mirrored: list[CheckpointFuture[None]] = []
         self._failures: list[BaseException] = []
 
     def add(self, called: Called, handle: SaveHandle) -> None:
@@ -82,7 +85,7 @@ class Saves:
         self._reporter.emit("save", f"step {called.step} is being saved", called.step)
         self.failures(take=False)  # lets go of saves that are over
         with self._lock:
-            name = f"all that follows from step {called.step}"
+            name = f"what follows from step {called.step} (history, retention)"
             over = self._engine.submit(self._follow, called, handle, copy_context(), name=name)
             self._saves.append(_Save(called, handle, over))
 
@@ -114,6 +117,16 @@ class Saves:
         for save in saves:
             await save.over
 
+    def check_over(self, deadline: float) -> None:
+        """``DeadlineExceeded`` if closing, which is done, has cut off what follows from saves. They are durable."""
+        with self._lock:
+            futures = [*(save.over for save in self._saves), *self._mirrored]
+        cut = ", ".join(future.name for future in futures if future.cancelled())
+        if cut:
+            raise DeadlineExceeded(
+                f"close gave up what was not done within {deadline:g} s (option close_deadline): {cut}"
+            )
+
     # ── failures ──
 
     def collect(self, error: BaseException) -> None:
@@ -140,7 +153,7 @@ class Saves:
         found = self.failures(take=False)
         if self.fenced is not None:
             found.insert(0, self.fenced)
-        return f"{type(found[0]).__name__}: {found[0]}" if found else None
+        return in_words(found[0]) if found else None
 
     def _is_gone(self, save: _Save) -> bool:
         return save.over.done() and not save.handle.awaited
@@ -153,6 +166,9 @@ class Saves:
         """
         await handle.committed.settled()
         step, failure = called.step, handle.committed.failure
+        if isinstance(failure, SaveSkipped):
+            context.run(partial(self._reporter.emit, "skipped", str(failure), step))
+            return
         if failure is not None:
             what = f"the save of step {step} failed: {failure}"
             context.run(partial(self._reporter.emit, "failed", what, step, cause=str(failure)))
@@ -185,7 +201,8 @@ class Saves:
         except Exception as error:  # noqa: BLE001  # it surfaces at the next verb
             self.collect(error)
         if self.fenced is None and self._session.mirror is not None:
-            self._engine.submit(self.copy, name="the mirror")  # apart from what follows: who waits for it says so
+            # Apart from what follows: who waits for it says so. The last one copies what those before it have not.
+            self._mirrored = [self._engine.submit(self.copy, name="the copying to the mirror")]
 
     async def copy(self) -> None:
         """Brings the mirror up to date; a failure surfaces at the next verb, and the next save tries again."""
@@ -207,7 +224,8 @@ def surface(failures: list[BaseException], on_error: OnError) -> None:
         for failure in failures:
             on_error(failure)
         return
-    messages = [f"something failed that nobody looked at: {each}" for each in failures]
+    texts = [str(each) if isinstance(each, AsyncDCPError) else in_words(each) for each in failures]
+    messages = [f"something failed that nobody looked at: {text}" for text in texts]
     if on_error == "warn":
         for message in messages:
             warn_caller(message, RuntimeWarning)

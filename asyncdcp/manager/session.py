@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import anyio
 import msgspec
 
-from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, CorruptCheckpoint, Fenced, KeyUnavailable, PeerFailed
+from asyncdcp.errors import (
+    AsyncDCPError,
+    Fenced,
+    PeerFailed,
+    in_words,
+)
 from asyncdcp.extensions import PLAIN, ExtensionRegistry
+from asyncdcp.manager.choosing import NOT_WHOLE, Choice, Choosing, one, say_fallback, say_fetched
 from asyncdcp.manager.mirror import Mirror
 from asyncdcp.manager.reading import LoadFrom, load_checkpoint
 from asyncdcp.manager.restoring import chosen, load_first, said
 from asyncdcp.manager.telemetry import Reporter
-from asyncdcp.pipeline.newest_foreign import newest_foreign
-from asyncdcp.ranks import Ranks, gather
+from asyncdcp.ranks import Ranks, gather, leave
 from asyncdcp.results import SaveResult
 from asyncdcp.runs import Checkpoint, Retention, Run, Saved, look
 from asyncdcp.runs.history import append_history, stage_times
-from asyncdcp.runs.layout import TRACES, step_name, step_of
-from asyncdcp.runs.lineage import UNCLAIMED
+from asyncdcp.runs.layout import TRACES, UNCLAIMED, step_name, step_of
 from asyncdcp.runs.listing import Known, Mode
 from asyncdcp.runs.writer import RunWriter
 from asyncdcp.storage import Place
@@ -31,6 +36,9 @@ from asyncdcp.trace import chrome_trace
 
 TAKEOVER_DEADLINE = 120.0
 """How long, in seconds, saves of earlier writers that still move are waited for."""
+
+FETCH_DEADLINE = 1800.0
+"""How long, in seconds, the other ranks wait while rank 0 fetches a checkpoint from the mirror."""
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -41,12 +49,6 @@ class Standing(msgspec.Struct, frozen=True):
     step: int = -1
     begun: bool = False
     """Whether the term has a line, so that saves may go on from there."""
-
-
-class _Choice(msgspec.Struct):
-    """What rank 0 offers to restore, the first choice first."""
-
-    candidates: list[Checkpoint]
 
 
 @dataclass
@@ -87,16 +89,20 @@ class RunSession:
         self.mirror: Mirror | None = None
         self.chain = PLAIN
         self._known = Known()
-        self._looking, self._writing = anyio.Lock(), anyio.Lock()
+        self._looking, self._writing = asyncio.Lock(), asyncio.Lock()  # anyio's would be of the caller's loop
 
     async def open(self) -> None:
         """Claims the run's next term and settles what earlier ones have in flight. On all ranks."""
-        self.standing = await said(self._ranks, "opened", self._open, Standing)
+        if self.mirror is None:
+            self.standing = await said(self._ranks, "opened", self._open, Standing)
+        else:
+            self.standing = await chosen(self._ranks, "opened", self._open, Standing, deadline=self._patience)
 
     async def _open(self) -> Standing:
+        if self._ranks.rank:
+            return self.standing
         if self.mirror is not None and (fetched := await self.mirror.fetch()) is not None:
-            text = f"step {fetched.step} is fetched from {self.mirror.location}"
-            self._reporter.emit("fetched", text, fetched.step, save_id=fetched.save_id)
+            say_fetched(self._reporter, fetched, self.mirror, NOT_WHOLE)
         run, settled = await self._writer.open(quiet=self._quiet, deadline=TAKEOVER_DEADLINE)
         for name, save_id in settled.aborted:
             message = f"{name}: its save was cut off, and is given up"
@@ -145,11 +151,24 @@ class RunSession:
         run.latest()
         return run
 
-    async def load(self, checkpoint: int | Checkpoint, load: LoadFrom) -> Any:
-        """What ``load`` makes of it. Changes nothing about the run."""
+    async def load(self, number: int, checkpoint: int | Checkpoint, load: LoadFrom) -> Any:
+        """What ``load`` makes of it. Changes nothing about the run. On all ranks; ``number`` as for ``restore``."""
         if not isinstance(checkpoint, Checkpoint):
-            (checkpoint,) = (await self._one(checkpoint)).candidates
+            checkpoint = await self._found(number, checkpoint)
         return await load_checkpoint(self._place, checkpoint, load)
+
+    async def _found(self, number: int, step: int) -> Checkpoint:
+        """The checkpoint of a step as rank 0 sees it: what one rank does not find yet, none would load without it."""
+
+        async def find() -> Choice:
+            return Choice([]) if self._ranks.rank else one(self._place, await self.look(), step)
+
+        choice = await chosen(self._ranks, _candidates(number), find, Choice)
+        return choice.candidates[0]
+
+    async def refuse(self, number: int, error: AsyncDCPError) -> None:
+        """Instead of ``load`` or ``restore``: this rank has refused the call, so that the others need not wait."""
+        await leave(self._ranks, _candidates(number), error)
 
     # ── restoring ──
 
@@ -161,22 +180,22 @@ class RunSession:
         Begins once ``ready`` returns. Where one rank fails or is cancelled, the others do not wait for it; and
         ``number``, which counts the calls, keeps what they agree on for the next one apart from what is left of this.
         """
+        choosing = Choosing(self._place, self.look, self._reporter, self.mirror, step)
         async with AsyncExitStack() as turn:
 
-            async def choose() -> _Choice:
+            async def choose() -> Choice:
                 await ready()
                 await turn.enter_async_context(self._writing)
-                if self._ranks.rank:
-                    return _Choice([])
-                return await (self._newest() if step is None else self._one(step))
+                return Choice([]) if self._ranks.rank else await choosing.first()
 
             async def load_one(checkpoint: Checkpoint) -> None:
                 await load_checkpoint(self._place, checkpoint, load)
 
-            choice = await chosen(self._ranks, f"candidates {number}", choose, _Choice)
+            choice = await chosen(self._ranks, _candidates(number), choose, Choice, deadline=self._patience)
             begun = time.monotonic()
             topic = f"restored {number}"
-            restored = await load_first(self._ranks, topic, choice.candidates, load_one, self._fell_back)
+            instead = partial(self._instead, number, choosing)
+            restored = await load_first(self._ranks, topic, choice.candidates, load_one, instead)
             if restored is not None:
                 seconds = time.monotonic() - begun
                 self._reporter.emit("restored", f"restored step {restored.step}", restored.step, seconds=seconds)
@@ -184,45 +203,24 @@ class RunSession:
                 self.standing = await said(self._ranks, f"standing {number}", lambda: self._go_on(restored), Standing)
             return restored
 
-    async def _newest(self) -> _Choice:
-        run = await self._readable()
-        good = run.good()[::-1]
-        newest = good[0].step if good else -1
-        damaged = [each for each in run.checkpoints if each.state == "damaged" and each.step > newest]
-        broken = [each for each in damaged if each.on_line or each.term == UNCLAIMED]
-        for each in broken:
-            self._fell_back(each, CorruptCheckpoint(each.cause or "it cannot be read", path=each.name))
-        if broken and not good:
-            location = self._place.storage.info.location
-            raise CorruptCheckpoint(
-                f"no checkpoint in {location} is whole: {broken[-1].name}: {broken[-1].cause}; to begin anew, use "
-                "another directory for the run",
-                path=location,
-            )
-        if not good and (foreign := await newest_foreign(self._place, run)) is not None:
-            self._reporter.emit(
-                "foreign",
-                f"there is nothing to resume from, but {foreign} holds a checkpoint of another format: to go on from "
-                f"it, load it by its path (AsyncCheckpointer.load), and give the run a directory of its own",
-                step_of(foreign),
-            )
-        return _Choice(good)
+    async def _instead(
+        self, number: int, choosing: Choosing, damaged: Checkpoint, error: AsyncDCPError, older: list[Checkpoint]
+    ) -> list[Checkpoint]:
+        """What all ranks try after one that is damaged."""
 
-    async def _one(self, step: int) -> _Choice:
-        run = await self.look()
-        found = run.find(step)
-        if found is None:
-            location = self._place.storage.info.location
-            others = [each for each in run.checkpoints if each.step == step]
-            for each in others:
-                if each.state == "encrypted":
-                    raise KeyUnavailable(f"{each.name} of {location} cannot be read: {each.cause}", path=location)
-            why = f" ({others[-1].state}{': ' + others[-1].cause if others[-1].cause else ''})" if others else ""
-            raise CheckpointNotFound(
-                f"no checkpoint of step {step} on the line of {location}{why}; there are {_shown(run.steps())}",
-                path=location,
-            )
-        return _Choice([found])
+        async def choose() -> Choice:
+            return Choice([]) if self._ranks.rank else await choosing.instead(damaged, error, older)
+
+        choice = await chosen(self._ranks, _candidates(number), choose, Choice, deadline=self._patience)
+        left = choice.candidates
+        if left and left[0].step != damaged.step:
+            say_fallback(self._reporter, damaged, error)
+        return left
+
+    @property
+    def _patience(self) -> float | None:
+        """How long ranks wait for rank 0 where it may fetch; None for as long as they always do."""
+        return None if self.mirror is None else FETCH_DEADLINE
 
     async def _go_on(self, base: Checkpoint | None) -> Standing:
         """From the newest checkpoint there is nothing to tell apart: the line goes on as it is."""
@@ -231,21 +229,21 @@ class RunSession:
             await self._writer.go_on(base)
         return _standing(self._writer.term, base, begun=True)
 
-    def _fell_back(self, checkpoint: Checkpoint, error: AsyncDCPError) -> None:
-        self._reporter.emit(
-            "fallback",
-            f"step {checkpoint.step} cannot be restored, an older one is tried: {error}",
-            checkpoint.step,
-            cause=str(error),
-        )
-
-    async def tell_failures(self, failures: list[BaseException]) -> list[BaseException]:
-        """What other ranks say has failed on them. On all ranks."""
+    async def tell_failures(self, find: Callable[[], Awaitable[list[BaseException]]]) -> list[BaseException]:
+        """What has failed here, or else what other ranks say has failed on them. On all ranks; one that is cancelled
+        fails the others.
+        """
+        try:
+            failures = await find()
+        except BaseException as error:
+            await leave(self._ranks, "waited", error)
+            raise
         if self._ranks.world_size == 1:
-            return []
-        own = f"{type(failures[0]).__name__}: {failures[0]}" if failures else ""
+            return failures
+        own = in_words(failures[0]) if failures else ""
         told = [each.decode() for each in await gather(self._ranks, "waited", own.encode())]
-        return [PeerFailed(f"rank {rank} failed: {text}", rank=rank) for rank, text in enumerate(told) if text]
+        others = [PeerFailed(f"rank {rank} failed: {text}", rank=rank) for rank, text in enumerate(told) if text]
+        return failures or [*others]
 
     # ── after a save ──
 
@@ -260,12 +258,18 @@ class RunSession:
             except Fenced as error:
                 self._reporter.emit("fenced", str(error), term=error.term)
                 raise
-            await append_history(self._place, self._line_of(finished, run), self.chain)
-            if self._reporter.telemetry.traces:
-                await self._write_trace(finished)
-            if self._keep is not None:
-                for gone in await self._writer.retain(self._keep, run, finished.step):
-                    self._reporter.emit("deleted", f"step {gone.step} is deleted", gone.step, save_id=gone.save_id)
+            try:
+                await append_history(self._place, self._line_of(finished, run), self.chain)
+                if self._reporter.telemetry.traces:
+                    await self._write_trace(finished)
+            finally:  # what cannot be written, for want of room maybe, must not keep room from being made
+                await self._retain(finished.step, run)
+
+    async def _retain(self, step: int, run: Run) -> None:
+        if self._keep is not None:
+            spared = None if self.mirror is None else self.mirror.copying
+            for gone in await self._writer.retain(self._keep, run, step, spared=spared):
+                self._reporter.emit("deleted", f"step {gone.step} is deleted", gone.step, save_id=gone.save_id)
 
     async def follow(self) -> None:
         """Brings the mirror up to date, if there is one. On rank 0."""
@@ -299,11 +303,10 @@ class RunSession:
         await self._place.child(TRACES).put(name, chrome_trace(finished.result.spans, f"save step {finished.step}"))
 
 
+def _candidates(number: int) -> str:
+    """What the ranks call their choice in the call of this number."""
+    return f"candidates {number}"
+
+
 def _standing(term: int, head: Checkpoint | None, *, begun: bool = False) -> Standing:
     return Standing(term, head.save_id, head.step, begun) if head else Standing(term, begun=begun)
-
-
-def _shown(steps: list[int]) -> str:
-    if not steps:
-        return "none"
-    return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{', '.join(map(str, steps[:3]))} … {steps[-1]}"

@@ -29,6 +29,7 @@ Kind: TypeAlias = Literal[
     "committed",
     "mirrored",
     "fetched",
+    "skipped",
     "failed",
     "deleted",
     "fenced",
@@ -43,6 +44,7 @@ _LEVELS: Mapping[str, int] = MappingProxyType(
         "fenced": logging.ERROR,
         "preempted": logging.WARNING,
         "foreign": logging.WARNING,
+        "fetched": logging.WARNING,
     }
 )
 

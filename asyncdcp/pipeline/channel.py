@@ -78,6 +78,12 @@ class Channel(Generic[T]):
         self._closed = True
         self._wake()
 
+    def drop(self) -> None:
+        """Closed, and what was sent is let go of: nobody receives any more."""
+        self._items.clear()
+        self._bytes = 0
+        self.close()
+
     def __enter__(self) -> Channel[T]:
         return self
 

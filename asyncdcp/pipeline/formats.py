@@ -8,23 +8,48 @@ asyncdcp's own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 
-from asyncdcp.errors import CheckpointNotFound
+from asyncdcp.errors import AsyncDCPError, CheckpointNotFound
 from asyncdcp.extensions import ExtensionRegistry
 from asyncdcp.metadata import Metadata
 from asyncdcp.pipeline.descriptions import Viewer
 from asyncdcp.pipeline.reader import CheckpointReader
 from asyncdcp.pipeline.windows import ReadRange
-from asyncdcp.storage.foreign import ForeignPlace, foreign_place
+from asyncdcp.runs.layout import step_of
+from asyncdcp.runs.listing import Run
+from asyncdcp.storage import Place
+from asyncdcp.storage.local import ForeignDirectory, LocalStorage
 from asyncdcp.storage.port import Storage
 from asyncdcp.trace import Trace
 
 GROUP = "asyncdcp.readers"
+
+
+class ForeignPlace(NamedTuple):
+    """A place that may hold another format. ``name`` is the object that the caller named, None for all of the place.
+
+    ``storage`` opens, gets and lists objects of any name; whoever only reads formats calls nothing else of it.
+    """
+
+    storage: Storage
+    name: str | None
+
+
+def foreign_place(storage: Storage) -> ForeignPlace:
+    """The place of a storage as readers of other formats see it. May block for a moment."""
+    if not isinstance(storage, LocalStorage):
+        return ForeignPlace(storage, None)
+    path = storage.info.location
+    directory, name = os.path.split(path)
+    if storage.is_file():
+        return ForeignPlace(ForeignDirectory(directory), name)
+    return ForeignPlace(ForeignDirectory(path), None)
 
 
 class ReadableCheckpoint(Protocol):
@@ -91,3 +116,23 @@ async def open_checkpoint(
     if not broken:
         raise missing
     raise CheckpointNotFound("; ".join((str(missing), *broken)), path=location)
+
+
+async def newest_foreign(place: Place, run: Run) -> str | None:
+    """The folder of the highest step that holds a checkpoint of another format; None where there is none.
+
+    For a message about a run that has nothing to resume from: only the highest ``step_<number>`` without a checkpoint
+    of asyncdcp's is opened, and one that cannot be opened counts as none.
+    """
+    own = {checkpoint.name for checkpoint in run.checkpoints}
+    steps = {name: step for name in run.survey.children if name not in own and (step := step_of(name)) is not None}
+    newest = max(steps, key=lambda name: steps[name], default=None)
+    if newest is None:
+        return None
+    try:
+        reader = await open_checkpoint(place.child(newest), data=False)
+    except AsyncDCPError:
+        return None
+    with CancelScope(shield=True):
+        await reader.aclose()
+    return newest

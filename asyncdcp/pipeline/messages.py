@@ -30,8 +30,8 @@ class SaveJob(msgspec.Struct, frozen=True):
     """Everything the pipeline needs to know of a save, but the bytes.
 
     ``plan`` and ``values`` are encoded parts of the Index. ``metadata`` is the user's, for the Record, as is
-    ``run``. ``deadline`` is in seconds from when the job is begun. ``transforms`` are descriptors, in
-    the order in which they are applied.
+    ``run``. ``deadline`` is in seconds from when the job is begun. ``transforms`` are descriptors, in the order in
+    which they are applied. ``keys`` are globs of which each has to match something that some rank has saved.
     """
 
     save_id: str
@@ -50,6 +50,7 @@ class SaveJob(msgspec.Struct, frozen=True):
     versions: dict[str, str]
     run: RunStamp | None = None
     transforms: list[str] = []
+    keys: list[str] = []
 
 
 class SlabReady(msgspec.Struct, frozen=True, tag=True):

@@ -19,28 +19,30 @@ from typing import Self
 import anyio
 from anyio import to_thread
 
-from asyncdcp.buffers import io_buffer
 from asyncdcp.errors import StorageError, UsageError, reading
 from asyncdcp.extensions import Chain, ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES
 from asyncdcp.metadata import Metadata, Record, StorageMeta
 from asyncdcp.names import record_name
-from asyncdcp.pipeline.decoding import ALIGNMENT_LIMIT, decoded_blocks, span_of
 from asyncdcp.pipeline.descriptions import Description, Viewer, read_description, with_commit
 from asyncdcp.pipeline.union import FileMap, check_sizes, damaged, unite
 from asyncdcp.pipeline.windows import (
+    ALIGNMENT_LIMIT,
     ReadRange,
     Window,
     WindowCheck,
     cut_windows,
+    decoded_blocks,
     layout_of,
     place_block,
     place_window,
+    span_of,
     straight_parts,
 )
+from asyncdcp.storage.files import io_buffer
 from asyncdcp.storage.port import Fetch, ObjectReader, Storage
 from asyncdcp.trace import Trace
-from asyncdcp.unwinding import ungrouped
+from asyncdcp.unwinding import all_of
 
 READS_IN_FLIGHT = 6
 WINDOWS_A_TRIP = 4
@@ -116,10 +118,8 @@ class RangeReader:
                     await self._close(file.name)
 
         try:
-            with reading(info.location), ungrouped():
-                async with anyio.create_task_group() as workers:
-                    for _ in range(tasks):
-                        workers.start_soon(work)
+            with reading(info.location):
+                await all_of(work, tasks)
         finally:
             await self.aclose()
 

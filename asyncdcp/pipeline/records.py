@@ -1,23 +1,48 @@
-"""The Records and indexes of a directory, and which Record is the checkpoint."""
+"""The Records and indexes of a directory: which Record is the checkpoint, and why a save was given up, in a Record's
+words, from an error to them, and back to an error on other ranks.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from anyio import to_thread
 
 from asyncdcp.envelope import Unseal, decode_index, decode_record, digest, trusting
 from asyncdcp.errors import (
     AmbiguousCheckpoint,
+    AsyncDCPError,
+    Cancelled,
     CheckpointNotFound,
+    CommitUnknown,
     CorruptCheckpoint,
+    InvalidOption,
     KeyUnavailable,
+    PeerFailed,
+    ReplicaMismatch,
+    SaveSkipped,
+    StructureChanged,
     UnsupportedFormat,
+    plain,
+    storage_error,
 )
 from asyncdcp.metadata import INDEX_LIMIT, RECORD_LIMIT, Index, IndexRef, Record
 from asyncdcp.names import index_name, record_name, record_save_id
 from asyncdcp.storage.port import Storage
+
+_CAUSE_LIMIT = 100_000
+KEYS: Final = "keys"
+"""The kind of ``InvalidOption`` for globs that match nothing on any rank."""
+_KINDS: dict[type[AsyncDCPError], str] = {
+    StructureChanged: "structure",
+    ReplicaMismatch: "mismatch",
+    SaveSkipped: "skipped",
+    Cancelled: "cancelled",
+}
+"""Errors that are no one rank's, or that others are told by their kind; in an abort's cause before the message."""
+_ERRORS: dict[str, type[AsyncDCPError]] = {**{kind: error for error, kind in _KINDS.items()}, KEYS: InvalidOption}
 
 
 async def read_records(storage: Storage, names: Iterable[str], unseal: Unseal = trusting) -> list[Record]:
@@ -129,3 +154,55 @@ def choose_commit(records: Sequence[Record], location: str) -> Record:
             path=location,
         )
     return commits[0]
+
+
+def kind_of(error: AsyncDCPError) -> str:
+    """What an abort calls it."""
+    return _KINDS.get(type(error), "failed")
+
+
+def cause_of(kind: str, error: AsyncDCPError) -> str:
+    """What an abort says, whatever the error does: no message may keep a Record from being written. Paths may be in it
+    that are not UTF-8, and what others raise may be of any length.
+    """
+    return plain(f"{kind}: {error}"[:_CAUSE_LIMIT])
+
+
+def known_error(error: Exception, location: str) -> AsyncDCPError:
+    """The error itself, or one of ours that carries it as its cause."""
+    if isinstance(error, AsyncDCPError):
+        return error
+    message = f"the save to {location} failed: {type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        known: AsyncDCPError = storage_error(message, location, error.errno)
+    else:
+        known = AsyncDCPError(message, path=location)
+    known.__cause__ = error
+    return known
+
+
+def commit_unknown(location: str, error: BaseException | None) -> CommitUnknown:
+    """Neither a commit nor an abort could be seen to be the save's Record, because of ``error``."""
+    why = f" ({error})" if error else ""
+    return CommitUnknown(
+        f"whether the save to {location} was committed cannot be told; it is there whole, or not at all: load it once "
+        f"the storage answers{why}",
+        path=location,
+    )
+
+
+def peer_error(record: Record, location: str) -> AsyncDCPError:
+    """What a rank raises for another's abort: by its kind where that concerns all ranks alike, else ``PeerFailed``."""
+    kind, _, text = (record.cause or "").partition(": ")
+    found = _ERRORS.get(kind, PeerFailed)
+    if found in (PeerFailed, Cancelled):
+        how = "was waited for in vain" if kind == "deadline" else "gave the save up"
+        return PeerFailed(f"rank {record.rank} {how}: {record.cause}", path=location, rank=record.rank)
+    return found(text, path=location, rank=record.rank)
+
+
+def abort_record(save_id: str, ranks: tuple[int, int], error: AsyncDCPError, versions: dict[str, str]) -> Record:
+    """The abort of a save that did not come to a pipeline. ``ranks`` are this one and how many there are."""
+    rank, world_size = ranks
+    cause = cause_of(kind_of(error), error)
+    return Record(save_id, "abort", time.time(), world_size, versions, rank=rank, cause=cause)

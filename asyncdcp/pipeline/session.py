@@ -113,10 +113,9 @@ class LocalSession:
     quiet = True
 
     def __init__(self, request: SessionRequest) -> None:
-        self._arena = request.arena
-        self._on_free = request.on_free
         self._slabs: Channel[SlabReady] = Channel(request.arena.nbytes)
-        self._writer = CheckpointWriter(request.job, request.storage, self, request.trace, request.chain)
+        source = _ArenaSlabs(self._slabs, request.arena, request.on_free)
+        self._writer = CheckpointWriter(request.job, request.storage, source, request.trace, request.chain)
 
     async def announce(self, slab: SlabReady) -> None:
         await self._slabs.send(slab, slab.length)
@@ -130,7 +129,16 @@ class LocalSession:
     async def run(self) -> Saved:
         return await self._writer.run()
 
-    # ── the writer's SlabSource ──
+
+class _ArenaSlabs:
+    """The writer's ``SlabSource``. Apart from the session, which has the writer: the two would hold each other, and the
+    storage, until the garbage collector came by.
+    """
+
+    def __init__(self, slabs: Channel[SlabReady], arena: Arena, on_free: Callable[[int], None]) -> None:
+        self._slabs = slabs
+        self._arena = arena
+        self._on_free = on_free
 
     async def receive(self) -> SlabReady:
         return await self._slabs.receive()

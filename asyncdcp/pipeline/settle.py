@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import anyio
+import msgspec
 from anyio import to_thread
 from msgspec import structs
 from msgspec.structs import replace
@@ -27,13 +28,24 @@ from asyncdcp.errors import (
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Index, IndexRef, Record, Summary
 from asyncdcp.names import index_name, record_name, record_save_id
-from asyncdcp.pipeline.causes import cause_of, kind_of, known_error
 from asyncdcp.pipeline.commit import Action, CommitMachine, Event, State
+from asyncdcp.pipeline.globs import idle_everywhere, nothing_matched
 from asyncdcp.pipeline.messages import SaveJob
-from asyncdcp.pipeline.records import destroyed_records, live_commits, read_index, read_record, read_records
+from asyncdcp.pipeline.records import (
+    KEYS,
+    cause_of,
+    destroyed_records,
+    kind_of,
+    known_error,
+    live_commits,
+    read_index,
+    read_record,
+    read_records,
+)
 from asyncdcp.pipeline.union import Union, check_sizes, differing_values, unite
 from asyncdcp.planning.division import replica_mismatch
 from asyncdcp.storage.port import Storage
+from asyncdcp.unwinding import cancelled_by_others
 
 _POLL_SECONDS = 0.02
 _POLL_LIMIT_SECONDS = 2.0
@@ -131,7 +143,8 @@ class Settlement:
         event = Event.GIVE_UP if self._own is None or self._give_up.reason else Event.PREPARED
         while (action := self.machine.on(event)) is not Action.FINISH:
             try:
-                event = await perform[action]()
+                with cancelled_by_others():
+                    event = await perform[action]()
             except Exception as error:  # noqa: BLE001  # every rank must come to a final state
                 known = known_error(error, self._storage.info.location)
                 self._give_up.set(Reason(kind_of(known), known))
@@ -174,9 +187,21 @@ class Settlement:
         stored = [await read_index(self._storage, job.save_id, rank, unseal=self._unseal) for rank in ranks]
         union = await to_thread.run_sync(_united, [found.content for found in stored])
         check_sizes(union.files.values(), await self._storage.list())
+        await self._check_keys([found.content for found in stored])
         self._indexes = [found.ref for found in stored]
         stored_bytes = sum(file.stored_size for file in union.files.values())
         self._summary = Summary(len(union.tensors), union.tensor_bytes, stored_bytes, job.transforms)
+
+    async def _check_keys(self, indexes: Sequence[Index]) -> None:
+        """What was chosen of the state is there: one rank may have nothing of it, but not all."""
+        if not self._job.keys or self._job.world_size == 1:  # a rank that is alone has looked before
+            return
+        trees = (msgspec.json.decode(index.plan.tree) for index in indexes)
+        idle = await to_thread.run_sync(idle_everywhere, self._job.keys, trees)
+        if idle:
+            error = nothing_matched(idle, "the state of any rank", self._storage.info.location)
+            self._give_up.set(Reason(KEYS, error))
+            raise error
 
     async def _claim_commit(self) -> Event:
         record = self._new_record("commit")
@@ -259,8 +284,8 @@ def _united(indexes: Sequence[Index]) -> Union:
         union = unite(indexes)
     except CorruptCheckpoint as error:
         raise StructureChanged(
-            f"what the ranks hold does not fit together any more ({error}); they agree anew, and the next save is "
-            "complete",
+            f"what the ranks hold does not fit together ({error}); they agree anew, and the next save is complete if "
+            "it does by then",
             tensors=error.tensors,
         ) from error
     differing = differing_values(indexes)
@@ -276,16 +301,16 @@ async def existing_commits(storage: Storage, job: SaveJob, unseal: Unseal = trus
     some and it may not, ``Fenced`` if a later term of its run has committed here.
 
     All commits, not only live ones, so that what an earlier overwrite left undeleted is named, too. In a run a Record
-    whose bytes are damaged is taken for a commit: a training that fell back from it comes to its step again. Beside a
-    checkpoint of torch.distributed.checkpoint, which nobody replaces, a run has no place for its own.
+    whose bytes are damaged is taken for a commit: a training that fell back from it comes to its step again. A
+    checkpoint of torch.distributed.checkpoint is replaced by nobody: beside it, it would be hidden.
     """
     names = await storage.list()
     location = storage.info.location
-    if job.run is not None and any(name.endswith(_DCP_SUFFIX) for name in names):
-        raise CheckpointExists(
-            f"there is a checkpoint of torch.distributed.checkpoint at {location}; give the run a directory of its own",
-            path=location,
-        )
+    if any(name.endswith(_DCP_SUFFIX) for name in names):
+        way_out = "save to another path" if job.run is None else "give the run a directory of its own"
+        found = f"a checkpoint of torch.distributed.checkpoint (*{_DCP_SUFFIX}), or what is left of one,"
+        message = f"there is {found} at {location}; {way_out}"
+        raise CheckpointExists(message, path=location)
     others = [name for name in names if name != record_name(job.save_id)]
     destroyed = [] if job.run is None else await destroyed_records(storage, others)
     term = job.run.term if job.run else 0

@@ -16,14 +16,13 @@ from typing import NamedTuple, Protocol
 
 import anyio
 
-from asyncdcp.buffers import io_buffer
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.extensions.base import BlockContext
 from asyncdcp.extensions.chain import Chain
 from asyncdcp.format.blocks import block_count, checksum, element_size, slice_blocks, stored_limit
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.messages import FileJob, SaveJob, SlabReady
-from asyncdcp.storage.files import address
+from asyncdcp.storage.files import address, io_buffer
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 from asyncdcp.unwinding import frameless
@@ -237,12 +236,18 @@ def _encode_blocks(stage: Stage, chain: Chain, slab: SlabReady, data: memoryview
     job, file = stage.job, stage.files[slab.file]
     first = slab.number * (job.slab_bytes // job.block_bytes)
     encoded = []
+    writable: set[int] = set()
     for number, block in enumerate(slice_blocks(data, job.block_bytes), first):
         begin = number * job.block_bytes
         size = element_size(file.job.elements, begin, begin + len(block))
         limit = stored_limit(job.block_bytes)
         context = BlockContext(job.save_id, file.job.name, number, len(file.checksums), size, limit)
         stored = chain.encode(block, context)
+        if not stored.readonly:  # a buffer that is used again: the blocks are only packed once all are encoded
+            if address(stored) in writable:
+                what = f"{chain.descriptors[-1]} returned the same memory for two blocks: it must be new for each"
+                raise AsyncDCPError(what, path=file.job.name)
+            writable.add(address(stored))
         encoded.append(_Encoded(stored, checksum(stored)))
     return encoded
 

@@ -6,7 +6,7 @@ taken on trust, and nothing is checked either that a tree's reader checks: where
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -113,3 +113,33 @@ def merge_values(values: Iterable[tuple[Mapping[str, msgspec.Raw], Collection[st
             if name not in gone:
                 merged.setdefault(name, value)
     return merged
+
+
+def names_in(tree: Any, fqn: str = "") -> Iterator[str]:
+    """All names by which something of a tree, which stands at ``fqn``, can be chosen, as ``state_dict.pruning`` has it:
+    leaves, tensor subclasses, and empty dicts, each as itself and as all that would be in it.
+    """
+    tag = next(iter(tree))
+    content, prefix = tree[tag], f"{fqn}." if fqn else ""
+    if tag in _LEAVES:
+        yield content
+    elif tag == "subclass":
+        yield tree["name"]
+    elif tag in _WRAPPERS:
+        yield from names_in(content, fqn)
+    else:
+        keys, nodes = content if tag in KEYED else (range(len(content)), content)
+        if tag in KEYED and not keys:
+            yield from (fqn, prefix)
+        for key, node in zip(keys, nodes, strict=True):
+            yield from names_in(node, f"{prefix}{_key(key)}")
+
+
+def _key(encoded: Any) -> Any:
+    """A dict's key, as ``state_dict.keys`` has encoded it."""
+    if type(encoded) is not dict:
+        return encoded
+    ((tag, content),) = encoded.items()
+    if tag == "tuple":
+        return tuple(map(_key, content))
+    return float.fromhex(content) if tag == "float" else int(content, 16) if tag == "int" else content

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import anyio
 from anyio import to_thread
 
-from asyncdcp.buffers import io_buffer
 from asyncdcp.envelope import Unseal
-from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StorageError, UnsupportedFormat
+from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, StorageError, StorageUnavailable, UnsupportedFormat
 from asyncdcp.extensions import ExtensionRegistry, Seals
 from asyncdcp.format.blocks import SLAB_BYTES, checksum
 from asyncdcp.metadata import Index, Record
@@ -25,9 +25,11 @@ from asyncdcp.pipeline.descriptions import read_listed
 from asyncdcp.pipeline.records import choose_commit, read_record
 from asyncdcp.pipeline.union import FileMap, check_sizes, enumerated, stored_file, unite
 from asyncdcp.results import Damage, DamageKind, VerifyReport
+from asyncdcp.storage.files import io_buffer
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
+from asyncdcp.unwinding import all_of
 
 READS_IN_FLIGHT = 4
 
@@ -50,10 +52,10 @@ async def verify(storage: Storage, trace: Trace, registry: ExtensionRegistry | N
     """Verifies the checkpoint at ``storage``: every Record, its indexes, and every stored byte.
 
     Damage is reported, not raised. ``CheckpointNotFound`` and ``AmbiguousCheckpoint`` are raised where that is what
-    there is, and ``UnsupportedFormat`` for what a newer asyncdcp wrote. ``trace.total`` becomes the bytes to read, and
-    spans "verify" count those that were. ``registry`` has keys: with them it is also verified that nothing was changed
-    on purpose in Record and indexes, and they are needed (``KeyUnavailable``) only where those are encrypted. A
-    checkpoint that is replaced meanwhile is no damage: the new one is verified.
+    there is, ``UnsupportedFormat`` for what a newer asyncdcp wrote, and ``StorageUnavailable``. ``trace.total`` becomes
+    the bytes to read, and spans "verify" count those that were. ``registry`` has keys: with them it is also verified
+    that nothing was changed on purpose in Record and indexes, and they are needed (``KeyUnavailable``) only where those
+    are encrypted. A checkpoint that is replaced meanwhile is no damage: the new one is verified.
     """
     while True:
         started = time.monotonic()
@@ -92,7 +94,7 @@ class _Pass:
                 records.append(await read_record(self._storage, save_id, self._unseal))
             except FileNotFoundError:  # gone since the listing
                 continue
-            except UnsupportedFormat:
+            except (UnsupportedFormat, StorageUnavailable):
                 raise
             except (CorruptCheckpoint, StorageError) as error:
                 self._found("record", name, error)
@@ -118,16 +120,14 @@ class _Pass:
         self.files = [file for file in files if self._fits(file, sizes)]
         self._trace.total = sum(file.stored_size for file in self.files)
         runs = (run for file in self.files for run in _runs(file))
-        async with anyio.create_task_group() as workers:
-            for _ in range(READS_IN_FLIGHT):
-                workers.start_soon(self._work, runs)
+        await all_of(partial(self._work, runs), READS_IN_FLIGHT)
 
     async def _indexes(self, record: Record) -> list[Index]:
         found = []
         for rank, ref in enumerate(record.indexes):
             try:
                 found.append(await read_listed(self._storage, record, rank, self._unseal))
-            except UnsupportedFormat:
+            except (UnsupportedFormat, StorageUnavailable):
                 raise
             except (CorruptCheckpoint, StorageError) as error:
                 self._found("index", ref.name, error)
@@ -179,6 +179,8 @@ class _Pass:
                 data = await _stored(source, run.begin, run.end, buffer)
             finally:
                 await source.aclose()
+        except StorageUnavailable:
+            raise
         except (OSError, EOFError, AsyncDCPError) as error:
             await self._unread(run, buffer, error)
             return

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 from anyio import to_thread
@@ -22,15 +23,15 @@ from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.format.blocks import pack_checksums
 from asyncdcp.metadata import INDEX_LIMIT, FileTable, IndexRef
 from asyncdcp.names import belongs_to, index_name, record_name
-from asyncdcp.pipeline.causes import commit_unknown, known_error, peer_error
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import Saved, SaveJob
+from asyncdcp.pipeline.records import commit_unknown, known_error, peer_error
 from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement, existing_commits
 from asyncdcp.pipeline.transform import Piece, SlabSource, Stage, StoredFile, checksum_slabs, encode_slabs
 from asyncdcp.storage.port import ObjectWriter, Storage
 from asyncdcp.trace import Trace
-from asyncdcp.unwinding import frameless, ungrouped
+from asyncdcp.unwinding import cancelled_by_others, frameless, ungrouped
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -63,6 +64,7 @@ class CheckpointWriter:
         self._trace = trace
         self._files: list[_DataFile] = []
         self._own: IndexRef | None = None
+        self._until = float("inf")
         self.give_up = GiveUpSignal()
 
     async def run(self) -> Saved:
@@ -70,15 +72,17 @@ class CheckpointWriter:
 
         ``CommitUnknown`` if neither can be told. On return and on raise no slot is in use, and nothing is open.
         """
+        self._until = anyio.current_time() + self._job.deadline
         try:
             with ungrouped():
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._watch_deadline)
+                    watching = anyio.CancelScope()  # of its own: a group's cancelled task holds itself, and this
+                    tasks.start_soon(self._watch_deadline, watching)
                     await self._prepare()
                     settlement = Settlement(self._job, self._storage, self.give_up, self._own, self._chain)
                     settlement.stored_bytes = self._stored_bytes()
                     state = await self._settle(settlement)
-                    tasks.cancel_scope.cancel()
+                    watching.cancel()
         except BaseException:
             await self._discard(keep_finished=True)
             raise
@@ -93,21 +97,21 @@ class CheckpointWriter:
         with self._trace.span("commit"):
             return await settlement.run()
 
-    async def _watch_deadline(self) -> None:
+    async def _watch_deadline(self, watching: anyio.CancelScope) -> None:
         seconds = self._job.deadline
-        await anyio.sleep(seconds)
-        error = DeadlineExceeded(
-            f"the save to {self._storage.info.location} was not durable within {seconds:g} s (option save_deadline)",
-            path=self._storage.info.location,
-        )
-        self.give_up.set(Reason("deadline", error))
+        with watching:
+            await anyio.sleep(seconds)
+            location = self._storage.info.location
+            message = f"the save to {location} was not durable within {seconds:g} s (option save_deadline)"
+            error = DeadlineExceeded(message, path=location)
+            self.give_up.set(Reason("deadline", error))
 
     async def _prepare(self) -> None:
         """Writes data and Index, durably. Where that fails or is given up, the signal is set and knows why."""
         with anyio.CancelScope() as scope:
             self.give_up.attach(scope.cancel)
             try:
-                with ungrouped():
+                with ungrouped(), cancelled_by_others():
                     await self._write()
             except Exception as error:  # noqa: BLE001  # whatever failed, the save is settled and its files are closed
                 self.give_up.set(Reason("failed", known_error(error, self._storage.info.location)))
@@ -117,9 +121,12 @@ class CheckpointWriter:
         await existing_commits(self._storage, self._job, self._unseal)
         await self._create_files()
         pieces: Channel[Piece] = Channel(WRITES_IN_FLIGHT * self._job.slab_bytes)
-        async with anyio.create_task_group() as stages:
-            stages.start_soon(self._transform, pieces)
-            stages.start_soon(self._store, pieces)
+        try:
+            async with anyio.create_task_group() as stages:
+                stages.start_soon(frameless, partial(self._transform, pieces))
+                stages.start_soon(frameless, partial(self._store, pieces))
+        finally:
+            pieces.drop()  # the frames of what failed keep the channel
         with self._trace.span("sync"):
             await self._put_index()
             await self._storage.barrier()  # of the data's names, too: nobody looks at data whose index is not there
@@ -141,24 +148,23 @@ class CheckpointWriter:
 
     async def _store(self, pieces: Channel[Piece]) -> None:
         """Writes pieces, several at once, and finishes each file with its last one."""
-
-        async def work() -> None:
-            async for piece in pieces:
-                file = self._files[piece.file]
-                with self._trace.span("write", piece.covers):
-                    await self._store_piece(file, piece)
-                file.stored.written += 1
-                if file.stored.written == file.stored.pieces:
-                    with self._trace.span("sync"):
-                        await file.writer.finish(file.stored.size)
-                    file.finished = True
-
         async with anyio.create_task_group() as workers:
             for _ in range(max(WRITES_IN_FLIGHT, self._storage.info.transfers)):
-                workers.start_soon(frameless, work)
+                workers.start_soon(frameless, partial(self._store_some, pieces))
         unfinished = [file.stored.job.name for file in self._files if not file.finished]
         if unfinished:
             raise AsyncDCPError(f"staging ended before all slabs of {', '.join(unfinished)} had come")
+
+    async def _store_some(self, pieces: Channel[Piece]) -> None:
+        async for piece in pieces:
+            file = self._files[piece.file]
+            with self._trace.span("write", piece.covers):
+                await self._store_piece(file, piece)
+            file.stored.written += 1
+            if file.stored.written == file.stored.pieces:
+                with self._trace.span("sync"):
+                    await file.writer.finish(file.stored.size)
+                file.finished = True
 
     async def _store_piece(self, file: _DataFile, piece: Piece) -> None:
         """Writes one piece and gives its memory back. The file's last one is padded up to the alignment; ``finish``
@@ -201,7 +207,8 @@ class CheckpointWriter:
         record = settlement.record
         replaced = record.replaces if record else []
         if replaced and self._job.rank == 0:
-            with _logged("replaced checkpoints could not be deleted"):
+            left = self._until - anyio.current_time()  # the save is durable: it must not come to be late by this
+            with _logged("replaced checkpoints could not be deleted"), anyio.fail_after(left):
                 await delete_saves(self._storage, replaced)
         return Saved(
             save_id=self._job.save_id,
@@ -233,7 +240,7 @@ class CheckpointWriter:
         location, reason, record = self._storage.info.location, self.give_up.reason, settlement.record
         peers = state is State.ABORTED and record is not None and record.rank not in (None, self._job.rank)
         if state is State.UNKNOWN:
-            error: AsyncDCPError = commit_unknown(location)
+            error: AsyncDCPError = commit_unknown(location, reason.error if reason else None)
         elif record is not None and peers and (reason is None or reason.kind == "deadline"):
             error = peer_error(record, location)  # a deadline is somebody's fault, and the Record says whose
         elif reason is not None and not isinstance(reason.error, CommitUnknown):
@@ -258,6 +265,7 @@ async def delete_saves(storage: Storage, save_ids: Sequence[str]) -> None:
 def _logged(what: str) -> Iterator[None]:
     """Cleaning up goes on, whatever fails."""
     try:
-        yield
+        with cancelled_by_others():
+            yield
     except Exception as error:  # noqa: BLE001  # what the save came to is what the caller is told
         _logger.warning("%s: %r", what, error)

@@ -15,8 +15,7 @@ import msgspec
 
 from asyncdcp.boxes import Box
 from asyncdcp.errors import ReplicaMismatch
-from asyncdcp.planning.held_chunks import Group, HeldChunks
-from asyncdcp.planning.holdings import Holdings
+from asyncdcp.planning.held_chunks import Group, HeldChunks, Holdings
 from asyncdcp.planning.save_plan import ChunkSpec, Structure, TensorSpec
 
 PART_BYTES = 64 << 10

@@ -15,8 +15,7 @@ import msgspec
 
 from asyncdcp.boxes import Box, row_major_boxes
 from asyncdcp.format.blocks import SLAB_BYTES
-from asyncdcp.format.image import FILE_LIMIT, FileImage, lay_out
-from asyncdcp.format.safetensors import HeaderEntry
+from asyncdcp.format.image import FILE_LIMIT, FileImage, HeaderEntry, lay_out
 from asyncdcp.metadata import DTYPE_SIZES, ImageShape, IndexPlan, WrittenColumns
 
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from asyncdcp.errors import InvalidOption, UsageError
+from asyncdcp.ranks.keys import own_connection
 from asyncdcp.ranks.port import Ranks, SoleRank
-from asyncdcp.ranks.store import StoreRanks, own_connection
+from asyncdcp.ranks.store import StoreRanks
 
 _NON_MEMBER: Final[object] = dist.GroupMember.NON_GROUP_MEMBER
 """What ``new_group()`` gives to processes that are not in it."""
@@ -27,7 +28,7 @@ def find_ranks(
     """The ranks of ``process_group``, None being the default group; ``SoleRank`` where torch.distributed is not in use.
 
     ``UsageError`` where a launcher has started several processes and there is no process group yet, and where this
-    process is not in the group. Waits for nobody.
+    process is not in the group. Waits for nobody; the first of the ranks' calls waits for all (``StoreRanks``).
     """
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         if process_group == _NON_MEMBER:
@@ -51,10 +52,9 @@ def find_ranks(
         raise UsageError(_NOT_IN_IT)
     if len(members) == 1:
         return SoleRank()
-    name = hashlib.blake2b(repr((_name(process_group), members)).encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(repr((_name(process_group), members, option)).encode(), digest_size=8).hexdigest()
     store = PrefixStore(f"asyncdcp/{name}", own_connection(_default_store()))
-    number = store.add(f"made/{rank}", 1)  # all ranks make their checkpointers in the same order
-    return StoreRanks(PrefixStore(str(number), store), rank, len(members), deadline=deadline, option=option)
+    return StoreRanks(store, rank, len(members), deadline=deadline, option=option, meets=True)
 
 
 def _name(group: ProcessGroup | None) -> str:

@@ -7,36 +7,28 @@ An agreement of a topic is a few keys, under the topic's name and the agreement'
     verdict       how it ended: the decision, or who failed and why. All ranks go by it, so they all end alike
     read          a counter: the last to read the verdict removes the keys
 
-The store is only ever asked what is there, by short calls on threads: a wait in it could neither be cancelled, nor
-would it say who is missing. Long values are cut, since a TCPStore takes no message of more than 8 MiB.
+Where others may have been in the store before, the ranks meet first (``keys.Meeting``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
-from typing import TypeVar, TypeVarTuple
 
 import anyio
 import msgspec
 from anyio import to_thread
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch exports them without saying so
+from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it without saying so
 
-from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed
+from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed, plain
+from asyncdcp.ranks.keys import Keys, Meeting, parts_of
 from asyncdcp.ranks.links import Links
 from asyncdcp.ranks.port import Decide
 from asyncdcp.unwinding import ungrouped
 from asyncdcp.worker.failures import from_frame, to_frame
 from asyncdcp.worker.protocol import ErrorFrame
 
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-
-_PART_BYTES = 4 << 20
-_POLL_SECONDS = 0.001
-_POLL_LIMIT_SECONDS = 0.05
 _LAST_WORD_SECONDS = 5.0
 """How long the verdict is waited for that somebody else has won the right to say."""
 
@@ -51,44 +43,71 @@ class _Verdict(msgspec.Struct):
 
 class StoreRanks:
     """As ``Ranks``. All ranks give a store that shares its keys with the others', and that nobody else uses; and the
-    same deadline, which errors call ``option``. Used on one event loop at a time.
+    same deadline, which errors call ``option``. A topic is used on one event loop.
+
+    With ``meets`` the store may hold what others have left that came before: then the first call of all, which every
+    rank waits for before it makes another, waits for all ranks.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, *, deadline: float, option: str = "option agreement_deadline"
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        deadline: float,
+        option: str = "option agreement_deadline",
+        meets: bool = False,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.deadline = deadline
-        self.requests = 0
-        """How many calls of the store there were, for tests and statistics."""
-        self._store = store
+        self._keys = Keys(store, world_size)
         self._option = option
+        self._meets = meets
         self._turns: Counter[str] = Counter()
         self._parted: list[str] = []
+
+    @property
+    def requests(self) -> int:
+        """How many calls of the store there were, for tests and statistics."""
+        return self._keys.requests
 
     async def decide(self, topic: str, told: bytes, decide: Decide, *, deadline: float | None = None) -> bytes:
         """As ``Ranks``."""
         key, limit = self._next(topic), deadline or self.deadline
+        await self._meet(topic)
+        came = False
+
+        def decide_for_all(told: Sequence[bytes]) -> bytes:
+            nonlocal came
+            came = True
+            return decide(told)
+
         try:
             with anyio.fail_after(limit):
-                return await self._take_part(key, told, decide)
+                return await self._take_part(key, told, decide_for_all)
         except TimeoutError:
             return await self._end_wait(topic, key, limit)
         except anyio.get_cancelled_exc_class():
             with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True):
                 await self._fail(key, Cancelled(f"the agreement on {topic} was cancelled"), self.rank)
             raise
+        finally:
+            if came:
+                await self._outlast(key)
 
     async def refuse(self, topic: str, error: AsyncDCPError) -> None:
         """As ``Ranks``."""
         key = self._next(topic)
+        await self._meet(topic)
         await self._fail(key, error, self.rank)
         await self._count_reader(key, 0, self.world_size)
 
     async def broadcast(self, topic: str, data: bytes | None) -> bytes:
         """As ``Ranks``."""
         key = self._next(topic)
+        await self._meet(topic)
         if self.rank == 0:
             assert data is not None
             await self._say(key, data)
@@ -99,41 +118,57 @@ class StoreRanks:
 
     async def announce(self, name: str, data: bytes) -> None:
         """As ``Ranks``."""
-        await self._set(f"announced/{name}", data)
+        await self._meet(name)
+        await self._keys.set(f"announced/{name}", data)
 
     async def heard(self, name: str) -> bytes | None:
         """As ``Ranks``."""
         key = f"announced/{name}"
-        return await self._get_one(key) if await self._there(key) else None
+        await self._meet(name)
+        return await self._keys.get(key) if await self._keys.there(key) else None
 
     async def connect(self, name: str, *, until: float) -> Links:
         """As ``Ranks``. Where it fails, a key says so to the others; it goes when the ranks connect the next time."""
         key = f"links/{name}"
+        await self._meet(name)
         parted, self._parted = self._parted, []
         try:
-            await self._delete(parted)
+            await self._keys.delete(parted)
             with ungrouped():
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._watch, f"{key}/parted")
-                    store = PrefixStore(key, await self._call(own_connection, self._store))
+                    store = await self._keys.connected(key)
                     links = await Links.connect(store, self.rank, self.world_size, deadline=self.deadline, until=until)
                     tasks.cancel_scope.cancel()
         except BaseException:
             with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
                 self._parted += [*parted, f"{key}/parted"]
-                await self._set(f"{key}/parted", str(self.rank).encode())
+                await self._keys.set(f"{key}/parted", str(self.rank).encode())
             raise
         return links
 
+    async def _meet(self, topic: str) -> None:
+        if not self._meets:
+            return
+        meeting = Meeting(self._keys, self.rank, self.world_size)
+        with anyio.move_on_after(self.deadline):
+            self._keys.move(await meeting.meet())
+            self._meets = False
+            return
+        missing: list[int] = []
+        with anyio.move_on_after(_LAST_WORD_SECONDS):
+            missing = await meeting.missing()
+        raise self._late(topic, missing or [0], self.deadline)
+
     async def _watch(self, name: str) -> None:
         """Until somebody says there that it does not connect."""
-        async for _ in self._poll():
-            if await self._there(name):
-                rank = int(await self._get_one(name))
+        async for _ in self._keys.poll():
+            if await self._keys.there(name):
+                rank = int(await self._keys.get(name))
                 raise PeerFailed(f"rank {rank} failed, or was cancelled, when the ranks were to connect", rank=rank)
 
     async def _take_part(self, key: str, told: bytes, decide: Decide) -> bytes:
-        await self._put(f"{key}/told/{self.rank}", told)
+        await self._keys.put(f"{key}/told/{self.rank}", told)
         failure = await self._preside(key, decide) if self.rank == 0 else None
         try:
             return await self._hear(key, self.world_size)
@@ -149,12 +184,12 @@ class StoreRanks:
         raised.
         """
         keys = [f"{key}/told/{rank}" for rank in range(self.world_size)]
-        async for _ in self._poll():
-            if await self._there(f"{key}/verdict"):
+        async for _ in self._keys.poll():
+            if await self._keys.there(f"{key}/verdict"):
                 return None
-            if await self._there(*keys):
+            if await self._keys.there(*keys):
                 break
-        told = [await self._get(name) for name in keys]
+        told = [await self._keys.take(name) for name in keys]
         try:
             decision = await to_thread.run_sync(decide, told)
         except Exception as error:  # noqa: BLE001  # all ranks hear of it
@@ -170,19 +205,26 @@ class StoreRanks:
     async def _say(self, key: str, decision: bytes) -> None:
         """The decision, unless somebody has ended the agreement otherwise."""
         if await self._wins(key):
-            parts = await self._put_parts(f"{key}/verdict", decision)
-            await self._set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
+            parts = await self._keys.put_parts(f"{key}/verdict", decision)
+            await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
+
+    async def _outlast(self, key: str) -> None:
+        """Until all have read, if they are quick: the store may be this process's, and end with it."""
+        with anyio.move_on_after(_LAST_WORD_SECONDS), suppress(PeerError):
+            async for _ in self._keys.poll():
+                if not await self._keys.there(f"{key}/read"):
+                    return
 
     # ── all ranks ──
 
     async def _hear(self, key: str, readers: int) -> bytes:
         """The decision, once it is there, or the failure."""
         name = f"{key}/verdict"
-        async for _ in self._poll():
-            if await self._there(name):
+        async for _ in self._keys.poll():
+            if await self._keys.there(name):
                 break
-        verdict = msgspec.msgpack.decode(await self._get_one(name), type=_Verdict)
-        decision = await self._get_parts(name, verdict.parts)
+        verdict = msgspec.msgpack.decode(await self._keys.get(name), type=_Verdict)
+        decision = await self._keys.get_parts(name, verdict.parts)
         await self._count_reader(key, verdict.parts, readers)
         if verdict.error is not None:
             raise _failure(verdict.error, verdict.rank)
@@ -190,18 +232,18 @@ class StoreRanks:
 
     async def _count_reader(self, key: str, parts: int, readers: int) -> None:
         """The last one to have read removes the keys."""
-        if await self._add(f"{key}/read") == readers:
+        if await self._keys.add(f"{key}/read") == readers:
             told = [f"{key}/told/{rank}" for rank in range(self.world_size)]
             verdict = f"{key}/verdict"
-            await self._delete([verdict, *_parts(verdict, parts), f"{key}/won", f"{key}/read"])
             for name in told:
-                await self._delete_parts(name)
+                await self._keys.drop(name)
+            await self._keys.delete([verdict, *parts_of(verdict, parts), f"{key}/won", f"{key}/read"])
 
     async def _end_wait(self, topic: str, key: str, limit: float) -> bytes:
         """The deadline has passed: this rank ends the agreement, unless another has, whose word then counts."""
         error = self._late(topic, [0], limit)
         with anyio.move_on_after(_LAST_WORD_SECONDS):
-            missing = [rank for rank in range(self.world_size) if not await self._there(f"{key}/told/{rank}")]
+            missing = [rank for rank in range(self.world_size) if not await self._keys.there(f"{key}/told/{rank}")]
             error = self._late(topic, missing or [0], limit)
             await self._fail(key, error, error.rank)
             return await self._hear(key, self.world_size)
@@ -219,80 +261,14 @@ class StoreRanks:
     async def _fail(self, key: str, error: AsyncDCPError, rank: int | None) -> None:
         if await self._wins(key):
             verdict = _Verdict(0, rank, to_frame(error, with_traceback=False))
-            await self._set(f"{key}/verdict", msgspec.msgpack.encode(verdict))
+            await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(verdict))
 
     async def _wins(self, key: str) -> bool:
-        return await self._add(f"{key}/won") == 1
+        return await self._keys.add(f"{key}/won") == 1
 
     def _next(self, topic: str) -> str:
         self._turns[topic] += 1
-        return f"{topic}/{self._turns[topic]}"
-
-    # ── the store ──
-
-    async def _poll(self) -> AsyncIterator[None]:
-        """Now, and again and again, less often as time goes by and with many ranks."""
-        delay, limit = _POLL_SECONDS, _POLL_LIMIT_SECONDS * max(1, self.world_size / 256)
-        while True:
-            yield
-            await anyio.sleep(delay)
-            delay = min(delay * 1.5, limit)
-
-    async def _put(self, name: str, data: bytes) -> None:
-        parts = await self._put_parts(name, data)
-        await self._set(name, str(parts).encode())
-
-    async def _get(self, name: str) -> bytes:
-        return await self._get_parts(name, int(await self._get_one(name)))
-
-    async def _put_parts(self, name: str, data: bytes) -> int:
-        count = -(-len(data) // _PART_BYTES)
-        for number, part in enumerate(_parts(name, count)):
-            await self._set(part, data[number * _PART_BYTES : (number + 1) * _PART_BYTES])
-        return count
-
-    async def _get_parts(self, name: str, count: int) -> bytes:
-        return b"".join([await self._get_one(part) for part in _parts(name, count)])
-
-    async def _delete_parts(self, name: str) -> None:
-        if await self._there(name):
-            await self._delete([*_parts(name, int(await self._get_one(name))), name])
-
-    async def _set(self, name: str, data: bytes) -> None:
-        await self._call(self._store.set, name, data)  # type: ignore[arg-type]  # its stub says str; bytes are meant
-
-    async def _get_one(self, name: str) -> bytes:
-        return await self._call(self._store.get, name)
-
-    async def _there(self, *names: str) -> bool:
-        return await self._call(self._store.check, list(names))
-
-    async def _add(self, name: str) -> int:
-        return await self._call(self._store.add, name, 1)
-
-    async def _delete(self, names: Iterable[str]) -> None:
-        for name in names:
-            await self._call(self._store.delete_key, name)
-
-    async def _call(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        self.requests += 1
-        try:
-            return await to_thread.run_sync(partial(function, *args), abandon_on_cancel=True)
-        except RuntimeError as error:  # torch's DistError and its kin
-            raise PeerError(f"the store of the process group does not answer: {error!s:.300}") from error
-
-
-def own_connection(store: Store) -> Store:
-    """A connection of our own, so that no wait of torch's is behind us, nor we behind it; where that can be had."""
-    try:
-        own: Store = store.clone()  # type: ignore[attr-defined]  # since torch 2.9
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return store
-    return own
-
-
-def _parts(name: str, count: int) -> list[str]:
-    return [f"{name}.{number}" for number in range(count)]
+        return f"{plain(topic)}/{self._turns[topic]}"
 
 
 def _failure(frame: ErrorFrame, rank: int | None) -> AsyncDCPError:

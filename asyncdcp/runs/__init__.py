@@ -2,7 +2,7 @@
 
 from asyncdcp.runs.collection import Leftover, collect, plan_collection
 from asyncdcp.runs.history import Saved, read_history
-from asyncdcp.runs.lineage import Line
+from asyncdcp.runs.layout import Line
 from asyncdcp.runs.listing import Checkpoint, Run, list_checkpoints, look
 from asyncdcp.runs.retention import AllOf, AnyOf, KeepBest, KeepEvery, KeepLast, Retention, to_delete
 

@@ -12,13 +12,13 @@ from typing import Final
 
 import anyio
 
-from asyncdcp.buffers import io_buffer
 from asyncdcp.errors import StorageError
 from asyncdcp.metadata import RECORD_LIMIT
 from asyncdcp.names import belongs_to, record_name
 from asyncdcp.runs.layout import line_term_of, term_of
 from asyncdcp.runs.listing import Checkpoint, Run
 from asyncdcp.storage import ObjectReader, ObjectWriter, Place, Storage
+from asyncdcp.storage.files import io_buffer
 from asyncdcp.unwinding import ungrouped
 
 _WINDOW: Final = 8 << 20

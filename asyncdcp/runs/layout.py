@@ -1,4 +1,5 @@
-"""What lies in a run's directory, by name, and the two small files by which writers take turns.
+"""What lies in a run's directory, by name; the two small files by which writers take turns; and by these, which
+checkpoints count. Pure functions; nothing here does I/O.
 
 runs/gpt/
   step_100/            a checkpoint: see metadata.py
@@ -7,11 +8,17 @@ runs/gpt/
   history.jsonl        a line for every committed save: metrics and timings, kept when the checkpoint is deleted
                        (encrypted where the save's metadata is)
   traces/              Chrome traces of saves, where they are asked for
+
+Every writer that opens a run claims the next *term*, and writes down which steps of earlier terms it goes on from. So
+the line of a run is, of each term on it, the steps up to a last one; of the newest term, all. A save of an earlier
+term beyond that last step (one that a rollback left behind, or a late commit of a writer that was replaced) is off the
+line: whole, but never the latest.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -23,6 +30,8 @@ TRACES = "traces"
 
 _STEP = re.compile(r"step_([0-9]+)", re.ASCII)
 _TERM = re.compile(r"(term|line)_([1-9][0-9]*)\.json", re.ASCII)
+UNCLAIMED = 0
+"""The term of checkpoints that no manager saved."""
 
 
 class TermClaim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,3 +112,40 @@ def encode_line(start: LineStart) -> bytes:
 def decode_line(data: bytes, name: str) -> LineStart:
     """A line's start; ``CorruptCheckpoint`` naming ``name`` otherwise."""
     return decode_document("line", LineStart, data, name)
+
+
+class Line(msgspec.Struct, frozen=True):
+    """The line of a run as of ``term``: per term, the last step on it; None for no limit. ``base`` is a save id."""
+
+    term: int
+    limits: Mapping[int, int | None]
+    base: str | None = None
+
+    def holds(self, term: int, step: int) -> bool:
+        """Whether a checkpoint of this term and step is on the line."""
+        if term not in self.limits:
+            return False
+        last = self.limits[term]
+        return last is None or step <= last
+
+    def going_on(self, term: int, base: tuple[str, int] | None) -> LineStart:
+        """The line of a new term that goes on from ``base``, a checkpoint on this line (its save id and step).
+
+        None for one that begins with nothing: no earlier checkpoint is on it.
+        """
+        if base is None:
+            return LineStart(term, [])
+        save_id, step = base
+        segments = [
+            Segment(number, step if last is None else min(step, last)) for number, last in sorted(self.limits.items())
+        ]
+        return LineStart(term, segments, save_id)
+
+
+def current_line(starts: Sequence[LineStart], terms: Iterable[int]) -> Line:
+    """The line of the newest start. Without any, of a run that no manager has opened, all ``terms`` are on it."""
+    if not starts:
+        return Line(UNCLAIMED, dict.fromkeys((UNCLAIMED, *terms), None))
+    newest = max(starts, key=lambda start: start.term)
+    limits: dict[int, int | None] = {segment.term: segment.last for segment in newest.segments}
+    return Line(newest.term, {**limits, newest.term: None}, newest.base)

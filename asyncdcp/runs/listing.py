@@ -16,9 +16,8 @@ from asyncdcp.errors import CorruptCheckpoint, InvalidOption, KeyUnavailable
 from asyncdcp.extensions import ExtensionRegistry, Seals
 from asyncdcp.metadata import RECORD_LIMIT, Record, Summary
 from asyncdcp.names import index_name, record_name, record_save_id
-from asyncdcp.runs.layout import LineStart, decode_line, line_term_of, step_of, term_of
-from asyncdcp.runs.lineage import UNCLAIMED, Line, current_line
-from asyncdcp.runs.outcomes import Outcomes, read_outcomes, saves_of
+from asyncdcp.runs.layout import UNCLAIMED, Line, LineStart, current_line, decode_line, line_term_of, step_of, term_of
+from asyncdcp.runs.saves import Outcomes, read_outcomes, saves_of
 from asyncdcp.storage import Contents, Place, Survey, open_place
 
 State: TypeAlias = Literal["committed", "partial", "aborted", "damaged", "encrypted"]
@@ -34,7 +33,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     ``cause``. ``encrypted``: with hidden metadata, and a key that is not at hand; ``cause`` names it. ``size`` is in
     bytes, of all files of the save; ``time`` seconds since the epoch. Of a commit alone: ``term``, ``parent`` (a save
     id), ``metrics``, ``metadata``, ``summary``. ``on_line`` is whether it counts for the run as it stands (see
-    lineage.py).
+    layout.py).
     """
 
     name: str
@@ -148,7 +147,9 @@ def by_metric(checkpoints: Iterable[Checkpoint], metric: str, mode: Mode) -> lis
 
 
 class Known:
-    """Records that were read before, so that another look at a run reads only new ones. A Record never changes."""
+    """Records that were read before, so that another look at a run reads only new ones. A Record never changes; one
+    that is damaged may be replaced, and is read each time.
+    """
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[str, str], bytes] = {}
@@ -170,6 +171,12 @@ class Known:
                 if data is not None:
                     contents.read[name] = self._bytes[child, name] = data
 
+    def forget_damaged(self, outcomes: Mapping[str, Outcomes]) -> None:
+        """Keeps no Record that could not be read."""
+        for child, found in outcomes.items():
+            for save_id in found.broken:
+                self._bytes.pop((child, record_name(save_id)), None)
+
 
 async def look(place: Place, known: Known | None = None, registry: ExtensionRegistry | None = None) -> Run:
     """Lists a run. ``known`` saves reading the same Records again; ``registry`` has the keys of those that are
@@ -179,7 +186,9 @@ async def look(place: Place, known: Known | None = None, registry: ExtensionRegi
     survey = await place.survey(known.selects, RECORD_LIMIT)
     known.complete(survey)
     seals = Seals(registry or ExtensionRegistry())
-    return await to_thread.run_sync(describe, place.storage.info.location, survey, seals)  # a key may be asked for
+    run = await to_thread.run_sync(describe, place.storage.info.location, survey, seals)  # a key may be asked for
+    known.forget_damaged(run.outcomes)
+    return run
 
 
 async def list_checkpoints(
@@ -200,7 +209,7 @@ def describe(location: str, survey: Survey, unseal: Unseal) -> Run:
         for name, step in steps.items()
         for checkpoint in _checkpoints(name, step, survey.children[name], outcomes[name])
     ]
-    line = current_line(_starts(survey.own), (checkpoint.term for checkpoint in unlined))
+    line = current_line(_starts(location, survey.own), (checkpoint.term for checkpoint in unlined))
     placed = [
         msgspec.structs.replace(checkpoint, on_line=line.holds(checkpoint.term, checkpoint.step))
         if checkpoint.save_id is not None and checkpoint.state in ("committed", "damaged")
@@ -212,18 +221,19 @@ def describe(location: str, survey: Survey, unseal: Unseal) -> Run:
     return Run(location, term, line, tuple(placed), survey, outcomes)
 
 
-def _starts(own: Contents) -> list[LineStart]:
+def _starts(location: str, own: Contents) -> list[LineStart]:
     """The newest line's start; those before it count for nothing."""
     terms = {number: name for name in own.objects if (number := line_term_of(name)) is not None}
     if not terms:
         return []
     newest = max(terms)
     name = terms[newest]
+    path = f"{location}/{name}"
     if name not in own.read:
-        raise CorruptCheckpoint(f"{name} cannot be read: {own.unread.get(name)}", path=name)
-    start = decode_line(own.read[name], name)
+        raise CorruptCheckpoint(f"{path} cannot be read: {own.unread.get(name)}", path=path)
+    start = decode_line(own.read[name], path)
     if start.term != newest:
-        raise CorruptCheckpoint(f"{name} says it is the line of term {start.term}", path=name)
+        raise CorruptCheckpoint(f"{path} says it is the line of term {start.term}", path=path)
     return [start]
 
 

@@ -130,7 +130,7 @@ def to_delete(policy: Retention, checkpoints: Sequence[Checkpoint]) -> list[Chec
     good = sorted((checkpoint for checkpoint in checkpoints if checkpoint.good), key=lambda each: each.step)
     if not good:
         return []
-    kept = policy.keeps(good) | {good[-1].step}
+    kept = {*policy.keeps(good), good[-1].step}
     return [checkpoint for checkpoint in good if checkpoint.step not in kept]
 
 

@@ -19,7 +19,7 @@ from asyncdcp.errors import KeyUnavailable
 from asyncdcp.metadata import RECORD_LIMIT, Record
 from asyncdcp.names import file_save_id, record_name, record_save_id
 from asyncdcp.runs.layout import step_of, term_name
-from asyncdcp.runs.outcomes import saves_of
+from asyncdcp.runs.saves import saves_of
 from asyncdcp.storage import Place, Storage, Survey
 
 _POLL_SECONDS = 0.1
@@ -51,6 +51,7 @@ async def settle_saves(place: Place, term: int, *, quiet: float, deadline: float
     settled = Settled()
     clock: float | None = None
     while True:
+        before = time.monotonic()  # what passes within a look, as where this process is stopped, nobody has watched
         survey = await place.survey(lambda *_: False, RECORD_LIMIT)
         now = time.monotonic()
         if clock is None:  # what the storage's clock showed when the term was claimed, a moment ago
@@ -59,7 +60,7 @@ async def settle_saves(place: Place, term: int, *, quiet: float, deadline: float
         settled.committed += [key for key in watched if key not in left]  # or it has given itself up: no matter
         watched = {key: _seen(watched.get(key), files, clock, now, begun) for key, files in left.items()}
         for key, state in list(watched.items()):
-            if now - state.since >= quiet or now - begun >= deadline:
+            if before - state.since >= quiet or now - begun >= deadline:
                 won = await abort_save(place, *key, cause=f"given up by term {term}: it had not moved for {quiet:g} s")
                 (settled.aborted if won else settled.committed).append(key)
                 del watched[key]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import time
+from errno import EACCES, EPERM, EROFS
+from typing import Final
 
-from asyncdcp.errors import Fenced
+from asyncdcp.errors import Fenced, StorageError
 from asyncdcp.extensions import ExtensionRegistry
-from asyncdcp.runs.deletion import delete_checkpoint
+from asyncdcp.runs.collection import delete_checkpoint
 from asyncdcp.runs.layout import (
+    UNCLAIMED,
+    Line,
     LineStart,
     TermClaim,
+    current_line,
     encode_claim,
     encode_line,
     line_name,
@@ -19,11 +24,12 @@ from asyncdcp.runs.layout import (
     term_name,
     term_of,
 )
-from asyncdcp.runs.lineage import UNCLAIMED, Line, current_line
 from asyncdcp.runs.listing import Checkpoint, Known, Run, look
 from asyncdcp.runs.retention import Retention, to_delete
 from asyncdcp.runs.settling import Settled, settle_saves
 from asyncdcp.storage import Place
+
+_NO_RIGHT: Final = (EACCES, EPERM, EROFS)
 
 
 class RunWriter:
@@ -82,13 +88,15 @@ class RunWriter:
         self._check(run)
         return run
 
-    async def retain(self, policy: Retention, run: Run, durable: int) -> list[Checkpoint]:
-        """Deletes what the policy does not keep, oldest first; returns it. The newest good checkpoint always stays.
+    async def retain(self, policy: Retention, run: Run, durable: int, *, spared: str | None = None) -> list[Checkpoint]:
+        """Deletes what the policy does not keep, oldest first; returns it. The newest good checkpoint always stays, and
+        for now the save ``spared``.
 
         ``run`` was looked at just now by this writer. Steps beyond ``durable`` count for nothing: a Record can be seen
         before it is sure to survive a loss of power, and until then nothing may be deleted for its sake.
         """
         gone = to_delete(policy, [checkpoint for checkpoint in run.checkpoints if checkpoint.step <= durable])
+        gone = [checkpoint for checkpoint in gone if checkpoint.save_id != spared]
         for checkpoint in gone:
             assert checkpoint.save_id is not None
             await delete_checkpoint(self.place, checkpoint.name, checkpoint.save_id, self._registry)
@@ -96,7 +104,12 @@ class RunWriter:
 
     async def _claim(self, term: int) -> bool:
         claim = TermClaim(term, time.time(), platform.node(), os.getpid())
-        return await self.place.storage.claim(term_name(term), encode_claim(claim))
+        try:
+            return await self.place.storage.claim(term_name(term), encode_claim(claim))
+        except StorageError as error:
+            if error.errno in _NO_RIGHT:
+                error.args = (f"{error}; a run that is only to be read is opened with read_only=True",)
+            raise
 
     async def _write(self, start: LineStart) -> None:
         await self.place.storage.put(line_name(start.term), encode_line(start))

@@ -2,9 +2,7 @@
 
 from asyncdcp.staging.arenas import Arenas, StagingArena
 from asyncdcp.staging.copier import SlabCopier
-from asyncdcp.staging.eager import EagerBudget
-from asyncdcp.staging.guard import Guard
-from asyncdcp.staging.sources import Sources
-from asyncdcp.staging.stager import CheckpointStager
+from asyncdcp.staging.guard import EagerBudget, Guard
+from asyncdcp.staging.stager import CheckpointStager, Sources
 
 __all__ = ["Arenas", "CheckpointStager", "EagerBudget", "Guard", "SlabCopier", "Sources", "StagingArena"]

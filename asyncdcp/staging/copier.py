@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
 from math import prod
@@ -38,7 +39,7 @@ class _Source(NamedTuple):
 
 class SlabCopier:
     """Fills slabs for one save. ``sources[n]`` holds the elements of the plan's structure's chunk ``n``; they are kept
-    alive until the copier is dropped. ``copy`` may run on several threads for different slabs.
+    alive until ``drop``. ``copy`` may run on several threads for different slabs.
 
     Nothing is made ahead, and no object per small chunk: objects by the thousand set off the garbage collector.
     """
@@ -71,6 +72,10 @@ class SlabCopier:
             raise
         return partial(wait_on_host, self._copies.marks()) if asynchronous else None
 
+    def on(self, device: torch.device) -> AbstractContextManager[bool]:
+        """The stream of the copies from ``device`` is current in the block: for memory there to copy to."""
+        return self._copies.on(device)
+
     def marks(self) -> Marks:
         """Where, in the work of the devices, all that was copied so far has been read."""
         return self._copies.marks()
@@ -78,6 +83,10 @@ class SlabCopier:
     def finish(self) -> None:
         """Waits on the host until nothing is on its way."""
         self._copies.finish()
+
+    def drop(self) -> None:
+        """Lets go of the tensors: nothing is copied any more."""
+        self._sources.clear()
 
     def from_device(self, slab: Slab) -> bool:
         """Whether something in ``slab`` comes from an accelerator."""

@@ -1,11 +1,12 @@
 """Guards: an optimizer's ``step`` waits until the tensors that it is about to change have been copied, and nothing else
-does.
+does; what its tensors are not is cloned before ``save`` returns, up to a budget.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,16 +28,9 @@ class Guard:
     """
 
     def __init__(self, optimizers: tuple[Any, ...], wait: Callable[[], None]) -> None:
-        for optimizer in optimizers:
-            if not callable(getattr(optimizer, "register_step_pre_hook", None)):
-                kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-                raise InvalidOption(
-                    f"guard cannot hold back a {kind}: it has no register_step_pre_hook, as torch.optim.Optimizer has; "
-                    "wait for staged, or call wait_staged(), before it changes tensors"
-                )
-        self._optimizers = optimizers
+        self._optimizers = [_hooked(optimizer) for optimizer in optimizers]
         self._wait = wait
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
         self.waited = 0.0
 
     def _before_step(self, *_: object) -> None:
@@ -74,6 +68,20 @@ class Guard:
                             yield from plain_tensors(value)
 
 
+def _hooked(optimizer: Any) -> Any:
+    """The optimizer whose ``step`` runs hooks: itself, or what a wrapper without any (accelerate's) has inside."""
+    inner = optimizer
+    while isinstance(inner, torch.optim.Optimizer) and not hasattr(inner, "_optimizer_step_pre_hooks"):
+        inner = getattr(inner, "optimizer", None)  # its __init__ was left out: register_step_pre_hook would fail
+    if not callable(getattr(inner, "register_step_pre_hook", None)):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise InvalidOption(
+            f"guard cannot hold back a {kind}: it has no register_step_pre_hook, as torch.optim.Optimizer has; "
+            "wait for staged, or call wait_staged(), before it changes tensors"
+        )
+    return inner
+
+
 def frozen_parameters(statefuls: Iterator[object]) -> Iterator[Tensor]:
     """The parameters of modules that take no gradient, so that no optimizer changes them. Others may: averaged weights
     and target networks are updated by hand.
@@ -94,3 +102,57 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         part = getattr(tensor, name)
         if isinstance(part, Tensor):  # a DTensor names its mesh, too
             yield from plain_tensors(part)
+
+
+class EagerBudget:
+    """Bytes of clones that all pending saves of a checkpointer may hold together. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._lock = threading.RLock()  # as the checkpointer's
+
+    @property
+    def used(self) -> int:
+        """Bytes held now."""
+        return self._used
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there was room; equal to the limit is allowed."""
+        with self._lock:
+            if self._used + nbytes > self._limit:
+                return False
+            self._used += nbytes
+            return True
+
+    def give(self, nbytes: int) -> None:
+        """Gives bytes back."""
+        with self._lock:
+            self._used -= nbytes
+
+
+def clone_unguarded(sources: list[Tensor], guarded: Iterable[Tensor], budget: EagerBudget) -> tuple[set[int], int]:
+    """Replaces in ``sources`` every tensor that no guard protects by a clone, smallest first, as far as the budget
+    goes.
+
+    Returns the numbers of the sources that may still be changed while they are staged, which are the largest, and the
+    bytes taken from the budget.
+    """
+    protected = {tensor.data_ptr() for tensor in guarded if not tensor.is_meta}
+    rest = [number for number, tensor in enumerate(sources) if tensor.numel() and tensor.data_ptr() not in protected]
+    rest.sort(key=lambda number: sources[number].nbytes)
+    taken = 0
+    exposed: set[int] = set()
+    for number in rest:
+        nbytes = sources[number].nbytes
+        if exposed or not budget.take(nbytes):
+            exposed.add(number)
+            continue
+        taken += nbytes
+        try:
+            with torch.no_grad():
+                sources[number] = sources[number].detach().clone()
+        except BaseException:  # no memory, or Control-C
+            budget.give(taken)
+            raise
+    return exposed, taken

@@ -1,30 +1,115 @@
-"""CheckpointStager: one save's staging, slab by slab in image order, several copies at once."""
+"""One save's staging: its ``Sources``, the tensors as they are at the call with what is known of who may change them
+meanwhile; and ``CheckpointStager``, which copies them slab by slab in image order, several copies at once.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
+from torch import Tensor
 
 from asyncdcp.errors import TornSnapshotError
 from asyncdcp.pipeline.channel import Channel
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab
+from asyncdcp.staging.accelerator import DeviceFence, Marks
 from asyncdcp.staging.arenas import StagingArena
 from asyncdcp.staging.copier import SlabCopier
-from asyncdcp.staging.sources import Sources
+from asyncdcp.staging.guard import EagerBudget, Guard, clone_unguarded, frozen_parameters
+from asyncdcp.staging.torn import Witness, versions
 from asyncdcp.threads import on_executor, on_thread
 from asyncdcp.trace import Trace
-from asyncdcp.unwinding import ungrouped
+from asyncdcp.unwinding import all_of, frameless, ungrouped
 
 COPIES_IN_FLIGHT = 2
 SLABS_A_TRIP = 4
 """So many slabs are copied in one trip to a thread, if their slots are free: a trip costs a tenth of a slab's copy."""
-
 Announce: TypeAlias = Callable[[SlabReady], Awaitable[None]]
+
+
+class Sources:
+    """The tensors of one save, one for each chunk of the plan's structure; taken on the caller's thread.
+
+    With ``guards``, what they do not protect is cloned now, up to the budget, but for parameters without gradient:
+    those are not expected to change. ``watched`` are the numbers of the tensors that somebody could change during
+    staging, these among them.
+    """
+
+    def __init__(
+        self, tensors: list[Tensor], guards: Sequence[Guard], statefuls: Iterable[object], budget: EagerBudget
+    ) -> None:
+        self.tensors = tensors
+        self.watched: Iterable[int] = range(len(tensors))
+        self._budget = budget
+        self._eager = 0
+        try:
+            if guards:
+                guarded = [tensor for guard in guards for tensor in guard.tensors()]
+                frozen = list(frozen_parameters(iter(statefuls)))
+                still = {tensor.data_ptr() for tensor in frozen if not tensor.is_meta}
+                exposed, self._eager = clone_unguarded(tensors, [*guarded, *frozen], budget)
+                self.watched = exposed | {n for n, tensor in enumerate(tensors) if tensor.data_ptr() in still}
+            self.fence = DeviceFence(tensors)
+            self._versions = versions(tensors)
+        except BaseException:  # refused while a graph is captured; Control-C
+            budget.give(self._eager)
+            raise
+        self._marks: Marks = []
+        self._passable, self._free = threading.Event(), threading.Event()
+
+    def select(self, picks: Sequence[tuple[int, int, int]]) -> None:
+        """Keeps what is to be written: of tensor ``number`` the rows ``begin <= i < end``, of a scalar all."""
+        watched = set(self.watched)
+        kept = [self.tensors[number] for number, _, _ in picks]
+        self._versions = [self._versions[number] for number, _, _ in picks]
+        self.watched = [place for place, (number, _, _) in enumerate(picks) if number in watched]
+        self.tensors[:] = [
+            tensor.detach().narrow(0, begin, end - begin) if tensor.dim() and end - begin != tensor.shape[0] else tensor
+            for tensor, (_, begin, end) in zip(kept, picks, strict=True)
+        ]
+
+    def witness(self) -> Callable[[], list[int]]:
+        """Looks at the watched tensors as copying begins; the result tells which have changed since the save was
+        called.
+        """
+        return Witness(self.tensors, self._versions, self.watched).changed
+
+    def enqueued(self, marks: Marks) -> None:
+        """All is copied but for what accelerators have been told to copy, which has been read at ``marks``."""
+        self._marks = marks
+        self._passable.set()
+
+    def hold(self, timeout: float) -> bool:
+        """Blocks until what the calling thread does, or enqueues on its current streams, from now on changes nothing
+        that the save still reads; whether that came.
+
+        The streams wait for copies under way there, and the host does not. A stream that is being captured cannot wait
+        for anything outside of its graph, so then the host does.
+        """
+        until = time.monotonic() + timeout
+        if not self._passable.wait(timeout):
+            return False
+        marks = [] if self._free.is_set() else self._marks
+        if any(work.capturing() for work, _ in marks):
+            return self._free.wait(max(min(until - time.monotonic(), timeout), 0))
+        for work, mark in marks:
+            work.wait(mark)
+        return True
+
+    def drop(self) -> None:
+        """Lets go of the tensors: they are copied, or never will be. Safe to call twice."""
+        self.tensors.clear()
+        eager, self._eager = self._eager, 0  # in one step: a save that Control-C cuts off is dropped by two threads
+        self._budget.give(eager)
+        self._free.set()
+        self._passable.set()
 
 
 class _Arriving(NamedTuple):
@@ -62,7 +147,7 @@ class CheckpointStager:
         try:
             with ungrouped():
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._announce_arrivals, arriving, announce)
+                    tasks.start_soon(frameless, partial(self._announce_arrivals, arriving, announce))
                     with arriving:
                         await self._copy_all(copier, limiter, arriving, announce)
                         self._check(await on_thread(limiter, changed))
@@ -71,27 +156,33 @@ class CheckpointStager:
             if sources.fence.devices:  # no source is read there and no slot written any more, whatever went wrong
                 await on_executor(copier.finish)
             raise
+        finally:
+            copier.drop()  # a task that was cancelled keeps it
 
     async def _copy_all(
         self, copier: SlabCopier, limiter: anyio.CapacityLimiter, arriving: Channel[_Arriving], announce: Announce
     ) -> None:
         left = deque(self._plan.slabs)
+        await all_of(partial(self._copy_some, left, copier, limiter, arriving, announce), COPIES_IN_FLIGHT)
 
-        async def work() -> None:
-            while left:
-                batch = await self._take(left)
-                arrivals = await on_thread(limiter, self._fill_all, copier, batch)
-                await checkpoint_if_cancelled()  # the copies ended though; nobody wants to hear of them any more
-                for (slab, slot), arrival in zip(batch, arrivals, strict=True):
-                    ready = SlabReady(slab.file, slab.begin // self._arena.arena.slot_bytes, slot, slab.length)
-                    if arrival is None:
-                        await announce(ready)
-                    else:
-                        await arriving.send(_Arriving(ready, arrival), slab.length)
-
-        async with anyio.create_task_group() as workers:
-            for _ in range(COPIES_IN_FLIGHT):
-                workers.start_soon(work)
+    async def _copy_some(
+        self,
+        left: deque[Slab],
+        copier: SlabCopier,
+        limiter: anyio.CapacityLimiter,
+        arriving: Channel[_Arriving],
+        announce: Announce,
+    ) -> None:
+        while left:
+            batch = await self._take(left)
+            arrivals = await on_thread(limiter, self._fill_all, copier, batch)
+            await checkpoint_if_cancelled()  # the copies ended though; nobody wants to hear of them any more
+            for (slab, slot), arrival in zip(batch, arrivals, strict=True):
+                ready = SlabReady(slab.file, slab.begin // self._arena.arena.slot_bytes, slot, slab.length)
+                if arrival is None:
+                    await announce(ready)
+                else:
+                    await arriving.send(_Arriving(ready, arrival), slab.length)
 
     async def _take(self, left: deque[Slab]) -> list[tuple[Slab, int]]:
         """The next slab, once its slot is free, and some behind it whose slots are free by then; each with its slot."""

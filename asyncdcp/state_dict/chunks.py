@@ -57,20 +57,23 @@ def local_chunks(tensor: Tensor) -> list[LocalChunk]:
 
 
 def empty_like(target: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor without content, of the target's shape and placement."""
+    """A new tensor without content, of the target's shape and placement; with its strides, as ``torch.empty_like``."""
     if not is_dtensor(target):
-        return torch.empty(target.shape, dtype=dtype, device=device)
+        return torch.empty_like(target, dtype=dtype, device=device)
     from torch.distributed.tensor import DTensor
 
     dtensor: Any = target
-    local = torch.empty(dtensor._local_tensor.shape, dtype=dtype, device=device)
+    like: Tensor = dtensor._local_tensor
+    if is_checkpointable(like):  # torchrec's shards know no empty_like
+        like = torch.empty(like.shape, device="meta")
+    local = torch.empty_like(like, dtype=dtype, device=device)
     return DTensor.from_local(
         local,
         dtensor.device_mesh,
         dtensor.placements,
         run_check=False,
         shape=dtensor.shape,
-        stride=torch.empty(dtensor.shape, device="meta").stride(),
+        stride=dtensor.stride(),
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from asyncdcp.errors import DuplicateName, UnsupportedValue
+from asyncdcp.errors import DuplicateName, InvalidOption, UnsupportedValue
 from asyncdcp.state_dict.arrays import is_numpy
 from asyncdcp.state_dict.chunks import is_checkpointable
 from asyncdcp.state_dict.keys import encode_key
@@ -75,7 +75,10 @@ def flatten(state: Any, *, allow_pickle: bool = False, allow_meta: bool = False)
     cannot be stored, by FQN and type, and for what is nested too deep or holds itself; ``DuplicateName`` where two
     entries have one FQN. With ``allow_pickle`` what would be refused is pickled instead, tensors too; keys never are.
     ``allow_meta`` is for the targets of a load that replaces tensors: those on the meta device are accepted.
+    ``InvalidOption`` where there is no state at all.
     """
+    if state is None:
+        raise InvalidOption("the state is None: give one, such as {'model': model}; what made this may lack its return")
     walk = _Flattener(allow_pickle=allow_pickle, allow_meta=allow_meta)
     tree = walk.visit(state, "", _Frame("state", None, ""), _ROOT, 0)
     return FlatState(tree, walk.groups.tensors, walk.groups.aliases, walk.values, walk.statefuls, walk.subclasses)
@@ -250,7 +253,7 @@ class _Flattener:
 
     def _stateful(self, value: Stateful, fqn: str, path: str, depth: int) -> dict[str, Any]:
         inner = _Frame(f"{path}.state_dict()", None, "")
-        before, state, within = len(self._leaves), value.state_dict(), self._within
+        before, state, within = len(self._leaves), _state_of(value, fqn), self._within
         # Its place in the order comes before those inside it.
         self.statefuls[fqn] = Taken(value, state, frozenset(), within)
         self._within = True
@@ -259,6 +262,15 @@ class _Flattener:
         names = frozenset(islice(self._leaves, before, None)) - self._composed
         self.statefuls[fqn] = Taken(value, state, names, within)
         return {"per_rank": node} if isinstance(value, RNGState) else node
+
+
+def _state_of(stateful: Stateful, fqn: str) -> Any:
+    """What it raises is raised as it is, and told with its name."""
+    try:
+        return stateful.state_dict()
+    except Exception as error:
+        error.add_note(f"raised by the state_dict of {fqn or 'the state'}")
+        raise
 
 
 def _is_container(kind: type, value: Any) -> bool:

@@ -9,22 +9,21 @@ can bring it up to date; so do the extra states of modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyncdcp.metadata import Metadata, TensorStorageMetadata
-from asyncdcp.state_dict.chunks import is_dtensor
-from asyncdcp.state_dict.composed import compare
-from asyncdcp.state_dict.extra_states import extra_state_of
+from asyncdcp.pipeline.globs import Globs
+from asyncdcp.state_dict.chunks import is_checkpointable, is_dtensor
 from asyncdcp.state_dict.flatten import FlatState, Taken
 from asyncdcp.state_dict.mismatches import mismatch
-from asyncdcp.state_dict.nodes import TreeNodes
+from asyncdcp.state_dict.nodes import TreeNodes, compare, extra_state_of
 from asyncdcp.state_dict.options import LoadOptions
+from asyncdcp.state_dict.parameters import optimizer_parameters, tied_parameters
 from asyncdcp.state_dict.pruning import own_leaves
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.subclasses import Subclass, cannot_be_made, inner_names, put_together
@@ -42,7 +41,7 @@ class Match:
     fresh: dict[str, torch.device] = field(default_factory=dict)
     """Stored tensors for which new ones are made, and where."""
     alike: dict[str, Tensor] = field(default_factory=dict)
-    """For stored tensors of ``fresh``: the sharded tensor whose placement the new one gets."""
+    """For stored tensors of ``fresh``: the tensor whose placement and strides the new one gets."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """By the checkpoint's name, aliases too: the tensor that will hold its content. ``add_fresh`` completes it."""
     ties: dict[str, str] = field(default_factory=dict)
@@ -56,8 +55,10 @@ class Match:
 
     loaded: frozenset[str] = frozenset()
     """The checkpoint's names of all that is loaded, tensors and values."""
+    missing: list[str] = field(default_factory=list)
+    """The state's names that were asked for and stay as they are, since the checkpoint lacks them."""
     unexpected: list[str] = field(default_factory=list)
-    """The checkpoint's names, as the state would have them, that a strict load would not expect, were it alone."""
+    """The checkpoint's names, as the state would have them, that were chosen and have no place in the state."""
 
     def add_fresh(self, made: Mapping[str, Tensor]) -> None:
         """Takes in the new tensors, by stored name; a subclass of such is made anew, of the target's class."""
@@ -113,8 +114,6 @@ class _Matcher:
         )
         self._extra_states = self._match_extra_states()
         self.alone = True
-        self._missing: list[str] = []
-        self._unexpected: list[str] = []
         self._different: dict[str, str] = {}
         self._subclass_pairs: dict[str, str] = {}
 
@@ -128,10 +127,11 @@ class _Matcher:
                 self._target(name, source, filled)
             elif self._is_tensor(source) and not self._decided_by_checkpoint(name):
                 self._different[name] = "a plain value in the state, a tensor in the checkpoint"
-        if self._missing or self._different or (self._unexpected and self.alone):
-            path = self._metadata.storage_meta.checkpoint_id
-            raise mismatch(path, self._missing, self._unexpected, self._different)
-        self._match.unexpected = self._unexpected
+        strict = self._options.strict
+        missing, unexpected = (self._match.missing, self._match.unexpected) if strict else ([], [])
+        if missing or self._different or (unexpected and self.alone):
+            path, given = self._metadata.storage_meta.checkpoint_id, self._options.given
+            raise mismatch(path, missing, unexpected, self._different, options=given)
         self._refuse_new_subclasses()
         self._match.sources.update(self._subclass_pairs)
         self._add_fresh()
@@ -200,32 +200,42 @@ class _Matcher:
 
     def _find_gaps(self, told: set[str]) -> None:
         """What one side lacks; names that were ``told`` of already are left out."""
-        options, paired = self._options, set(self._match.sources.values())
+        options, sources = self._options, self._match.sources
         for name, clash in self._clashes.items():
             if name in self._want or self._decided_by_checkpoint(name):
                 self._different[name] = clash
         if options.keys is not None and (idle := self._idle(options.keys)) and (options.strict or not self._have):
             self._different[", ".join(idle)] = "keys that match nothing in the checkpoint"
-        if not options.strict:
-            return
-        if options.keys is None:
-            kept = own_leaves(self._flat.tree) if options.per_rank == "drop" else set()
-            gone = (name for name in self._want if name not in self._match.sources and name not in told | kept)
-            self._missing = [name for name in gone if not self._decided_by_checkpoint(name)]
-            for fqn in self._match.deciding:
-                names = self._flat.statefuls[fqn].names
-                if fqn not in self._nodes and not (names and names <= kept):
-                    self._missing.append(fqn)
+        kept = own_leaves(self._flat.tree) if options.per_rank == "drop" else set()
+        for name in self._unfilled():
+            if name not in told and name not in kept and not self._decided_by_checkpoint(name):
+                self._match.missing.append(name)
+        for fqn in self._match.deciding:
+            names = self._flat.statefuls[fqn].names
+            if fqn not in self._nodes and not (names and names <= kept):
+                self._match.missing.append(fqn)
+        paired = set(sources.values())
         left = (name for name, source in self._have.items() if source not in paired and name not in told)
-        self._unexpected = [name for name in left if not self._decided_by_checkpoint(name)]
+        self._match.unexpected = [name for name in left if not self._decided_by_checkpoint(name)]
+
+    def _unfilled(self) -> Iterator[str]:
+        """The state's names that were asked for and are not paired; a tied tensor is filled under any of its names."""
+        options = self._options
+        ties = tied_parameters(self._flat) if options.assign else self._flat.aliases
+        filled = {ties.get(name, name) for name in self._match.sources}
+        outer = {part: fqn for fqn, (_, node) in self._flat.subclasses.items() for part in inner_names(node)}
+        for name in self._want:
+            if ties.get(name, name) not in filled and options.asks_for(outer.get(name, name)):
+                yield name
 
     def _idle(self, keys: Sequence[str]) -> list[str]:
         """Those of ``keys`` that nothing is named like: on neither side, nor a Stateful whose state is empty."""
         if not self._have:
             return list(keys)
         chosen = dict.fromkeys(self._nodes.outer(name) for name in self._have.values())
-        names = [*chosen, *self._want, *self._flat.statefuls, *(f"{fqn}." for fqn in self._flat.statefuls)]
-        return [key for key in keys if not any(fnmatchcase(name, key) for name in names)]
+        empty = [fqn for fqn, taken in self._flat.statefuls.items() if not taken.names]
+        names = [*chosen, *self._want, *empty, *(f"{fqn}." for fqn in empty)]
+        return Globs(keys).idle(names)
 
     def _target(self, name: str, source: str, filled: dict[int, int]) -> None:
         """Decides what becomes of one of the state's tensors. A tied one is filled once: where the checkpoint has
@@ -248,8 +258,9 @@ class _Matcher:
         entry = self._metadata.state_dict_metadata[stored]
         if not isinstance(entry, TensorStorageMetadata):
             return "a tensor in the state, a plain value in the checkpoint"
-        if not self._options.assign and _shares_memory(tensor):
-            return "some of its elements in the state share memory, as after expand(): clone() it, or assign=True"
+        if not self._options.assign and shares_memory(tensor):
+            way_out = ", or assign=True" if self._options.given else ""
+            return f"some of its elements in the state share memory, as after expand(): clone() it{way_out}"
         dtype, shape = DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)
         if shape != entry.size:
             return f"shape {list(shape)} in the state, {list(entry.size)} in the checkpoint"
@@ -257,9 +268,10 @@ class _Matcher:
         if assign and name not in self._inner:  # a subclass's context speaks of its inner tensors' dtypes
             return None
         if tensor.is_meta and not assign:
-            return "on the meta device: call to_empty() on the module first, or load with assign=True"
+            way_out = ", or load with assign=True" if self._options.given else ""
+            return f"on the meta device: call to_empty() on the module first{way_out}"
         if dtype != entry.properties.dtype and (assign or self._options.cast == "error"):
-            way_out = "" if assign else " (cast='allow' converts)"
+            way_out = " (cast='allow' converts)" if self._options.given and not assign else ""
             return f"dtype {dtype} in the state, {entry.properties.dtype} in the checkpoint{way_out}"
         return None
 
@@ -282,12 +294,18 @@ class _Matcher:
                 self._place(stored, model if model is not None else parameters.get(own.rpartition(".")[0]))
 
     def _place(self, stored: str, model: Tensor | None) -> None:
-        """Has the new tensor placed as ``model``, if that is sharded."""
+        """Has the new tensor placed as ``model``, if that is sharded, and laid out in memory as that: a fused optimizer
+        takes it for granted that its state is laid out as its parameters are.
+        """
         entry = self._metadata.state_dict_metadata[stored]
         assert isinstance(entry, TensorStorageMetadata)
-        if model is not None and is_dtensor(model) and tuple(model.shape) == entry.size:
+        if model is None or tuple(model.shape) != entry.size:
+            return
+        if is_dtensor(model):
             self._match.alike[stored] = model
             self._match.fresh[stored] = model.device
+        elif not model.is_contiguous() and not is_checkpointable(model):
+            self._match.alike[stored] = model
 
     def _origin(self, name: str) -> str:
         return self._metadata.aliases.get(name, name)
@@ -301,25 +319,16 @@ def is_within(name: str, fqn: str) -> bool:
     return not fqn or name == fqn or name.startswith(f"{fqn}.")
 
 
-def optimizer_parameters(flat: FlatState) -> dict[str, Tensor]:
-    """The parameters of the state's optimizers, by the FQN under which ``Optimizer.state_dict()`` has their states."""
-    found: dict[str, Tensor] = {}
-    for fqn, taken in flat.statefuls.items():
-        if isinstance(taken.stateful, torch.optim.Optimizer):
-            parameters = [parameter for group in taken.stateful.param_groups for parameter in group["params"]]
-            prefix = f"{fqn}.state" if fqn else "state"
-            found.update({f"{prefix}.{number}": parameter for number, parameter in enumerate(parameters)})
-        elif isinstance(taken.stateful, TrainState):
-            prefix = f"{fqn}." if fqn else ""
-            found.update({f"{prefix}{path}": parameter for path, parameter in taken.stateful.parameters().items()})
-    return found
-
-
-def _shares_memory(tensor: Tensor) -> bool:
-    """Whether elements have one place in memory, so that they cannot be filled."""
-    return 0 in tensor.stride() and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether elements may have one place in memory, so that they cannot be filled."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _differ(own: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:

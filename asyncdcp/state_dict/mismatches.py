@@ -9,17 +9,22 @@ from asyncdcp.errors import StateMismatch
 
 _SHOWN = 20
 _WAYS_OUT = "  strict=False loads what both have and leaves the rest alone; rename= pairs other names"
+_BY_HAND = "  receive it without into=, as a new state, and take what fits from that"
 
 
 def mismatch(
-    path: str, missing: Sequence[str], unexpected: Sequence[str], different: Mapping[str, str]
+    path: str, missing: Sequence[str], unexpected: Sequence[str], different: Mapping[str, str], *, options: bool
 ) -> StateMismatch:
-    """The error that lists all that was found, with near misses; for ``different`` names, what differs."""
+    """The error that lists all that was found, with near misses; for ``different`` names, what differs. ``options``:
+    whether there are those of a load.
+    """
     lines = [f"the state does not match the checkpoint at {path} (nothing was read):"]
     lines += _listed("missing in the checkpoint", missing, unexpected)
     lines += _listed("unexpected (only in the checkpoint)", unexpected, ())
     lines += _listed("different", [f"{name}: {problem}" for name, problem in different.items()], ())
-    if missing or unexpected:
+    if not options:
+        lines.append(_BY_HAND)
+    elif missing or unexpected:
         lines.append(_WAYS_OUT)
     return StateMismatch(
         "\n".join(lines), path=path, missing=missing, unexpected=unexpected, mismatched=list(different)

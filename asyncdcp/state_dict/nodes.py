@@ -1,19 +1,38 @@
-"""The containers of a checkpoint's tree by their FQNs, so that a Stateful's part can be found by itself."""
+"""The containers of a checkpoint's tree by their FQNs, so that a Stateful's part can be found by itself; and what is
+matched by them: its tensor subclasses with the state's, each filled as a whole or not at all, and extra states.
+
+An extra state is what a module stores of its own (``get_extra_state``). Whatever a checkpoint has is given to
+``set_extra_state``, as torch does, so for these entries the checkpoint decides, where both sides have one.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.pipeline.trees import KEYED, LISTED
-from asyncdcp.state_dict.extra_states import is_extra_state
+from asyncdcp.state_dict.flatten import FlatState
 from asyncdcp.state_dict.keys import decode_key
-from asyncdcp.state_dict.subclasses import check_node, inner_names
+from asyncdcp.state_dict.subclasses import check_node, difference, inner_names, show
 from asyncdcp.state_dict.unflatten import module_metadata
 from asyncdcp.state_dict.values import MAX_DEPTH
 
+_ROOT = re.compile(r"(?:.*?\.)?_extra_state(?=[.#]|$)", re.DOTALL)
 _MARKS = ("stateful", "per_rank")
+
+
+def is_extra_state(key: object) -> bool:
+    """Whether a dict's key is one under which a module's ``state_dict()`` has what ``get_extra_state`` gave."""
+    return isinstance(key, str) and (key == "_extra_state" or key.endswith("._extra_state"))
+
+
+def extra_state_of(name: str) -> str | None:
+    """The FQN of the extra state to which ``name`` belongs, or that it is; None if it is of none."""
+    found = _ROOT.match(name)
+    return None if found is None else found[0]
 
 
 class TreeNodes:
@@ -109,3 +128,53 @@ def _is_container(node: Any) -> bool:
 
 def _join(fqn: str, key: Any) -> str:
     return f"{fqn}.{key}" if fqn else str(key)
+
+
+@dataclass
+class Comparison:
+    """What came of it. Names are the state's unless said otherwise."""
+
+    pairs: dict[str, str] = field(default_factory=dict)
+    """The checkpoint's name for each subclass that is alike on both sides."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """What tells two apart that have one name."""
+    told: set[str] = field(default_factory=set)
+    """Names of tensors and values, on either side, that belong to ``problems``."""
+    unpaired: set[str] = field(default_factory=set)
+    """Inner tensors of the state that must not be filled, for the rest of their subclass has no counterpart."""
+
+
+def compare(flat: FlatState, nodes: TreeNodes, have: Mapping[str, str], sources: Mapping[str, str]) -> Comparison:
+    """Compares what has the same name. ``have`` are the checkpoint's names that are to be loaded, by the state's for
+    them; ``sources`` pairs single tensors and values.
+    """
+    result = Comparison()
+    composed = {nodes.state_name(name): name for name in nodes.subclasses if _is_wanted(nodes, name, have)}
+    for fqn, own in flat.subclasses.items():
+        leaves = [*inner_names(own.node)]
+        found = {nodes.outer(sources[name]) for name in leaves if name in sources}
+        stored = next(iter(found), None) or composed.get(fqn) or have.get(fqn)
+        node = nodes.subclasses.get(stored) if stored is not None else None
+        whole = len(found) == 1 and all(name in sources for name in leaves)
+        if stored is not None and (node is None or difference(own.node, node) is not None):
+            there = difference(own.node, node) if node is not None else None
+            result.problems[fqn] = there or f"{show(own.node)} in the state, no subclass in the checkpoint"
+            result.told.update({fqn, *leaves, *_inner(nodes, stored)})
+        elif stored is not None and whole:
+            result.pairs[fqn] = stored
+        if fqn not in result.pairs:
+            result.unpaired.update(leaves)
+    for fqn, stored in composed.items():
+        if fqn in flat.tensors or fqn in flat.aliases or fqn in flat.values:
+            result.problems[fqn] = f"no subclass in the state, {show(nodes.subclasses[stored])} in the checkpoint"
+            result.told.update({fqn, *_inner(nodes, stored)})
+    return result
+
+
+def _is_wanted(nodes: TreeNodes, stored: str, have: Mapping[str, str]) -> bool:
+    return any(nodes.state_name(name) in have for name in inner_names(nodes.subclasses[stored]))
+
+
+def _inner(nodes: TreeNodes, stored: str) -> list[str]:
+    node = nodes.subclasses.get(stored)
+    return [] if node is None else [nodes.state_name(name) for name in inner_names(node)]

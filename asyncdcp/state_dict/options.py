@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -13,6 +11,8 @@ import torch
 
 from asyncdcp.config import check_flags
 from asyncdcp.errors import InvalidOption
+from asyncdcp.pipeline.globs import Globs
+from asyncdcp.train_state import canonical_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class LoadOptions:
     allow_pickle: bool = False
     per_rank: Literal["error", "rank0", "drop"] = "error"
     replicas: Literal["read", "broadcast"] = "read"
+    given: bool = True
+    """Whether the caller can give these options: else errors do not name them as ways out."""
 
     def __post_init__(self) -> None:
         if self.cast not in ("error", "allow"):
@@ -51,7 +53,24 @@ class LoadOptions:
 
     def selects(self, name: str) -> bool:
         """Whether ``keys`` lets a checkpoint's FQN through."""
-        return self._pattern is None or self._pattern.fullmatch(name) is not None
+        return self._globs is None or self._globs.match(name)
+
+    def asks_for(self, name: str) -> bool:
+        """Whether ``keys`` choose what the checkpoint would have for the state's FQN ``name``, as far as that can be
+        told: a function for ``rename`` cannot be followed back.
+        """
+        if self.keys is None:
+            return True
+        if callable(self.rename):
+            return False
+        names = {name, canonical_name(name)}
+        stored = {
+            with_prefix(own, new, old)
+            for own in names
+            for new in prefixes_of(own)
+            for old in self._renamed_to.get(new, ())
+        }
+        return any(self.selects(known) and self.renamed(known) in names for known in names | stored)
 
     def renamed(self, name: str) -> str:
         """The state's name for a checkpoint's FQN. A mapping's keys are FQNs, or prefixes of them up to a dot, of which
@@ -68,8 +87,16 @@ class LoadOptions:
         return name if old is None else with_prefix(name, old, self.rename[old])
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str] | None:
-        return None if self.keys is None else key_pattern(self.keys)
+    def _globs(self) -> Globs | None:
+        return None if self.keys is None else Globs(self.keys)
+
+    @cached_property
+    def _renamed_to(self) -> dict[str, list[str]]:
+        """A mapping's keys, by what it makes of them."""
+        found: dict[str, list[str]] = {}
+        for old, new in self.rename.items() if isinstance(self.rename, Mapping) else ():
+            found.setdefault(new, []).append(old)
+        return found
 
 
 def is_renaming(rename: object) -> bool:
@@ -87,22 +114,25 @@ def check_keys(keys: Sequence[str] | None) -> None:
 
 
 def known_device(device: torch.device | str) -> torch.device:
-    """torch's device; ``InvalidOption`` for what it does not know."""
+    """torch's device; ``InvalidOption`` for what it does not know, and for "meta", where nothing can be loaded to."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InvalidOption(f"device takes a device of torch, such as 'cuda', not {device!r:.80}") from error
+    if found.type == "meta":
+        raise InvalidOption("device takes a device where tensors hold data, not 'meta'")
+    return found
 
 
-def key_pattern(keys: Sequence[str]) -> re.Pattern[str]:
-    """One expression for several globs (``*`` also matches dots) of which any may match a whole FQN."""
-    return re.compile("|".join(fnmatch.translate(key) for key in keys))
+def prefixes_of(name: str) -> Iterator[str]:
+    """``name``, and what it begins with up to each dot, the longest first; at last "", which is one of every name."""
+    ends = (len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == "."), 0)
+    return (name[:end] for end in ends)
 
 
 def longest_prefix(name: str, prefixes: Container[str]) -> str | None:
-    """The longest of ``prefixes`` that is ``name``, or what it begins with up to a dot; "" is one of every name."""
-    ends = (len(name), *(n for n in range(len(name) - 1, 0, -1) if name[n] == "."), 0)
-    return next((name[:end] for end in ends if name[:end] in prefixes), None)
+    """The longest of ``prefixes`` that is one of ``name``."""
+    return next((prefix for prefix in prefixes_of(name) if prefix in prefixes), None)
 
 
 def with_prefix(name: str, old: str, new: str) -> str:

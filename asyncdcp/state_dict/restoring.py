@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from asyncdcp.errors import AsyncDCPError, StateMismatch
-from asyncdcp.state_dict.extra_states import extra_state_of
 from asyncdcp.state_dict.flatten import FlatState, Taken, is_plain_sequence
 from asyncdcp.state_dict.matching import Match, is_within
-from asyncdcp.state_dict.nodes import TreeNodes
+from asyncdcp.state_dict.nodes import TreeNodes, extra_state_of
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.pruning import prune
 from asyncdcp.state_dict.unflatten import unflatten

@@ -92,7 +92,9 @@ def _memory(tensor: Tensor) -> memoryview | None:
 def new_tensors(
     metadata: Metadata, devices: Mapping[str, torch.device], alike: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """An uninitialised tensor for each stored one, where it is to be; placed as the one that ``alike`` has for it."""
+    """An uninitialised tensor for each stored one, where it is to be; placed and laid out as the one that ``alike`` has
+    for it.
+    """
     made = {}
     for name, device in devices.items():
         dtype, model = _dtype(metadata, name), (alike or {}).get(name)

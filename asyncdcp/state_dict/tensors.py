@@ -1,7 +1,10 @@
-"""Which tensors can be stored, and which of them are one: alias groups by the memory that they show."""
+"""Which tensors can be stored, which of them are one (alias groups by the memory that they show), and a tensor's bytes
+as they are written and compared.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
@@ -133,3 +136,17 @@ def _layout_reason(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}; store to_dense(), or its indices and values"
     return f"it is quantized ({tensor.dtype}); store int_repr() with scale and zero point, or dequantize()"
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """Its elements, packed and row-major, not copied where they are so already; the view keeps them alive. ValueError
+    for a tensor that has no memory on the CPU.
+    """
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"a tensor of layout {tensor.layout} on {tensor.device} has no such bytes")
+    packed = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if not packed.nbytes:
+        return memoryview(b"")
+    block = (ctypes.c_char * packed.nbytes).from_address(packed.data_ptr())
+    block._tensor = packed  # type: ignore[attr-defined]  # it keeps the memory alive
+    return memoryview(block).cast("B")

@@ -13,8 +13,7 @@ from asyncdcp.errors import InvalidOption, MissingDependency
 from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.local import LocalStorage
 from asyncdcp.storage.local_place import LocalPlace
-from asyncdcp.storage.memory import MemoryStorage
-from asyncdcp.storage.memory_place import MemoryPlace
+from asyncdcp.storage.memory import MemoryPlace, MemoryStorage
 from asyncdcp.storage.place import Contents, Found, Place, Survey
 from asyncdcp.storage.port import Buffer, Fetch, ObjectReader, ObjectWriter, Storage, StorageInfo, check_name
 from asyncdcp.storage.spec import LocalSpec, ObjectStoreSpec, StorageSpec, spec_of
@@ -52,6 +51,7 @@ OBJECT_STORES: Final = ("s3", "gs", "az", "memory")
 """URL schemes of object stores."""
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ONE_SLASH: Final = re.compile(rf"(file|{'|'.join(OBJECT_STORES)}):/", re.IGNORECASE)
 _TAKES: Final = "it takes a path, a URL (file://, s3://, gs://, az://, memory://) or a"
 
 
@@ -73,7 +73,8 @@ def open_place(target: str | os.PathLike[str] | Place) -> Place:
     if isinstance(target, str | os.PathLike):
         return _by_text(target, "Place", LocalPlace)
     if not hasattr(target, "survey"):
-        raise InvalidOption(f"target is {target!r:.80}; {_TAKES} Place")
+        way_out = ", which holds many checkpoints; a Storage holds one" if hasattr(target, "claim") else ""
+        raise InvalidOption(f"target is {target!r:.80}; {_TAKES} Place{way_out}")
     return target
 
 
@@ -118,6 +119,11 @@ def _by_text(target: str | os.PathLike[str], kind: Literal["Storage", "Place"], 
 def _path_of(target: str, kind: str) -> str:
     scheme = _SCHEME.match(target)
     if scheme is None:
+        if _ONE_SLASH.match(target):
+            raise InvalidOption(
+                f"target is {target!r}; a URL has two slashes behind the colon, of which pathlib.Path takes one away: "
+                f"give it as a string. A directory of that name is ./{target}"
+            )
         return target
     if scheme[1].lower() != "file":
         raise InvalidOption(

@@ -202,6 +202,7 @@ class BlockingWriter:
         with translated("spool", self._path):
             self._spool = tempfile.TemporaryFile()  # noqa: SIM115  # closed by finish or abort
         self._open = True
+        self._finishing = False
         self._writing = 0
         self._failed = ""  # what it failed of; not the error itself, whose frames hold its buffer
         self._stored = False
@@ -231,7 +232,7 @@ class BlockingWriter:
     async def finish(self, length: int) -> None:
         self._check("length", length)
         check_finish(self._path, length, self._writing, self._failed)
-        self._failed = "it was finished before"  # unless this comes to its end
+        self._finishing = True
         await on_executor(self._finish, length)
         self._open = False
         self._close_unused()
@@ -241,8 +242,15 @@ class BlockingWriter:
         with translated("write", self._path):
             os.ftruncate(self._spool.fileno(), length)
             self._spool.seek(0)
+            self._check_free()
             self._stored = True  # or a part of it
             self._storage.store(self._name, self._spool)
+
+    def _check_free(self) -> None:
+        """Another instance may have stored an object of that name since ``create``: it is not this one's to remove."""
+        with suppress(FileNotFoundError):
+            self._storage.size_of(self._name)
+            raise already_there(self._path)
 
     async def abort(self) -> None:
         if self._open:
@@ -259,7 +267,7 @@ class BlockingWriter:
             self._storage.remove(self._name)
 
     def _check(self, what: str, value: int) -> None:
-        check_use(self._path, what, value, is_open=self._open)
+        check_use(self._path, what, value, is_open=self._open and not self._finishing)
 
     def _close_unused(self) -> None:
         """Closes the spool after its end, but not below a write: its number may be another file's by then."""

@@ -1,16 +1,19 @@
-"""What reading and writing one file have in common: its descriptor, its errors, and what direct I/O asks for."""
+"""What reading and writing one file have in common: its descriptor, its errors, what direct I/O asks for, and buffers
+that it reads into fast.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Final
 
-from asyncdcp.errors import Closed, StorageError, storage_error
+from asyncdcp.errors import Closed, InvalidOption, StorageError, storage_error
 from asyncdcp.storage.port import Buffer
 from asyncdcp.storage.posix import Posix
 
@@ -19,6 +22,21 @@ MIN_ALIGNMENT: Final = 4096
 REFUSED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 """How a system says that it does not do such a thing, as opposed to having failed."""
 NOTHING_WRITTEN: Final = "the system wrote nothing and gave no reason"
+_HUGE_PAGE = 2 << 20
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path from the root on. ``InvalidOption`` for what is none, or goes on from a directory that was deleted."""
+    name = os.fspath(path)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise InvalidOption(f"path is {name!r}; it takes the path of a directory")
+    try:
+        return os.path.abspath(name)
+    except FileNotFoundError as error:
+        raise InvalidOption(
+            f"path is {name!r}, and the current directory was deleted: change to one that is there, or give a path "
+            "that begins with /"
+        ) from error
 
 
 @contextmanager
@@ -131,3 +149,18 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def io_buffer(nbytes: int) -> memoryview:
+    """``nbytes`` of private memory on a border of 2 MiB, in huge pages where the system gives them.
+
+    A direct read into scattered pages of 4 KiB is cut into thousands of segments: measured, half the speed. The memory
+    goes with the last view of it.
+    """
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    start = -address % _HUGE_PAGE
+    return memoryview(memory)[start : start + nbytes]

@@ -1,4 +1,5 @@
-"""Objects as files of one directory: what has to be synced, in what order, and how a name is won.
+"""Objects as files of one directory: what has to be synced, in what order, and how a name is won; and a directory that
+others wrote, for reading only.
 
 A file's bytes are durable after its own fsync, its name after an fsync of the directory, and the directory after an
 fsync of its parent, and so on up to the root of the filesystem. Names of ``put`` and ``claim`` appear at once and
@@ -14,12 +15,12 @@ import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Final
+from typing import Final, NoReturn
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import CommitUnknown, InvalidOption, StorageError
-from asyncdcp.storage.files import Descriptor, translated, write_all
+from asyncdcp.errors import CommitUnknown, InvalidOption, StorageError, UsageError
+from asyncdcp.storage.files import Descriptor, absolute, translated, write_all
 from asyncdcp.storage.local_directory import LocalDirectory
 from asyncdcp.storage.local_reader import LocalReader
 from asyncdcp.storage.local_writer import LocalWriter
@@ -48,10 +49,7 @@ class LocalStorage:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, direct_io: bool = True, posix: Posix = SYSTEM) -> None:
-        name = os.fspath(path)
-        if not name or "\0" in name:
-            raise InvalidOption(f"path is {name!r}; it takes the path of a directory")
-        self._path = os.path.abspath(name)
+        self._path = absolute(path)
         self._direct_io = direct_io
         self._posix = posix
         self._directory = LocalDirectory(self._path, posix)
@@ -270,3 +268,31 @@ class LocalStorage:
         except OSError as unknown:
             message = f"whether {path} will be claimed cannot be told ({error}): {unknown}"
             raise CommitUnknown(message, path=path, errno=unknown.errno) from error
+
+
+class ForeignDirectory(LocalStorage):
+    """A directory for reading, whose files may have any name, a leading dot too; nothing in it is ever changed."""
+
+    async def list(self) -> dict[str, int]:
+        """Every regular file, hidden ones too."""
+        return {name: status.size for name, status in (await self._scan()).items()}
+
+    def _join(self, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise InvalidOption(f"not a file's name: {name!r:.200}")
+        return os.path.join(self._path, name)
+
+    async def create(self, name: str, length_hint: int) -> NoReturn:
+        raise self._refusal()
+
+    async def put(self, name: str, data: bytes) -> NoReturn:
+        raise self._refusal()
+
+    async def claim(self, name: str, data: bytes) -> NoReturn:
+        raise self._refusal()
+
+    async def delete(self, names: object) -> NoReturn:
+        raise self._refusal()
+
+    def _refusal(self) -> UsageError:
+        return UsageError(f"{self._path} is open for reading only", path=self._path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from threading import Lock
 from typing import Final
 
@@ -44,9 +43,16 @@ class LocalDirectory:
         for path in reversed(missing):
             with self._lock:
                 self._made_in.add(os.path.dirname(path))
-                with suppress(FileExistsError):
-                    self._posix.mkdir(path)
+                self._make_one(path)
         self._made = True
+
+    def _make_one(self, path: str) -> None:
+        try:
+            self._posix.mkdir(path)
+        except FileExistsError:  # another has made it meanwhile
+            if os.path.islink(path) and not os.path.exists(path):
+                message = f"{path} is a link to {os.readlink(path)}, which is not there; make that, or remove the link"
+                raise StorageError(message, path=path, errno=errno.ENOENT) from None
 
     def check(self) -> None:
         """Raises if a sync has failed before: the system reports an error once, and the next fsync proves nothing."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from asyncdcp.errors import CorruptCheckpoint, InvalidOption
-from asyncdcp.storage.files import Descriptor, translated, write_all
+from asyncdcp.errors import CorruptCheckpoint, InvalidOption, is_unavailable
+from asyncdcp.storage.files import Descriptor, absolute, translated, write_all
 from asyncdcp.storage.local import LocalStorage
 from asyncdcp.storage.place import Contents, Found, Selects, Survey
 from asyncdcp.storage.port import check_name
@@ -25,7 +25,7 @@ class LocalPlace:
 
     def __init__(self, path: str | os.PathLike[str], *, direct_io: bool = True, posix: Posix = SYSTEM) -> None:
         self._storage = LocalStorage(path, direct_io=direct_io, posix=posix)
-        self._path = os.path.abspath(os.fspath(path))
+        self._path = absolute(path)
         self._direct_io = direct_io
         self._posix = posix
 
@@ -70,7 +70,7 @@ class LocalPlace:
                 try:
                     entries = self._scan(os.path.join(self._path, name))
                 except OSError as error:
-                    contents.unread[""] = str(error)
+                    contents.unread[""] = _damage(error)
                     continue
                 self._fill(contents, name, entries, selects, limit)
         return found
@@ -102,7 +102,7 @@ class LocalPlace:
         except FileNotFoundError:
             del contents.objects[name]
         except (OSError, EOFError, CorruptCheckpoint) as error:
-            contents.unread[name] = str(error)
+            contents.unread[name] = _damage(error)
 
     def _append(self, path: str, line: bytes) -> bool:
         """Whether the file was made by this call."""
@@ -129,3 +129,12 @@ class LocalPlace:
         except OSError as error:
             if error.errno not in _NOT_EMPTY:
                 raise
+
+
+def _damage(error: Exception) -> str:
+    """What is said of something that cannot be read. What could not be asked for now is not to be taken for damaged:
+    then it is raised.
+    """
+    if isinstance(error, OSError) and is_unavailable(error.errno):
+        raise error
+    return str(error)

@@ -35,6 +35,7 @@ _NO_FALLOCATE: Final = REFUSED | {errno.ENOSYS}
 class _State(Enum):
     NEW = "new"
     BEGUN = "begun"
+    FINISHING = "being finished"
     FINISHED = "finished"
     ABORTED = "aborted"
 
@@ -88,12 +89,13 @@ class LocalWriter:
     async def finish(self, length: int) -> None:
         self._check_begun()
         check_finish(self._path, length, self._writing, self._failed)
+        self._state = _State.FINISHING
         with translated("finish", self._path):
             await on_executor(self._finish, length)
         self._state = _State.FINISHED
 
     async def abort(self) -> None:
-        if self._state is _State.BEGUN:
+        if self._state in (_State.BEGUN, _State.FINISHING):
             with translated("remove", self._path):
                 await on_executor(self._discard)
 

@@ -1,17 +1,31 @@
-"""Objects in memory: a Storage for tests and small things, with the semantics of a directory and none of its delays."""
+"""Objects in memory: a Storage for tests and small things, with the semantics of a directory and none of its delays;
+and the warning that checkpoints will not outlive the machine's next restart, where a path is kept in memory.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
-from asyncdcp.errors import StorageError
-from asyncdcp.storage.port import Buffer, Fetch, StorageInfo, already_there, check_length, check_name, check_use
+from asyncdcp.errors import CorruptCheckpoint, StorageError, VolatileStorageWarning
+from asyncdcp.storage.place import Contents, Found, Selects, Survey
+from asyncdcp.storage.port import (
+    Buffer,
+    Fetch,
+    Storage,
+    StorageInfo,
+    already_there,
+    check_length,
+    check_name,
+    check_use,
+)
 from asyncdcp.threads import on_thread
+from asyncdcp.warn import warn_caller
 
 
 class MemoryStorage:
@@ -177,3 +191,75 @@ class MemoryReader:
 
     async def aclose(self) -> None:
         self._open = False
+
+
+class MemoryPlace:
+    """A ``Place`` that lives as long as the instance. An object counts as changed when a survey first sees it so."""
+
+    def __init__(self, name: str = "memory") -> None:
+        self._name = name
+        self._storage = self._open("")
+        self._children: dict[str, MemoryStorage] = {}
+        self._seen: dict[tuple[str, str], Found] = {}
+
+    def _open(self, name: str) -> MemoryStorage:
+        return MemoryStorage(f"{self._name}/{name}" if name else self._name)
+
+    @property
+    def storage(self) -> MemoryStorage:
+        return self._storage
+
+    def child(self, name: str) -> MemoryStorage:
+        return self._children.setdefault(check_name(name), self._open(name))
+
+    async def survey(self, selects: Selects, limit: int) -> Survey:
+        own = await self._contents("", self._storage, selects, limit)
+        children = {
+            name: await self._contents(name, child, selects, limit) for name, child in list(self._children.items())
+        }
+        return Survey(own, {name: contents for name, contents in children.items() if contents.objects})
+
+    async def _contents(self, child: str, storage: MemoryStorage, selects: Selects, limit: int) -> Contents:
+        contents = Contents()
+        for name, size in (await storage.list()).items():
+            before = self._seen.get((child, name))
+            now = before if before is not None and before.size == size else Found(size, time.time())
+            self._seen[child, name] = contents.objects[name] = now
+            if not selects(child, name):
+                continue
+            try:
+                contents.read[name] = await storage.get(name, limit)
+            except FileNotFoundError:
+                del contents.objects[name]
+            except CorruptCheckpoint as error:
+                contents.unread[name] = str(error)
+        return contents
+
+    async def append(self, name: str, line: bytes) -> None:
+        before = await self._storage.get(name, 1 << 30) if name in await self._storage.list() else b""
+        await self._storage.delete([name])
+        await self._storage.put(name, before + line + b"\n")
+
+    async def discard(self, name: str, temporaries: Sequence[str] = ()) -> None:
+        check_name(name)
+        await checkpoint()  # an empty sub-place is in no survey, and whoever has it open goes on with the same one
+
+
+class VolatileWarnings:
+    """Of one checkpointer, which warns once of each filesystem that is kept in memory."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def warn_of(self, storage: Storage) -> None:
+        """On the thread of the verb that a user has called, and by that verb itself."""
+        info = storage.info
+        if isinstance(storage, MemoryStorage):
+            return  # whoever hands that over knows
+        if info.volatile and info.filesystem not in self._told:
+            self._told.add(info.filesystem)
+            warn_caller(
+                f"{info.location} is kept in memory ({info.filesystem}): checkpoints there do not survive "
+                "a restart of the machine",
+                VolatileStorageWarning,
+            )

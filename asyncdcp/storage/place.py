@@ -30,7 +30,8 @@ class Contents:
 
     ``objects`` are as ``Storage.list`` gives them; ``temporaries`` are what an operation cut off has left, under names
     that no object can have. ``read`` has the bytes of the selected objects, ``unread`` says why one could not be read
-    ("" stands for the listing itself). What vanished during the survey is in none of them.
+    ("" stands for the listing itself). What vanished during the survey is in none of them. What fails by a limit of
+    this process, such as that on open files, fails the survey: it says nothing of what is there.
     """
 
     objects: dict[str, Found] = field(default_factory=dict)

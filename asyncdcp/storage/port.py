@@ -5,9 +5,9 @@ What creating, syncing and linking mean for files stands in ``local.py``; an obj
 may be cancelled: it then raises only after what it had begun has come to rest, so a buffer is never read or written
 later and nothing stays open.
 
-Errors: an ``OSError`` of the system is raised as ``errors.StorageError`` (``StorageFull`` for ENOSPC and EDQUOT),
-with ``path`` and ``errno``; a missing object as ``FileNotFoundError``; a bad name or a misaligned write as
-``InvalidOption``.
+Errors: an ``OSError`` of the system is raised as ``errors.StorageError`` (``StorageFull`` for ENOSPC and EDQUOT,
+``StorageUnavailable`` where this process has no right, or has come to a limit of its own), with ``path`` and ``errno``;
+a missing object as ``FileNotFoundError``; a bad name or a misaligned write as ``InvalidOption``.
 """
 
 from __future__ import annotations
@@ -138,15 +138,16 @@ class ObjectWriter(Protocol):
     async def finish(self, length: int) -> None:
         """Ends the object at exactly ``length`` bytes, closed.
 
-        Its bytes are durable after this, its name after ``barrier``. No write may be under way. If this raises,
-        whatever it raises, the object is not finished and can only be aborted.
+        Its bytes are durable after this, its name after ``barrier``. No write may be under way, and none is taken from
+        now on. If this raises, whatever it raises, the object is not finished and can only be aborted.
         """
         ...
 
     async def abort(self) -> None:
         """Closes and removes the unfinished object. Never raises for an object that is gone; safe to call twice.
 
-        Does nothing after a ``finish`` that returned. Done whole even where the caller is cancelled already.
+        Does nothing after a ``finish`` that returned, nor to an object of that name that another has made. Done whole
+        even where the caller is cancelled already.
         """
         ...
 

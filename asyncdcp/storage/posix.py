@@ -28,6 +28,8 @@ _STATX_SIZE: Final = 256
 # One number on every architecture but alpha; Linux 6.5 and later.
 _SYS_CACHESTAT: Final = 451
 
+_LEADS_NOWHERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -173,8 +175,9 @@ class OS:
             for entry in entries:
                 try:
                     found[entry.name] = _status(entry.stat())
-                except FileNotFoundError:
-                    continue
+                except OSError as error:
+                    if error.errno not in _LEADS_NOWHERE:
+                        raise
         return found
 
     def filesystem(self, path: str, /) -> str:

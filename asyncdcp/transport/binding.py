@@ -12,7 +12,7 @@ from torch import Tensor
 from asyncdcp.errors import CorruptCheckpoint
 from asyncdcp.metadata import TensorStorageMetadata
 from asyncdcp.state_dict.flatten import FlatState
-from asyncdcp.state_dict.matching import Match, match
+from asyncdcp.state_dict.matching import Match, match, shares_memory
 from asyncdcp.state_dict.nodes import TreeNodes
 from asyncdcp.state_dict.options import LoadOptions
 from asyncdcp.state_dict.restoring import Restorer
@@ -59,7 +59,7 @@ class InPlace:
 
     def bind(self, offered: Offered) -> Targets:
         """Matches the state with what is offered; ``StateMismatch`` otherwise."""
-        options, flat = LoadOptions(), self._flat
+        options, flat = LoadOptions(given=False), self._flat
         tree, values = decoded(offered)
         if is_alike(flat, offered.layout.plan, tree, values):
             if values or flat.statefuls:
@@ -92,7 +92,7 @@ def is_alike(flat: FlatState, plan: StreamPlan, tree: Any, values: dict[str, Any
         and flat.aliases == plan.aliases
         and flat.values.keys() == values.keys()
         and bool(flat.tree == tree)
-        and not any(tensor.is_meta or 0 in tensor.stride() for tensor in tensors)
+        and not any(tensor.is_meta or shares_memory(tensor) for tensor in tensors)
     )
 
 

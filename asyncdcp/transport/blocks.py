@@ -113,12 +113,15 @@ class Stager:
         direct = None if self._whole else self._direct(block)
         if direct is not None:
             return direct
-        buffer = self._buffer(number, block.length)
         if self._device.type == "cpu" or self._all_there(block):
+            assert self._copier is not None
+            with self._copier.on(self._device):  # what is freed on one stream may be in use there for a while
+                buffer = self._buffer(number, block.length)
             self._copy(block, buffer)
         else:
             host = torch.empty(block.length, dtype=torch.uint8)
             self._copy(block, host)
+            buffer = self._buffer(number, block.length)
             buffer.copy_(host)
         return buffer
 

@@ -1,8 +1,14 @@
-"""One side of a transfer between two ranks: what ``wire.py`` says, on a link; failures named by rank and tensor."""
+"""One side of a transfer between two ranks: what ``wire.py`` says, on a link; failures named by rank and tensor; and
+whose turn it is, since between two ranks and in one direction there is one transfer at a time, in the order of the
+calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple
 
 import anyio
@@ -38,8 +44,12 @@ class Endpoint:
         self.device = link.device
         self._link = link
         self._out, self._in = (_TAG, _TAG + 1) if sender else (_TAG + 1, _TAG)
-        self._limiter = anyio.CapacityLimiter(1)
         self._given_up = False
+
+    @cached_property
+    def _limiter(self) -> anyio.CapacityLimiter:
+        """Made at its first use: that is on the engine's loop; this is made on the caller's, maybe trio's."""
+        return anyio.CapacityLimiter(1)
 
     async def call(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Calls the function on a thread."""
@@ -47,20 +57,21 @@ class Endpoint:
 
     async def call_long(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """As ``call``, for what waits again and again: cancelled, it ends after the wait that it is at."""
-        over = False
+        watching, over = anyio.CancelScope(), False  # a scope of its own: a group's cancelled task holds itself
 
         async def watch() -> None:
-            try:
-                await anyio.sleep_forever()
-            finally:
-                self._given_up = not over
+            with watching:
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    self._given_up = not over
 
         with ungrouped():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch)
                 result = await self.call(function, *args)
                 over = True
-                tasks.cancel_scope.cancel()
+                watching.cancel()
         return result
 
     # ── blocking, on threads ──
@@ -168,3 +179,29 @@ def named(tensors: Sequence[str]) -> str:
     """The first few names, for a message."""
     rest = len(tensors) - _SHOWN
     return ", ".join(tensors[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class Turns:
+    """Transfers take turns: between two ranks and in one direction there is one at a time. Lives on one loop."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[str, int], deque[anyio.Event]] = defaultdict(deque)
+        """Who is at it with a rank, and who waits: for each the event that it is over."""
+
+    @asynccontextmanager
+    async def of(self, direction: str, ranks: Iterable[int]) -> AsyncIterator[None]:
+        """The turn with all of ``ranks``. The place in all queues is taken at once, so nobody waits in a circle, and
+        nobody overtakes one that still waits for another rank.
+        """
+        over, queues = anyio.Event(), [self._queues[direction, rank] for rank in ranks]
+        for queue in queues:
+            queue.append(over)
+        try:
+            for queue in queues:
+                while (first := queue[0]) is not over:
+                    await first.wait()
+            yield
+        finally:
+            for queue in queues:
+                queue.remove(over)
+            over.set()

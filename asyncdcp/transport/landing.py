@@ -168,6 +168,6 @@ def _check_covered(offered: Offered, want: Want, held: Iterable[Box]) -> None:
         raise StateMismatch(
             f"rank {offered.rank} holds {there} of the {want.box.volume} elements of {want.name} that are wanted here "
             f"(from {list(want.box.offsets)}, {list(want.box.sizes)}): receive from a rank that holds the same "
-            "shard, or load a checkpoint",
+            "shard, or what full_tensor() gives there, or load a checkpoint",
             mismatched=[want.name],
         )

@@ -62,10 +62,10 @@ class GroupLink:
     """
 
     def __init__(self, group: Any, device: torch.device | None) -> None:
-        self._group = group
+        self.group = group
         self.rank = int(group.rank())
         self.world_size = int(group.size())
-        self.device = _device_of(group) if device is None else device
+        self.device = _device_of(group) if device is None else _current(device)
         self.may_share = self.device.type == "cpu"
         if self.device.type == "meta":
             raise InvalidOption("device takes where the group's buffers are, such as 'cpu' or 'cuda:0', not 'meta'")
@@ -73,14 +73,14 @@ class GroupLink:
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
         """As ``Link``."""
         try:
-            return _Work(self._group.send([data], peer, tag), data)
+            return _Work(self.group.send([data], peer, tag), data)
         except RuntimeError as error:  # torch's DistBackendError and its kin
             raise LinkError(_first_line(error)) from error
 
     def receive(self, peer: int, tag: int, into: Tensor) -> Pending:
         """As ``Link``."""
         try:
-            return _Work(self._group.recv([into], peer, tag), into)
+            return _Work(self.group.recv([into], peer, tag), into)
         except RuntimeError as error:
             raise LinkError(_first_line(error)) from error
 
@@ -111,10 +111,16 @@ class _Work:
 def _device_of(group: Any) -> torch.device:
     """Where the group's backend wants its buffers: on the host, if it takes them there."""
     kinds = {torch.device(kind).type for kind in getattr(group, "_device_types", ())}
-    if not kinds or "cpu" in kinds:
-        return torch.device("cpu")
-    kind = kinds.pop()
-    return torch.device(kind, torch.accelerator.current_device_index())
+    return torch.device("cpu") if not kinds or "cpu" in kinds else _current(torch.device(kinds.pop()))
+
+
+def _current(device: torch.device) -> torch.device:
+    """With its index: that of the calling thread, since on the transport's own threads another one is current."""
+    if str(device) != device.type or device.type in ("cpu", "meta"):  # torch says that an index is never None
+        return device
+    if not torch.accelerator.is_available():
+        raise InvalidOption(f"device takes where the group's buffers are, and there is no {device.type} here")
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def group_link(group: Any, device: torch.device | str | None) -> GroupLink:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +19,12 @@ from asyncdcp.trace import Trace
 from asyncdcp.transport import wire
 from asyncdcp.transport.binding import Anew, InPlace
 from asyncdcp.transport.blocks import checksum_of
-from asyncdcp.transport.endpoint import Endpoint, Names, named
+from asyncdcp.transport.endpoint import Endpoint, Names, Turns, named
+from asyncdcp.transport.handle import ReceiveReport
 from asyncdcp.transport.landing import Landing
 from asyncdcp.transport.link import Link, Pending
 from asyncdcp.transport.offered import LayoutCache, Offered
-from asyncdcp.transport.reports import ReceiveReport
 from asyncdcp.transport.shared import SharedBlocks
-from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Accept, Done, Failure, Offer, Verdict
 from asyncdcp.unwinding import drop_frames
 from asyncdcp.worker.failures import to_frame
@@ -66,7 +66,13 @@ class ReceiveTask:
         """Gives the receive up. What is on its way, or still comes for it, is taken and thrown away."""
         self._error = self._error or Cancelled(f"the {self.future.name} was cancelled{self._touched()}")
         if self._landing is None:
-            self.future.fail(self._error)
+            self._fail_early(self._error)
+
+    def _fail_early(self, error: AsyncDCPError) -> None:
+        """With one of its own: who has it may be in its frames when the other's are emptied."""
+        told = copy(error)
+        told.__cause__ = error.__cause__
+        self.future.fail(told)
 
     async def run(self, turns: Turns) -> None:
         """Never raises but for cancellation, at the engine's end."""
@@ -84,6 +90,8 @@ class ReceiveTask:
             self.future.resolve(state)
         finally:
             self.future.fail(Cancelled(f"the {self.future.name} was given up when its transport closed"))
+            self._landing = None
+            del self._into  # the state: who holds an error holds its traceback, and with that this frame
 
     async def _in_turn(self, turns: Turns) -> Any:
         try:
@@ -227,7 +235,7 @@ class ReceiveTask:
         """Waits for the blocks in order, hashes and delivers them."""
         self._found.append(tuple(self._take_block(each) for each in arriving))
         if self._error is not None and number >= self._last_in_place:
-            self.future.fail(self._error)  # nothing is written any more
+            self._fail_early(self._error)  # nothing is written any more
 
     def _take_block(self, each: _Arriving) -> int:
         assert self._offered is not None

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 from anyio import CancelScope, to_thread
 
-from asyncdcp.errors import AsyncDCPError, InvalidOption, PeerFailed
+from asyncdcp.errors import AsyncDCPError, InvalidOption, PeerFailed, in_words
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.ranks import Ranks, find_ranks, gather, leave
 from asyncdcp.transport.transport import PGTransport
@@ -26,7 +26,7 @@ class SavedRun(Protocol):
         ...
 
     def restore_latest(self, state: Any) -> CheckpointFuture[Any]:
-        """Loads it, on all ranks alike."""
+        """Loads the newest that can be loaded, on all ranks alike, and gives it."""
         ...
 
 
@@ -42,10 +42,13 @@ class Recovered:
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What a rank has: the step of its live state, and of the newest checkpoint, if it was asked for that."""
+    """What a rank has: the step of its live state, and of the newest checkpoint, if it was asked for that; or why it
+    cannot tell.
+    """
 
     live: int | None
     saved: int | None = None
+    failed: str = ""
 
 
 class Choice(NamedTuple):
@@ -83,8 +86,8 @@ def recover(
 
     ``step`` is that of this rank's state; None says that it has none, as after a start. A rank that has the newest
     sends, the others receive, in place. Where the newest checkpoint of ``manager`` is newer than all live states, or
-    there are none, all load that. The ranks agree by ``ranks``, by default the transport's group (``find_ranks``).
-    ``state`` must not be used until it is done.
+    there are none, all load that, or the newest that is not damaged. The ranks agree by ``ranks``, by default the
+    transport's group (``find_ranks``). ``state`` must not be used until it is done.
 
     If it fails on one rank, or is cancelled there, it fails on all: ``PeerFailed`` names the rank. A state that was to
     be received is then no one's, and says ``step=None`` at the next try.
@@ -105,49 +108,66 @@ def recover(
 async def _recover(
     transport: PGTransport, state: Any, step: int | None, manager: SavedRun | None, ranks: Ranks
 ) -> Recovered:
-    told = Told(step)
-    failure: AsyncDCPError | None = None
+    told, failure = Told(step), None
     try:
         if manager is not None and ranks.rank == 0:
             latest = await _ended(manager.latest())
             told = Told(step, None if latest is None else int(latest.step))
+    except Exception as error:  # noqa: BLE001  # all ranks hear of it, those too that come later
+        failure = _known(error)
+        told = Told(step, failed=in_words(failure))
     except BaseException as error:
         await leave(ranks, "recovery", error)
         raise
-    words = await gather(ranks, "recovery", msgspec.msgpack.encode(told))
-    choice = choose([msgspec.msgpack.decode(word, type=Told) for word in words])
+    words = await _gathered(ranks, "recovery", msgspec.msgpack.encode(told), failure)
+    everybody = [msgspec.msgpack.decode(word, type=Told) for word in words]
+    _raise_peers([each.failed for each in everybody])
+    choice = choose(everybody)
     try:
-        await _carry_out(transport, state, manager, choice)
+        choice = await _carry_out(transport, state, manager, choice)
     except Exception as error:  # noqa: BLE001  # all ranks hear of it
         failure = _known(error)
     except BaseException as error:
         await leave(ranks, "recovered", error)
         raise
-    outcome = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    outcome = "" if failure is None else in_words(failure)
+    outcomes = await _gathered(ranks, "recovered", outcome.encode(), failure)
+    _raise_peers([said.decode() for said in outcomes])
+    return Recovered(choice.source, choice.step, choice.donors.get(transport.rank))
+
+
+async def _gathered(ranks: Ranks, topic: str, said: bytes, failure: AsyncDCPError | None) -> list[bytes]:
+    """What all ranks say; then raises this rank's own failure, which says more than what becomes of the agreement."""
     try:
-        outcomes = await gather(ranks, "recovered", outcome.encode("utf-8", "backslashreplace"))
+        words = await gather(ranks, topic, said)
     except AsyncDCPError as error:
-        if failure is not None:  # this rank's own says more
+        if failure is not None:
             raise failure from error
         raise
     if failure is not None:
         raise failure
-    for rank, said in enumerate(outcomes):
+    return words
+
+
+def _raise_peers(failed: Sequence[str]) -> None:
+    for rank, said in enumerate(failed):
         if said:
-            raise PeerFailed(f"rank {rank} could not recover: {said.decode()}", rank=rank)
-    return Recovered(choice.source, choice.step, choice.donors.get(transport.rank))
+            raise PeerFailed(f"rank {rank} could not recover: {said}", rank=rank)
 
 
-async def _carry_out(transport: PGTransport, state: Any, manager: SavedRun | None, choice: Choice) -> None:
+async def _carry_out(transport: PGTransport, state: Any, manager: SavedRun | None, choice: Choice) -> Choice:
+    """What came of it: of a run whose newest checkpoint is damaged an older one is loaded."""
     if choice.source == "checkpoint":
         if manager is None:
             raise InvalidOption("rank 0 has a manager and this rank has none; give it on all ranks")
-        await _ended(manager.restore_latest(state))
+        restored = await _ended(manager.restore_latest(state))
+        return Choice("nothing", None, {}) if restored is None else choice._replace(step=int(restored.step))
     own = [rank for rank, donor in choice.donors.items() if donor == transport.rank]
     if own:
         await _outcome(lambda: transport.send_checkpoint(own, state).sent)
     elif transport.rank in choice.donors:
         await _outcome(lambda: transport.recv_checkpoint(choice.donors[transport.rank], state))
+    return choice
 
 
 def _known(error: Exception) -> AsyncDCPError:

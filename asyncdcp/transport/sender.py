@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import anyio
@@ -18,15 +18,13 @@ from asyncdcp.threads import on_thread
 from asyncdcp.trace import Trace
 from asyncdcp.transport import wire
 from asyncdcp.transport.blocks import Stager
-from asyncdcp.transport.endpoint import Endpoint, named
-from asyncdcp.transport.handle import SendHandle
+from asyncdcp.transport.endpoint import Endpoint, Turns, named
+from asyncdcp.transport.handle import SendHandle, SendReport
 from asyncdcp.transport.lane import Flow, Lane, Staged
 from asyncdcp.transport.link import Link
 from asyncdcp.transport.options import TransportOptions
-from asyncdcp.transport.reports import SendReport
 from asyncdcp.transport.shared import SharedPool
 from asyncdcp.transport.stream import Stream
-from asyncdcp.transport.turns import Turns
 from asyncdcp.transport.wire import Offer, Tick, Verdict
 from asyncdcp.unwinding import drop_frames, ungrouped
 
@@ -55,7 +53,6 @@ class SendTask:
     ) -> None:
         self.request = request
         self._options = options
-        self._limiter = anyio.CapacityLimiter(1)
         whole = options.staging == "whole"
         self._stager = Stager(request.stream, link.device, request.pool, whole=whole, checksums=options.checksums)
         self._rank = link.rank
@@ -68,6 +65,11 @@ class SendTask:
             engine.future(f"send to rank {ranks}", cancel=self.cancel),
             request.sources.hold,
         )
+
+    @cached_property
+    def _limiter(self) -> anyio.CapacityLimiter:
+        """Made at its first use, on the engine's loop, as an ``Endpoint``'s."""
+        return anyio.CapacityLimiter(1)
 
     def cancel(self) -> None:
         """Gives the send up: no further batch is staged, and the receivers are told."""

@@ -7,11 +7,12 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from operator import index
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
+from weakref import WeakSet
 
 import msgspec
 import torch
@@ -19,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from asyncdcp.closing import Closing, weakly
 from asyncdcp.engine import Engine
-from asyncdcp.errors import Cancelled, Closed, InvalidOption, UnseenFailure, WouldDeadlock
+from asyncdcp.errors import Closed, InvalidOption, WouldDeadlock
 from asyncdcp.futures import CheckpointFuture
 from asyncdcp.results import Progress, ProgressMeter
 from asyncdcp.staging import EagerBudget, Guard, Sources
@@ -27,7 +28,8 @@ from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.state_dict.structure import StructureCache
 from asyncdcp.trace import Trace
 from asyncdcp.transport.binding import Anew, InPlace
-from asyncdcp.transport.handle import SendHandle
+from asyncdcp.transport.endpoint import Turns
+from asyncdcp.transport.handle import Outstanding, SendHandle
 from asyncdcp.transport.link import Link, group_link
 from asyncdcp.transport.offered import LayoutCache
 from asyncdcp.transport.options import TransportOptions
@@ -35,9 +37,9 @@ from asyncdcp.transport.receiver import ReceiveTask
 from asyncdcp.transport.sender import SendRequest, SendTask
 from asyncdcp.transport.shared import SharedPool
 from asyncdcp.transport.stream import StreamCache
-from asyncdcp.transport.turns import Turns
 
 StateT = TypeVar("StateT")
+VerbT = TypeVar("VerbT", SendHandle, CheckpointFuture[Any])
 OnProgress = Callable[[Progress], object]
 
 _logger = logging.getLogger("asyncdcp.transport")
@@ -51,8 +53,9 @@ class PGTransport(Closing):
     ``pg`` is a process group (None: torch's default one); only its ``send`` and ``recv`` are used, on threads of the
     transport's own. Give it a group of its own: on gloo a wait that times out closes the group, and on NCCL nothing
     else may be sent meanwhile. ``timeout`` (seconds, or a timedelta) is how long a rank waits while nothing moves, not
-    how long a transfer may take. ``device`` is where the blocks are sent from and received to; by default the host,
-    where the group's backend takes that, else the current accelerator. Blocks on the host, of states larger than
+    how long a transfer may take. ``device`` is where the blocks are sent from and received to ("cuda" is the current
+    one of who makes this); by default the host, where the group's backend takes that, else the current accelerator. A
+    group has one open transport at a time (``InvalidOption``). Blocks on the host, of states larger than
     ``buffer_bytes``, go to a receiver on the same host by shared memory, if it may open that of the sender (the same
     user, in the same process namespace), and over the group otherwise; ``shared_memory`` of the options says no to it.
 
@@ -76,6 +79,7 @@ class PGTransport(Closing):
     """
 
     _noun = "transport"
+    _open: ClassVar[WeakSet[PGTransport]] = WeakSet()
 
     def __init__(
         self,
@@ -91,9 +95,10 @@ class PGTransport(Closing):
         self.timeout = float(seconds)
         self.options = options or TransportOptions()
         self._link: Link = pg if hasattr(pg, "receive") else group_link(pg, device)  # type: ignore[assignment]  # a Link
+        self._refuse_second()
         self.group: Any = pg
         """What it was made for."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant, as all here: a signal's handler may send in the middle of a verb
         self._structures = StructureCache()
         self._layouts = LayoutCache()
         self._streams = StreamCache(self.options.block_bytes)
@@ -101,12 +106,20 @@ class PGTransport(Closing):
         self._pool = SharedPool(self.options.block_bytes)
         self._eager = EagerBudget(self.options.eager_bytes)
         self._guards: list[Guard] = []
-        self._sends: list[SendHandle] = []
-        self._others: list[CheckpointFuture[Any]] = []
-        """Receives, and what is built upon the transport."""
+        self._outstanding = Outstanding()
         self._turns = Turns()
         self._closed = self._ended = False
         self._engine = Engine("asyncdcp-transport", drain=weakly(self.close), exit_deadline=self.timeout)
+        self._open.add(self)
+
+    def _refuse_second(self) -> None:
+        """On gloo a message that meets a receive of another size, as that of another transport, ends the process."""
+        group = getattr(self._link, "group", None)
+        if group is not None and any(getattr(other._link, "group", None) is group for other in list(self._open)):
+            raise InvalidOption(
+                "another PGTransport, which is open, has this process group: use that one for all transfers, close "
+                "it, or give this one a group of its own (dist.new_group())"
+            )
 
     @property
     def rank(self) -> int:
@@ -148,11 +161,7 @@ class PGTransport(Closing):
         shares = self._may_share and stream.plan.tensor_bytes > self.options.buffer_bytes
         request = SendRequest(ranks, stream, values, sources, trace, begun, self._pool if shares else None)
         task = SendTask(request, self._engine, self._link, self.timeout, self.options)
-        with self._lock:
-            self._refuse_closed()
-            self._engine.submit(task.run, self._turns, name=task.handle.sent.name)
-            self._sends = [*(old for old in self._sends if not _is_over(old.sent)), task.handle]
-        return task.handle
+        return self._begin(task.handle, task.run)
 
     @overload
     def recv_checkpoint(
@@ -180,11 +189,14 @@ class PGTransport(Closing):
         binding = Anew() if into is None else InPlace(into, flatten(into, allow_meta=True))
         task = ReceiveTask(self._engine, self._link, src, self.timeout, binding, self._layouts)
         task.trace = self._trace("receive", on_progress)
+        return self._begin(task.future, task.run)
+
+    def _begin(self, verb: VerbT, run: Callable[[Turns], Awaitable[None]]) -> VerbT:
         with self._lock:
             self._refuse_closed()
-            self._engine.submit(task.run, self._turns, name=task.future.name)
-            self._others = [*(old for old in self._others if not _is_over(old)), task.future]
-        return task.future
+            self._engine.submit(self._outstanding.during, run, self._turns, name=verb.name)
+            self._outstanding.add(verb)  # not before: what cannot begin never ends
+        return verb
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
         """As ``AsyncCheckpointer.guard``: every ``step`` waits until pending sends have read their tensors. One that
@@ -199,23 +211,19 @@ class PGTransport(Closing):
         if self._engine.inherited:
             return
         until = time.monotonic() + self.options.guard_deadline
-        for handle in self._unstaged():
+        for handle in self._outstanding.unstaged():
             if not handle.hold(max(until - time.monotonic(), 0)):
                 _logger.error("the %s is dropped: it held a step up too long", handle.sent.name)
                 handle.cancel()
                 handle.hold(_STOP_SECONDS)
-
-    def _unstaged(self) -> list[SendHandle]:
-        with self._lock:
-            return [handle for handle in self._sends if not handle.staged.done()]
 
     def submit(self, work: Callable[[], Any], name: str) -> CheckpointFuture[Any]:
         """Runs a coroutine function on the transport's own loop, for what is built upon it."""
         self._check_open()
         with self._lock:
             self._refuse_closed()
-            future = self._engine.submit(work, name=name)
-            self._others = [*(old for old in self._others if not _is_over(old)), future]
+            future = self._engine.submit(self._outstanding.during, work, name=name)
+            self._outstanding.add(future)
         return future
 
     def _check_ranks(self, ranks: Iterable[int]) -> tuple[int, ...]:
@@ -253,25 +261,21 @@ class PGTransport(Closing):
             return
         if self._engine.owns_current_thread():
             raise WouldDeadlock("close() in a done callback would wait for that very callback")
+        self._outstanding.wait()  # first of all: what is built upon the transport calls its verbs
         with self._lock:
             self._closed = True
         if self._ended:
             return
         for guard in self._guards:
             guard.remove()
-        pending: list[CheckpointFuture[Any]] = [*(handle.sent for handle in self._sends), *self._others]
-        for future in pending:
-            future.wait()  # ends by the timeout of whatever it waits for
+        self._outstanding.wait()
         try:
             self._engine.close(self.timeout)
         finally:
             self._pool.close()
+            self._open.discard(self)
         self._ended = True
-        for future in pending:
-            error = future.unseen_failure
-            if error is not None and not future.awaited and not isinstance(error, Cancelled):
-                future.mark_seen()
-                raise UnseenFailure(f"the {future.name} failed and nobody looked at it: {error}") from error
+        self._outstanding.surface()
 
     def __del__(self) -> None:
         engine: Engine | None = vars(self).get("_engine")
@@ -281,8 +285,3 @@ class PGTransport(Closing):
         with suppress(Closed):
             engine.call(engine._stop, 0.0)
         self._pool.close()
-
-
-def _is_over(future: CheckpointFuture[Any]) -> bool:
-    """Whether nobody has to hear of it any more."""
-    return future.done() and future.unseen_failure is None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asyncdcp import errors
-from asyncdcp.errors import AsyncDCPError
+from asyncdcp.errors import AsyncDCPError, in_words, plain
 from asyncdcp.worker.protocol import ErrorFrame
 
 _OS_ERROR = "OSError"
@@ -26,7 +26,7 @@ def to_frame(error: BaseException, *, with_traceback: bool = True) -> ErrorFrame
     known = isinstance(cause, AsyncDCPError | OSError)
     return ErrorFrame(
         kind=_kind(error),
-        message=plain(str(error) if isinstance(error, AsyncDCPError) else f"{type(error).__name__}: {error}"),
+        message=plain(str(error)) if isinstance(error, AsyncDCPError) else in_words(error),
         fields=_fields(error),
         traceback=plain("".join(lines)),
         cause=to_frame(cause, with_traceback=False) if known and cause is not None else None,
@@ -40,11 +40,6 @@ def from_frame(frame: ErrorFrame) -> AsyncDCPError:
     if frame.traceback:
         error.add_note(f"\nIn the background process:\n{frame.traceback}")
     return error
-
-
-def plain(text: str) -> str:
-    """Text that can be encoded: a path's bytes that are not UTF-8 (surrogates) are written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _kind(error: BaseException) -> str:

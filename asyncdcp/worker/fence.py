@@ -12,10 +12,9 @@ from asyncdcp.errors import AsyncDCPError, StorageError
 from asyncdcp.extensions import PLAIN, Chain, Seals
 from asyncdcp.metadata import Record
 from asyncdcp.names import index_name, record_name
-from asyncdcp.pipeline.causes import commit_unknown, peer_error
 from asyncdcp.pipeline.commit import CommitMachine, State
 from asyncdcp.pipeline.messages import Saved, SaveJob
-from asyncdcp.pipeline.records import read_record
+from asyncdcp.pipeline.records import commit_unknown, peer_error, read_record
 from asyncdcp.pipeline.settle import GiveUpSignal, Reason, Settlement
 from asyncdcp.storage import Storage
 
@@ -45,7 +44,7 @@ async def settle_without_worker(
     if state is State.COMMITTED and settlement.record is not None:
         return _saved(settlement.record, storage)
     if state is State.UNKNOWN:
-        raise commit_unknown(storage.info.location) from reason.error
+        raise commit_unknown(storage.info.location, reason.error) from reason.error
     if dead:
         await _discard(job, storage)
     raise _error(job, storage, settlement.record) or reason.error

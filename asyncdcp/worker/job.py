@@ -54,9 +54,12 @@ class Job:
     ) -> None:
         self.id = job.save_id
         self.settled = anyio.Event()
+        self.written = anyio.Event()
+        """Nothing of the arena is used any more, nor will be."""
         self._post = post
         self._arena = arena
         self._slabs: list[SlabReady] = []
+        self._in_use = 0
         self._more = anyio.Event()
         self._closed = False
         self._spans = SpanBatch(job.save_id, post)
@@ -71,12 +74,14 @@ class Job:
         """A slot was filled."""
         if self._machine.on(SaveEvent.SLAB) is not SaveState.SETTLED:
             self._slabs.append(slab)
+            self._in_use += 1
             self._wake()
 
     def staged(self) -> None:
         """No more slabs."""
         self._machine.on(SaveEvent.STAGED)
         self._closed = True
+        self._look_if_written()
         self._wake()
 
     def stop(self, message: Stop) -> None:
@@ -115,6 +120,7 @@ class Job:
         self._machine.on(SaveEvent.ANSWER)
         self._post(answer)
         self.settled.set()
+        self.written.set()
 
     async def _turn(self, earlier: Job) -> None:
         async with anyio.create_task_group() as waits:
@@ -140,6 +146,12 @@ class Job:
 
     def done(self, slot: int) -> None:
         self._post(Freed(self.id, slot))
+        self._in_use -= 1
+        self._look_if_written()
+
+    def _look_if_written(self) -> None:
+        if self._closed and not self._in_use:
+            self.written.set()
 
     def _wake(self) -> None:
         more, self._more = self._more, anyio.Event()

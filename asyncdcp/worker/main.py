@@ -20,11 +20,12 @@ import anyio
 import anyio.lowlevel
 
 from asyncdcp.arena import Arena
+from asyncdcp.errors import plain
 from asyncdcp.extensions import Chain, extension_of
 from asyncdcp.storage import open_spec
 from asyncdcp.worker import surroundings
 from asyncdcp.worker.connection import Connection
-from asyncdcp.worker.failures import plain, to_frame
+from asyncdcp.worker.failures import to_frame
 from asyncdcp.worker.job import Job
 from asyncdcp.worker.protocol import (
     VERSION,
@@ -160,9 +161,19 @@ class Worker:
             return
         self._gone = True
         asyncio.get_running_loop().remove_reader(self._trainer)
-        for job in list(self._jobs.values()):
+        jobs = list(self._jobs.values())
+        for job in jobs:
             job.trainer_died()
+        if jobs:
+            self._tasks.create_task(self._release_arenas(jobs))
         self._check_idle()
+
+    async def _release_arenas(self, jobs: list[Job]) -> None:
+        """Nothing more is staged: the memory goes once it is written, however long a part of a peer is waited for."""
+        for job in jobs:
+            await job.written.wait()
+        for arena in self._arenas.values():
+            arena.close()
 
     def _check_idle(self) -> None:
         if not self._jobs and (self._leaving or self._gone):

@@ -43,7 +43,7 @@ class ProcessPipeline:
         storage, extensions = spec_of(request.storage), request.chain.specs
         if storage is None or extensions is None:
             return LocalSession(request)
-        return RemoteSession(self, request, storage, extensions, self._options.settle_seconds)
+        return RemoteSession(self.acquire, request, storage, extensions, self._options.settle_seconds)
 
     def warn_unless_travels(self, storage: Storage, chain: Chain) -> None:
         """Says so, once for a kind of storage and once for the extensions, where saves do not run in the background

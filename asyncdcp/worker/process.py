@@ -142,13 +142,16 @@ class CheckpointProcess:
         return self._machine.state is WorkerState.KILLED
 
     def begin(self, message: Begin, arena: Arena, listener: SaveListener) -> None:
-        """Hands a save over; ``message.arena`` is filled in. The arena is shared with its first save."""
+        """Hands a save over; ``message.arena`` is filled in. The arena is shared with its first save. OSError, and the
+        worker knows nothing of the save, where this process has no descriptor left to share it by.
+        """
         self.drop_closed_arenas()
         number = self._arenas.get(arena)
         if number is None:
-            number = self._arenas[arena] = self._next_arena
-            self._next_arena += 1
+            number = self._next_arena
             self.post(ShareArena(number, arena.slots, arena.slot_bytes), arena.fd)
+            self._arenas[arena] = number  # not before: where no descriptor is left, the worker has not got it
+            self._next_arena += 1
         self._listeners[message.job.save_id] = listener
         self.post(Begin(number, message.storage, message.job, message.extensions))
 

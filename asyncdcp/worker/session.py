@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 
 import anyio
 
@@ -32,9 +32,6 @@ from asyncdcp.worker.protocol import (
     save_machine,
 )
 
-if TYPE_CHECKING:
-    from asyncdcp.worker.pipeline import ProcessPipeline
-
 PATIENCE = 0.5
 """The part of ``settle_seconds`` that a worker gets to answer once a save is given up. Then it is killed, and the
 trainer settles the save itself in what is left."""
@@ -52,13 +49,13 @@ class RemoteSession:
 
     def __init__(
         self,
-        pipeline: ProcessPipeline,
+        acquire: Callable[[], Awaitable[CheckpointProcess]],
         request: SessionRequest,
         spec: StorageSpec,
         extensions: list[ExtensionSpec],
         settle_seconds: float,
     ) -> None:
-        self._pipeline = pipeline
+        self._acquire = acquire
         self._request = request
         self._spec = spec
         self._extensions = extensions
@@ -110,7 +107,7 @@ class RemoteSession:
         async with self._opening:
             if self._process is None and self._start_error is None and self._reason is None:
                 try:
-                    process = await self._pipeline.acquire()
+                    process = await self._acquire()
                 except AsyncDCPError as error:
                     self._start_error = error
                 else:
@@ -120,9 +117,9 @@ class RemoteSession:
     def _begin(self, process: CheckpointProcess) -> None:
         if self._reason is not None:  # given up while the worker started
             return
+        process.begin(Begin(0, self._spec, self._request.job, self._extensions), self._request.arena, self)
         self._process = process
         self._machine.on(SaveEvent.BEGIN)
-        process.begin(Begin(0, self._spec, self._request.job, self._extensions), self._request.arena, self)
 
     # ── the worker's side is heard ──
 

@@ -21,6 +21,8 @@ _IOPRIO_IDLE: Final = 3 << 13
 _PR_SET_NAME: Final = 15
 _MOST_NICE: Final = 19
 _SESSION_SECONDS: Final = 0.5
+_STRAYS_LIMIT: Final = 1 << 16
+"""So far strays are looked for where there is no /proc."""
 
 _logger = logging.getLogger("asyncdcp")
 
@@ -35,8 +37,16 @@ def ignore_signals() -> None:
 
 
 def close_strays(first: int) -> None:
-    """Closes every descriptor from ``first`` on: what other libraries of the trainer left inheritable."""
-    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+    """Closes every descriptor from ``first`` on: what other libraries of the trainer left inheritable.
+
+    Those that are open, and not all that may be: the limit can be a billion, as in containers, which takes minutes
+    where Python was built without ``close_range``; and it can be lower than it was when one was opened.
+    """
+    folder = "/proc/self/fd"
+    for number in map(int, os.listdir(folder)) if os.path.isdir(folder) else range(first, _STRAYS_LIMIT):
+        if number >= first:
+            with suppress(OSError):  # the listing's own
+                os.close(number)
 
 
 def detach_stderr() -> None:

@@ -46,11 +46,11 @@ class Subject(Protocol):
 
 
 class Own:
-    """asyncdcp."""
+    """asyncdcp, on a group of its own."""
 
-    def __init__(self, group: Any, name: str, options: TransportOptions) -> None:
+    def __init__(self, name: str, options: TransportOptions) -> None:
         self.name = name
-        self._transport = PGTransport(group, timeout=TIMEOUT, options=options)
+        self._transport = PGTransport(dist.new_group(), timeout=TIMEOUT, options=options)
 
     def send(self, ranks: Sequence[int], state: Any) -> None:
         self._transport.send_checkpoint(ranks, state).result()
@@ -116,11 +116,11 @@ WHOLE: Final = "asyncdcp, staged whole"
 def subjects(group: Any) -> list[Subject]:
     """In the order of the first turn."""
     return [
-        Own(group, OWN, TransportOptions()),
-        Own(group, UNVERIFIED, TransportOptions(checksums=False)),
-        Own(group, BY_GROUP, TransportOptions(shared_memory=False)),
-        Own(group, BY_GROUP_UNVERIFIED, TransportOptions(shared_memory=False, checksums=False)),
-        Own(group, WHOLE, TransportOptions(staging="whole")),
+        Own(OWN, TransportOptions()),
+        Own(UNVERIFIED, TransportOptions(checksums=False)),
+        Own(BY_GROUP, TransportOptions(shared_memory=False)),
+        Own(BY_GROUP_UNVERIFIED, TransportOptions(shared_memory=False, checksums=False)),
+        Own(WHOLE, TransportOptions(staging="whole")),
         Torch(group),
         Raw(group),
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import textwrap
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -161,6 +163,14 @@ def works(checkpointer: AsyncCheckpointer) -> bool:
     return torch.equal(checkpointer.load(storage).result()["w"], STATE["w"]) and idle(checkpointer)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what comes soon, of itself, and says nothing when it does."""
+    until = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 def save_ids(folder: Path) -> set[str]:
     """The saves whose Record is there."""
     return {save_id for path in folder.iterdir() if (save_id := record_save_id(path.name))}
@@ -201,6 +211,15 @@ def bits() -> Callable[[torch.Tensor], torch.Tensor]:
         return tensor.view(_SAME_SIZE[tensor.element_size()]).contiguous()
 
     return make
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """The garbage collector comes by only before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -86,6 +86,16 @@ def test_an_existing_checkpoint_is_refused_without_a_trace(checkpointer: AsyncCh
     assert handle.staged.done()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_checkpoint_of_dcp_is_neither_hidden_nor_replaced(
+    checkpointer: AsyncCheckpointer, tmp_path: Path, *, overwrite: bool
+) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(b"DCP's")
+    with pytest.raises(CheckpointExists, match=r"of torch\.distributed\.checkpoint .* at .*; save to another path"):
+        checkpointer.save(tmp_path, {"w": torch.zeros(1)}, overwrite=overwrite).result()
+    assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
+
+
 def test_overwriting_replaces_and_deletes(checkpointer: AsyncCheckpointer, tmp_path: Path) -> None:
     target = tmp_path / "it"
     first = checkpointer.save(target, {"w": torch.ones(1)}).result()

@@ -98,9 +98,12 @@ def test_before_its_turn_it_ends_at_once_without_a_trace(opened: Opened, faulty:
 def test_at_the_moment_of_the_call(opened: Opened, faulty: Any) -> None:
     """Before the engine has looked at it: the task itself has not begun."""
     checkpointer, storage = opened(), faulty()
+    gate = storage.gate("list")  # it does not come to its end before it is cancelled
     for _ in range(20):
+        gate.release.clear()
         handle = checkpointer.save(storage, STATE)
         handle.cancel()
+        gate.release.set()
         with pytest.raises(Cancelled):
             handle.result()
     assert only_aborts(storage)

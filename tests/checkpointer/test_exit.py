@@ -19,6 +19,7 @@ import torch
 from asyncdcp import AsyncCheckpointer
 from asyncdcp.errors import Closed, StorageError
 from asyncdcp.names import record_save_id
+from tests.work import LONG, open_descriptors
 
 Python = Callable[..., "CompletedProcess[str]"]
 SMALL = {"w": torch.arange(10)}
@@ -117,7 +118,7 @@ def in_child(check: Callable[[], object]) -> int:
     if pid == 0:
         code = 1
         try:
-            signal.alarm(20)  # a deadlock ends the child
+            signal.alarm(120)  # a deadlock ends the child
             check()
             code = 0
         finally:
@@ -167,34 +168,28 @@ def test_a_child_has_checkpointers_of_its_own(checkpointer: AsyncCheckpointer, t
 # ── leaks ──
 
 
-def descriptors() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
-
-
-def mappings() -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "asyncdcp-arena" in line]
+def mappings() -> set[str]:
+    return {line for line in Path("/proc/self/maps").read_text().splitlines() if "asyncdcp-arena" in line}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < until
         threading.Event().wait(0.001)
 
 
 def test_close_leaves_no_thread_no_descriptor_and_no_memory(tmp_path: Path) -> None:
-    gc.collect()
-    before, threads, maps = descriptors(), set(threading.enumerate()), mappings()
+    before, threads, maps = open_descriptors(), set(threading.enumerate()), mappings()
     with AsyncCheckpointer(process=False) as checkpointer:
         for number in range(3):
             handle = checkpointer.save(tmp_path / str(number), {"w": torch.zeros(1_000_000 * (number + 1))})
         handle.result()
         checkpointer.load(tmp_path / "0").result()
-        assert len(mappings()) > len(maps)
+        assert mappings() - maps
         checkpointer.save(tmp_path / "last", SMALL)
     wait_until(lambda: set(threading.enumerate()) <= threads)
-    gc.collect()
-    assert (descriptors(), mappings()) == (before, maps)
+    assert open_descriptors() == before and mappings() <= maps  # those of other tests may have gone meanwhile
 
 
 def test_one_that_was_never_used_needs_no_close() -> None:
@@ -236,4 +231,4 @@ def test_a_dropped_one_warns_its_saves_end_and_its_failures_are_logged(
         each.close(20)  # waits for callbacks
     for name in ("failed", "behind"):
         assert f"a save to {name} failed and nobody looked at it" in caplog.text
-    assert mappings() == before
+    assert mappings() <= before

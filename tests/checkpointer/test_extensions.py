@@ -13,8 +13,18 @@ import safetensors.torch
 import torch
 import zstandard
 
-from asyncdcp import AESGCM, AsyncCheckpointer, BytePlanes, ExtensionRegistry, Progress, SyncCheckpointer, ZStandard
-from asyncdcp.errors import KeyUnavailable, UnsupportedFormat
+from asyncdcp import (
+    AESGCM,
+    AsyncCheckpointer,
+    BlockContext,
+    BytePlanes,
+    ExtensionRegistry,
+    MemoryStorage,
+    Progress,
+    SyncCheckpointer,
+    ZStandard,
+)
+from asyncdcp.errors import AsyncDCPError, KeyUnavailable, UnsupportedFormat
 from tests.extensions.samples import Xor
 
 KEY = bytes(range(32))
@@ -71,3 +81,21 @@ async def test_a_users_extension_is_found_by_its_instance_or_by_the_registry(tmp
     async with AsyncCheckpointer(process=False) as checkpointer:
         with pytest.raises(UnsupportedFormat, match=r"was transformed by xor@tests/5a, which is not known here"):
             await checkpointer.load(tmp_path)
+
+
+class Thrifty(Xor):
+    """Encodes every block into the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = bytearray(1 << 20)
+
+    def encode(self, data: memoryview, context: BlockContext) -> memoryview:  # type: ignore[override]  # as blocks may be
+        self._memory[: len(data)] = super().encode(data, context)
+        return memoryview(self._memory)[: len(data)]
+
+
+def test_one_memory_for_several_blocks_is_refused() -> None:
+    checkpointer = SyncCheckpointer(process=False, extensions=[Thrifty()])
+    with checkpointer, pytest.raises(AsyncDCPError, match="xor@tests/5a returned the same memory for two blocks"):
+        checkpointer.save(MemoryStorage(), STATE)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
-import time
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from asyncdcp import AsyncCheckpointer, LocalStorage, MemoryStorage
+from asyncdcp.config import Options
 from asyncdcp.errors import (
     AsyncDCPError,
     Cancelled,
@@ -22,10 +23,12 @@ from asyncdcp.errors import (
     StorageFull,
 )
 from asyncdcp.extensions import ZStandard
+from asyncdcp.pipeline.channel import Channel
+from asyncdcp.pipeline.transform import Piece
 from asyncdcp.staging import arenas
 from asyncdcp.staging.copier import SlabCopier
 from asyncdcp.storage.posix import OS
-from tests.checkpointer.conftest import SMALL, STATE, Opened, works
+from tests.checkpointer.conftest import SMALL, STATE, Opened, wait_until, works
 
 MIB = 1 << 20
 
@@ -43,9 +46,10 @@ def test_an_operation_that_fails(
     opened: Opened, faulty: Any, staging_bytes: int | None, point: tuple[str, int]
 ) -> None:
     checkpointer, storage = opened(staging_bytes=staging_bytes), faulty()
-    storage.errors[point] = StorageFull("no space left on device", errno=errno.ENOSPC)
+    gate, storage.errors[point] = storage.gate(*point), StorageFull("no space left on device", errno=errno.ENOSPC)
     handle = checkpointer.save(storage, STATE)
     behind = checkpointer.save(MemoryStorage("behind"), STATE)
+    gate.release.set()
     with pytest.raises(StorageFull, match="no space"):
         handle.result()
     assert handle.staged.done()
@@ -67,6 +71,22 @@ def test_foreign_errors_are_translated_and_kept_as_cause(opened: Opened, faulty:
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, StorageError) == isinstance(error, OSError)
     assert works(checkpointer)
+
+
+@pytest.mark.parametrize("call", ["list", "create", "write", "finish", "put", "barrier", "claim"])
+def test_a_storage_that_cancels_by_itself_is_no_save_that_was_cancelled(opened: Opened, faulty: Any, call: str) -> None:
+    checkpointer, storage = opened(), faulty()
+    storage.errors[call, 1] = asyncio.CancelledError()
+    with pytest.raises(AsyncDCPError, match="nobody had asked for it"):
+        checkpointer.save(storage, STATE).result()
+    assert works(checkpointer)
+
+
+def test_a_storage_that_cancels_a_deletion_by_itself_does_not_undo_the_commit(opened: Opened, faulty: Any) -> None:
+    checkpointer, storage = opened(), faulty()
+    checkpointer.save(storage, STATE).result()
+    storage.errors["delete", 1] = asyncio.CancelledError()
+    assert checkpointer.save(storage, STATE, overwrite=True).result().replaced
 
 
 class FailingOS(OS):
@@ -165,38 +185,65 @@ def test_a_state_larger_than_memory(opened: Opened, monkeypatch: pytest.MonkeyPa
 # ── the memory of what failed ──
 
 
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """The garbage collector comes by only before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("how", ["fails", "fails early", "is cancelled", "fails with extensions"])
+def test_a_save_that_failed_holds_no_memory_of_the_arena(faulty: Any, how: str) -> None:
+    """Not even in the frames of its tasks, which their errors keep, nor in the channel between them. The error itself
+    is held here.
+    """
+    before, storage = _arenas(), faulty()
+    extensions = [ZStandard(level=1)] if "extensions" in how else []
+    number = 0 if how == "fails early" else 1
+    gate, storage.errors["write", number] = storage.gate("write", number), StorageError("broken")
+    with AsyncCheckpointer(process=False, extensions=extensions) as checkpointer:
+        if how == "fails early":
+            handle = checkpointer.save(storage, {"w": torch.ones(12 * MIB)})
+            wait_until(_pieces_wait)
+        else:
+            handle = checkpointer.save(storage, STATE)
+            gate.wait_begun()
+        if how == "is cancelled":
+            handle.cancel()
+        gate.release.set()
+        error = handle.exception(60)
+    assert isinstance(error, StorageError | Cancelled)
+    wait_until(lambda: _arenas() <= before)  # a thread that has told its result may have its arguments for a moment
 
 
 @pytest.mark.usefixtures("uncollected")
-@pytest.mark.parametrize("how", ["fails", "is cancelled", "fails with extensions"])
-def test_a_save_that_failed_holds_no_memory_of_the_arena(faulty: Any, how: str) -> None:
-    """Not even in the frames of its tasks, which their errors keep. The error itself is held here."""
-    before, storage = _arenas(), faulty()
-    extensions = [ZStandard(level=1)] if "extensions" in how else []
-    with AsyncCheckpointer(process=False, extensions=extensions) as checkpointer:
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+def test_a_save_that_failed_holds_no_tensor(faulty: Any, how: str) -> None:
+    """Of the state, half of which was not copied yet."""
+    storage = faulty()
+    gate, storage.errors["write", 0] = storage.gate("write"), StorageError("broken")
+    with AsyncCheckpointer(Options(staging_bytes=8 * MIB), process=False) as checkpointer:
+        tensor = torch.ones(6 * MIB)
+        left = weakref.ref(tensor)
+        handle = checkpointer.save(storage, {"w": tensor})
+        del tensor
+        gate.wait_begun()
         if how == "is cancelled":
-            gate = storage.gate("write", 1)
-            handle = checkpointer.save(storage, STATE)
-            gate.wait_begun()
             handle.cancel()
-            gate.release.set()
-        else:
-            storage.errors["write", 1] = StorageError("broken")
-            handle = checkpointer.save(storage, STATE)
-        error = handle.exception(60)
-    assert isinstance(error, StorageError | Cancelled)
-    until = time.monotonic() + 10  # a thread that has told its result may not have let go of its arguments yet
-    while _arenas() != before:
-        assert time.monotonic() < until, "the arena is still held"
-        time.sleep(0.001)
+        gate.release.set()
+        assert isinstance(handle.exception(60), StorageError | Cancelled)
+    wait_until(lambda: left() is None)
 
 
 def _arenas() -> int:
     return Path("/proc/self/maps").read_text().count("asyncdcp-arena")
+
+
+def _pieces_wait() -> bool:
+    channels = [each for each in gc.get_objects() if type(each) is Channel]
+    return any(type(item) is Piece for channel in channels for item, _ in channel._items.copy())
+
+
+def test_what_a_storage_was_handling_as_it_failed_is_shown(opened: Opened, faulty: Any) -> None:
+    storage, error = faulty(), ValueError("cannot write")
+    before = error.__context__ = KeyError("of a client")
+    storage.errors["write", 1] = error
+    failed = opened().save(storage, SMALL).exception()
+    assert failed is not None
+    assert failed.__cause__ is error
+    assert error.__context__ is before
+    assert not error.__suppress_context__

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asyncdcp import AsyncCheckpointer
-from asyncdcp.format.safetensors import SAFETENSORS_DTYPES
+from asyncdcp.format.image import SAFETENSORS_DTYPES
 from asyncdcp.metadata import DTYPE_SIZES
 from asyncdcp.state_dict.structure import DTYPES
 

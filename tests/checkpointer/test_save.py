@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 import trio
 import uvloop
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, SyncCheckpointer
+from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, SaveHandle, SyncCheckpointer
 from asyncdcp.checkpointer.lanes import Lanes
 from asyncdcp.errors import (
     CheckpointExists,
     CheckpointNotFound,
 )
 from asyncdcp.staging.copier import SlabCopier
-from tests.checkpointer.conftest import Opened, save_ids
+from tests.checkpointer.conftest import LONG, Opened, save_ids
 
 MIB = 1 << 20
 
@@ -149,6 +150,41 @@ def test_two_savers_on_different_threads(checkpointer: AsyncCheckpointer) -> Non
         for n, storage in enumerate(row):
             loaded = checkpointer.load(storage).result()
             assert loaded["n"] == n and bool((loaded["w"] == thread).all())
+
+
+@pytest.mark.parametrize("place", ["_engine.submit", "_planner._plans.get", "_pending.add"])
+def test_a_signals_handler_may_save_in_the_middle_of_a_save(
+    checkpointer: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    handles: list[SaveHandle] = []
+    owner, name = attrgetter(place.rpartition(".")[0])(checkpointer), place.rpartition(".")[2]
+    function = getattr(owner, name)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        handles.append(checkpointer.save(storages[0], {"n": 0}))  # on the same thread, as a handler is run
+        return function(*args, **options)
+
+    storages = [MemoryStorage(), MemoryStorage()]
+    monkeypatch.setattr(owner, name, interrupted)
+    handles.append(checkpointer.save(storages[1], {"n": 1}))
+    assert len({handle.result(LONG).save_id for handle in handles}) == 2
+    assert [checkpointer.load(storage).result(LONG)["n"] for storage in storages] == [0, 1]
+
+
+def test_a_save_that_control_c_cuts_off_gives_its_copies_back(
+    checkpointer: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        assert checkpointer._eager.used
+        raise KeyboardInterrupt
+
+    with checkpointer.guard(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))])):
+        monkeypatch.setattr(checkpointer._engine, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(MemoryStorage(), {"copied": torch.ones(5)})
+        monkeypatch.undo()
+    assert checkpointer._eager.used == 0
 
 
 def test_a_slow_done_callback_holds_up_neither_the_training_nor_a_load(

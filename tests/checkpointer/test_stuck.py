@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options
+from asyncdcp.checkpointer.saving import SaveTask
 from asyncdcp.errors import (
+    Cancelled,
     Closed,
     CommitUnknown,
     DeadlineExceeded,
@@ -19,6 +21,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.staging.copier import SlabCopier
 from tests.checkpointer.conftest import SMALL, STATE, Opened, works
+from tests.work import let_pass
 
 MIB = 1 << 20
 
@@ -60,12 +63,13 @@ def test_a_stuck_storage_meets_the_saves_own_deadline(opened: Opened, faulty: An
 
 
 def test_a_slow_storage_that_comes_back_in_time_to_settle(opened: Opened, faulty: Any) -> None:
-    checkpointer = opened(save_deadline=1.0)  # long enough to come to the write on a busy machine
+    checkpointer = opened()
     storage = faulty("slow")
     gate = storage.gate("write")
     handle = checkpointer.save(storage, SMALL)
     gate.wait_begun()
-    assert not handle.committed.wait(1.1)
+    let_pass(checkpointer._engine, checkpointer._options.save_deadline)
+    assert not handle.committed.wait(0.1)
     gate.release.set()
     with pytest.raises(DeadlineExceeded, match="save_deadline"):
         handle.result(20)
@@ -98,10 +102,11 @@ def test_a_fully_staged_save_survives_the_loss_of_the_arena(opened: Opened, faul
     checkpointer = opened(settle_seconds=0.05)
     checkpointer.prepare({"w": torch.empty(20 * MIB)}).result()  # room for several
     storage, behind = faulty("stuck"), MemoryStorage("behind")
-    storage.gate("write")
+    gate = storage.gate("write")
     stuck = checkpointer.save(storage, STATE)
     following = checkpointer.save(behind, STATE)
     following.staged.result()
+    gate.wait_begun()
     stuck.cancel()
     with pytest.raises(CommitUnknown):
         stuck.result(20)
@@ -143,6 +148,47 @@ def test_a_copy_that_hangs(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     assert works(checkpointer)
     release.set()
+
+
+def test_a_save_that_was_cancelled_and_left_behind_comes_to_its_end(
+    opened: Opened, faulty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error was raised in coroutines that still wait then: they are not to be closed."""
+    checkpointer = opened(settle_seconds=0.05)
+    checkpointer.prepare(STATE).result()
+    storage = faulty("first")
+    writing, copying, release = storage.gate("write"), threading.Event(), threading.Event()
+    first = checkpointer.save(storage, SMALL)
+    first.staged.result()
+    writing.wait_begun()
+
+    def stuck(*_: Any) -> None:
+        copying.set()
+        assert release.wait(30)
+
+    ends: list[BaseException | None] = []
+    run = SaveTask.run
+
+    async def ending(task: SaveTask) -> None:
+        try:
+            await run(task)
+        except BaseException as error:
+            ends.append(error)
+            raise
+        ends.append(None)
+
+    monkeypatch.setattr(SlabCopier, "copy", stuck)
+    monkeypatch.setattr(SaveTask, "run", ending)
+    second = checkpointer.save(MemoryStorage("second"), STATE)
+    assert copying.wait(30)
+    second.cancel()
+    with pytest.raises(Cancelled):
+        second.result(20)
+    monkeypatch.undo()
+    release.set()
+    storage.open_all()
+    checkpointer.close()
+    assert ends == [None]
 
 
 def test_deadlines_do_not_outlive_the_save(checkpointer: AsyncCheckpointer) -> None:
@@ -187,10 +233,13 @@ def test_close_gives_up_what_is_stuck_within_its_deadlines(faulty: Any, operatio
 def test_close_says_what_was_left_behind_earlier(faulty: Any) -> None:
     """A save that was given up by its own deadline, and whose failure somebody saw."""
     storage = faulty("the stuck place")
-    storage.gate("claim")
-    checkpointer = AsyncCheckpointer(Options(save_deadline=0.05, settle_seconds=0.05), process=False)
+    gate = storage.gate("claim")
+    checkpointer = AsyncCheckpointer(Options(settle_seconds=0.05), process=False)
+    handle = checkpointer.save(storage, SMALL)
+    gate.wait_begun()
+    let_pass(checkpointer._engine, checkpointer._options.save_deadline)
     with pytest.raises(CommitUnknown):
-        checkpointer.save(storage, SMALL).result(20)
+        handle.result(20)
     with pytest.raises(DeadlineExceeded, match="the stuck place"):
         checkpointer.close()
 

@@ -53,7 +53,10 @@ def test_raised_at_the_next_verb_once(faulty: Any, verb: str) -> None:
 
 def test_several_are_all_named(faulty: Any) -> None:
     checkpointer = AsyncCheckpointer(process=False)
-    handles = [checkpointer.save(failing(faulty, name), SMALL) for name in ("one", "two", "three")]
+    storages = [failing(faulty, name) for name in ("one", "two", "three")]
+    gate = storages[0].gate("list")  # else it might have failed, and come up, before all are begun
+    handles = [checkpointer.save(storage, SMALL) for storage in storages]
+    gate.release.set()
     handles[1].exception()
     assert handles[2].committed.wait(30)
     with pytest.raises(UnseenFailure, match="three") as caught:

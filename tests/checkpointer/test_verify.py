@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, Progress, SyncCheckpointer, VerifyReport
-from asyncdcp.errors import Cancelled, CheckpointNotFound, DeadlineExceeded
+from asyncdcp.errors import AsyncDCPError, Cancelled, CheckpointNotFound, DeadlineExceeded
 from asyncdcp.storage import ObjectReader
 
 
@@ -57,12 +58,27 @@ class Slow(MemoryStorage):
         raise AssertionError
 
 
+class Cancelling(MemoryStorage):
+    async def open(self, name: str) -> ObjectReader:  # type: ignore[override]  # never returns
+        raise asyncio.CancelledError
+
+
+def test_a_storage_that_cancels_by_itself_has_not_read() -> None:
+    storage = Cancelling()
+    with AsyncCheckpointer(process=False) as checkpointer:
+        checkpointer.save(storage, {"w": torch.ones(3)}).result()
+        for future in (checkpointer.load(storage), checkpointer.verify(storage)):
+            with pytest.raises(AsyncDCPError, match="nobody had asked for it"):
+                future.result()
+
+
 def test_its_deadline_and_its_end() -> None:
     storage = Slow()
     with AsyncCheckpointer(Options(load_deadline=0.1), process=False) as checkpointer:
         checkpointer.save(storage, {"w": torch.ones(3)}).result()
         with pytest.raises(DeadlineExceeded, match="the verify of memory was not done within"):
             checkpointer.verify(storage).result()
+    with AsyncCheckpointer(process=False) as checkpointer:
         future = checkpointer.verify(storage)
         future.cancel()
         with pytest.raises(Cancelled):

@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 
 from asyncdcp import AsyncCheckpointer, CheckpointManager, PerRank, SaveResult, SyncCheckpointer
 from asyncdcp.cli import targets
-from asyncdcp.cli.checkpoints import damage_of
+from asyncdcp.cli.opening import damage_of
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 from asyncdcp.runs import Saved
+from asyncdcp.storage.object_store import ObjectStorage
 from tests.cli.conftest import Call, Small
 from tests.cli.test_wrong_input import spoil
 from tests.ranks.conftest import Job, everywhere, job, rows
@@ -175,7 +176,8 @@ class TestCat:
 
         monkeypatch.setattr("asyncdcp.cli.commands.cat._save", full)
         before = sorted(tmp_path.iterdir())
-        assert call("cat", checkpoint, "half", "-o", tmp_path / "h.npy").error == "No space left on device"
+        error = call("cat", checkpoint, "half", "-o", tmp_path / "h.npy").error
+        assert error.startswith(f"{tmp_path / 'h.npy'} cannot be written: No space left on device; make room")
         assert sorted(tmp_path.iterdir()) == before
 
 
@@ -222,7 +224,8 @@ class TestElsewhere:
         assert "such as memory://cli/run/step_5" in call("inspect", "memory://cli/run").error
         assert "asyncdcp inspect" in call("ls", "memory://cli/run/step_5").error
 
-    def test_a_url_that_takes_long_is_not_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("trouble", [None, "cannot list s3://bucket/run:\nConnection refused"])
+    def test_a_url_that_takes_long_is_not_silent(self, monkeypatch: pytest.MonkeyPatch, trouble: str | None) -> None:
         said: list[tuple[str, bool]] = []
         heard = list[anyio.Event]()
 
@@ -236,11 +239,18 @@ class TestElsewhere:
             await heard[0].wait()
             return 3
 
+        async def asked(storage: ObjectStorage) -> str | None:
+            assert str(storage.url) == "s3://bucket/run"
+            return trouble
+
         monkeypatch.setattr(targets, "PATIENCE", 0.0)
         monkeypatch.setattr("asyncdcp.cli.targets.click.echo", echo)
+        monkeypatch.setattr(ObjectStorage, "trouble", asked)
         assert targets.run(slow, ("file:///here", "s3://bucket/run")) == 3
-        ((text, to_stderr),) = said
-        assert text.startswith("still at work with s3://bucket/run: ") and to_stderr
+        why = "the store answers, and takes long"
+        if trouble:
+            why = "cannot list s3://bucket/run: Connection refused; it is asked again, for up to 3 minutes"
+        assert said == [(f"asyncdcp: still at work with s3://bucket/run: {why}", True)]
 
     def test_another_format(self, call: Call, tmp_path: Path) -> None:
         file = tmp_path / "model.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -70,3 +71,13 @@ def test_a_target_that_exists_is_refused_without_talk_of_options_that_are_not_th
 ) -> None:
     error = call("convert", checkpoint, checkpoint).error
     assert error == f"{checkpoint} exists; choose another name, or remove it first"
+
+
+def test_a_path_that_is_not_utf_8(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    odd = checkpoint.rename(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff"))
+    escaped = f"{tmp_path}/odd\\udcff"
+    assert call("inspect", odd, "--json").json["path"] == escaped
+    assert call("verify", odd, "--json").json[0]["path"] == escaped
+    assert call("convert", odd, f"{odd}_hf", "--to", "hf", "--json").json["path"] == f"{escaped}_hf"
+    assert call("convert", odd, f"{odd}_new").status == 0
+    assert call("inspect", f"{odd}_new", "--json").json["metadata"] == {"converted_from": escaped}

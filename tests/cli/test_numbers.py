@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncdcp.cli.commands.cat import _every_line
 from asyncdcp.cli.entries import Entry
 from asyncdcp.cli.moves import Move
-from asyncdcp.cli.numbers import is_number, numbers, stored_dtype
+from asyncdcp.cli.reading import is_number, numbers, stored_dtype
 from asyncdcp.cli.statistics import Statistics
 from asyncdcp.metadata import DTYPE_SIZES
 from asyncdcp.state_dict.structure import DTYPES
@@ -113,3 +118,11 @@ def test_moves_between_dtypes() -> None:
     move = Move(_entry("bfloat16", 2), _entry("float32", 2))
     move.add(np.array([0x3F80, 0x4000], "<u2"), np.array([1, 2.5], "<f4"))
     assert (move.changed, move.greatest) == (1, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1001,), (3000,), (600, 2), (2, 1200), (2, 3, 1001), (1100, 1, 1)])
+def test_every_element_is_printed_as_numpy_would(shape: tuple[int, ...]) -> None:
+    array = np.arange(math.prod(shape)).reshape(shape)
+    texts = "\n".join(_every_line(array)), np.array2string(array, threshold=sys.maxsize)
+    ours, numpys = (re.sub(r"\[\s+", "[", text).split() for text in texts)
+    assert ours == numpys

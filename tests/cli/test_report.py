@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdcp.cli.report.charts import Point, Series, line_chart, rounded, ticks
-from asyncdcp.cli.report.treemap import Rectangle, squarified
+from asyncdcp.cli.report.charts import Point, Rectangle, Series, line_chart, rounded, squarified, ticks
 from asyncdcp.cli.text import number_text
 from asyncdcp.runs import Saved
 from asyncdcp.runs.history import StageTime, stage_times

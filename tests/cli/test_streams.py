@@ -18,6 +18,7 @@ import pytest
 from asyncdcp.cli.main import COMMANDS, main, program
 from asyncdcp.errors import VolatileStorageWarning
 from tests.cli.conftest import Call
+from tests.work import LONG
 
 _PROGRAM = [sys.executable, "-m", "asyncdcp.cli"]
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -57,20 +58,27 @@ def test_a_reader_that_goes_away_ends_it_quietly(run: Path) -> None:
     os.close(reading)
     with start("inspect", run / "step_10", stdout=writing) as child:
         os.close(writing)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=LONG)
     assert (child.returncode, err) == (141, "")
 
 
 def test_a_full_disk_is_a_line(run: Path) -> None:
     with open("/dev/full", "w") as full, start("inspect", run / "step_10", stdout=full) as child:
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=LONG)
     assert (child.returncode, err) == (2, "asyncdcp: No space left on device\n")
+
+
+def test_an_output_that_is_closed(run: Path) -> None:
+    words = [*_PROGRAM, "inspect", str(run / "step_10")]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *words]
+    ran = subprocess.run(closed, env=_ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_a_terminal_without_unicode(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_ENVIRONMENT, "PYTHONIOENCODING", "latin-1")
     with start("inspect", run / "step_10") as child:
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=LONG)
     assert (child.returncode, err) == (0, "") and "\\u2500 embed.weight" in out
 
 
@@ -79,7 +87,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     code = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-from asyncdcp.cli import checkpoints
+from asyncdcp.cli import opening
 from asyncdcp.cli.main import main
 import anyio
 
@@ -87,7 +95,7 @@ async def stuck(*_, **__):
     print("waiting", flush=True)
     await anyio.sleep_forever()
 
-checkpoints.formats.open_checkpoint = stuck
+opening.formats.open_checkpoint = stuck
 sys.exit(main(["inspect", sys.argv[1]]))
 """
     child = subprocess.Popen(
@@ -102,7 +110,7 @@ sys.exit(main(["inspect", sys.argv[1]]))
         try:
             assert child.stdout.readline() == "waiting\n"
             child.send_signal(signal.SIGINT)
-            _, err = child.communicate(timeout=30)
+            _, err = child.communicate(timeout=LONG)
         finally:
             child.kill()
     assert (child.returncode, err) == (130, "\nasyncdcp: interrupted\n")
@@ -115,14 +123,14 @@ def on_terminal(*arguments: object, columns: int, **environment: str) -> str:
     child = subprocess.Popen([*_PROGRAM, *map(str, arguments)], env=env, stdout=follower, stderr=follower)
     os.close(follower)
     out = b""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and select.select([leader], [], [], 30)[0]:
+    deadline = time.monotonic() + LONG
+    while time.monotonic() < deadline and select.select([leader], [], [], LONG)[0]:
         try:
             data = os.read(leader, 65536)
         except OSError:  # the other end is closed
             break
         out += data
-    assert child.wait(30) == 0, out
+    assert child.wait(LONG) == 0, out
     os.close(leader)
     return out.decode()
 

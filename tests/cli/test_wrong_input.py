@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from asyncdcp.storage.posix import OS
 from tests.cli.conftest import Call
 
 _ON_CHECKPOINTS = [("inspect",), ("verify",), ("cat", ...), ("diff", ...)]
@@ -24,6 +28,30 @@ class TestEveryCommand:
     def test_no_such_path(self, call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
         error = call(*_arguments(command, tmp_path / "no" / "where")).error
         assert error == f"there is no {tmp_path}/no/where; what there is of it is {tmp_path}"
+
+    def test_a_link_to_what_is_not_there(self, call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("nowhere")
+        for path in (tmp_path / "link", tmp_path / "link" / "step_1"):
+            error = call(*_arguments(command, path)).error
+            assert error == f"{tmp_path}/link is a link to nowhere, which is not there"
+
+    def test_a_server_of_files_that_does_not_answer(
+        self, call: Call, command: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, stat = tmp_path / "mount", os.stat
+
+        def gone(name: Any, **options: Any) -> os.stat_result:
+            if str(name).startswith(str(path)):
+                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(path))
+            return stat(name, **options)
+
+        monkeypatch.setattr(os, "stat", gone)
+        assert call(*_arguments(command, path)).error == f"Transport endpoint is not connected: {path}"
+
+    def test_below_a_file(self, call: Call, command: tuple[object, ...], tmp_path: Path) -> None:
+        (tmp_path / "it.txt").write_text("x")
+        error = call(*_arguments(command, tmp_path / "it.txt" / "run")).error
+        assert error.endswith(f"what there is of it is {tmp_path}/it.txt")
 
     def test_an_empty_path(self, call: Call, command: tuple[object, ...]) -> None:
         assert "an empty path" in call(*_arguments(command, "")).error
@@ -173,3 +201,24 @@ def test_a_file_in_a_folder_that_is_not_there(call: Call, checkpoint: Path, run:
 def test_a_metric_that_no_save_has(call: Call, run: Path) -> None:
     error = call("history", run, "-m", "nothing-like-it").error
     assert error.startswith("nothing is named nothing-like-it") and "CKPT" not in error
+
+
+def test_an_output_that_cannot_be_written_is_named(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    name = "x" * 250 + ".npy"
+    error = call("cat", checkpoint, "model.embed.weight", "-o", tmp_path / name).error
+    assert error == f"{tmp_path / name} cannot be written: File name too long"
+    error = call("cat", checkpoint, "model.embed.weight", "-o", "/dev/full").error
+    assert error.startswith("/dev/full cannot be written: No space left on device; make room")
+
+
+def test_what_cannot_be_opened_is_not_damaged(call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = OS.open
+
+    def limited(self: OS, path: str, flags: int, /) -> int:
+        if path.endswith(".safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return system(self, path, flags)
+
+    monkeypatch.setattr(OS, "open", limited)
+    error = call("verify", checkpoint).error
+    assert error.startswith(f"cannot open {checkpoint}/") and error.endswith(".safetensors: Permission denied")

@@ -16,7 +16,7 @@ from asyncdcp.memory_limits import Headroom
 from asyncdcp.pipeline.descriptions import Viewer
 from asyncdcp.planning import Structure
 from asyncdcp.planning.division import divide
-from asyncdcp.planning.holdings import holdings_of
+from asyncdcp.planning.held_chunks import holdings_of
 from asyncdcp.storage import MemoryPlace
 from tests.error_cases.cases import case, load, managed, save
 

@@ -12,7 +12,7 @@ import torch
 from anyio import to_thread
 
 from asyncdcp import AESGCM, AsyncCheckpointer, CheckpointManager, KeepLast, MemoryStorage, Options, SyncCheckpointer
-from asyncdcp.interop.dcp.metadata_pickle import load_metadata
+from asyncdcp.interop.dcp.metadata_file import load_metadata
 from asyncdcp.staging import SlabCopier
 from asyncdcp.storage import MemoryPlace
 from tests.error_cases.cases import case, load, managed, save

@@ -114,6 +114,11 @@ def _large_metadata() -> None:
     save({"x": 1}, metadata={"log": "x" * (33 << 20)})
 
 
+@case("save", "no state, but None")
+def _no_state() -> None:
+    save(None)
+
+
 @case("save", "keys= that match nothing")
 def _save_keys() -> None:
     save({"model": 1}, keys=["net.*"])

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
 from tests.programs import Programs
+from tests.work import free_port
 
 _PROGRAM = Path(__file__).parents[2] / "examples" / "train_fsdp.py"
 
 
 def _run(programs: Programs, world_size: int, *arguments: str) -> tuple[list[int], str, str]:
     """Exit codes, and what rank 0 said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
+    port, running = free_port(), []
     for rank in range(world_size):  # what torchrun does
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         environment = {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -51,21 +51,24 @@ def test_killed_in_the_middle_of_a_save_it_resumes_bit_for_bit(programs: Program
     whole = run("--dir", str(tmp_path / "whole"), *_STEPS)
     assert whole.returncode == 0, whole.stderr
 
-    killed = run("--dir", str(tmp_path / "run"), *_STEPS, "--kill-at", "12")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert "bytes written" in killed.stdout
-    assert _is_committed(tmp_path / "run" / "step_6")
-    assert any((tmp_path / "run" / "step_12").iterdir())
-    assert not _is_committed(tmp_path / "run" / "step_12")
+    for attempt in range(4):  # on a busy machine all may be staged when it dies, and then it is committed
+        folder = tmp_path / f"run {attempt}"
+        killed = run("--dir", str(folder), *_STEPS, "--kill-at", "12")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert "bytes written" in killed.stdout
+        assert _is_committed(folder / "step_6")
+        assert any((folder / "step_12").iterdir())
+        if not _is_committed(folder / "step_12"):
+            break
 
-    resumed = run("--dir", str(tmp_path / "run"), *_STEPS)
+    resumed = run("--dir", str(folder), *_STEPS)
     assert resumed.returncode == 0, resumed.stderr
     assert "step 12: its save was cut off" in resumed.stdout
     assert "step 6: resumed" in resumed.stdout
     assert "training was stalled" in resumed.stdout
 
     assert _losses(resumed.stdout) == _losses(whole.stdout)[1:]
-    _assert_same_tensors(tmp_path / "whole" / "step_18", tmp_path / "run" / "step_18")
+    _assert_same_tensors(tmp_path / "whole" / "step_18", folder / "step_18")
 
 
 @pytest.mark.parametrize(

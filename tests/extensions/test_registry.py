@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import warnings
 from functools import partial
@@ -20,7 +21,14 @@ from asyncdcp import (
     ZStandard,
 )
 from asyncdcp.envelope import Seal
-from asyncdcp.errors import AsyncDCPError, ExtensionOrderWarning, InvalidOption, KeyUnavailable, UnsupportedFormat
+from asyncdcp.errors import (
+    AsyncDCPError,
+    CorruptCheckpoint,
+    ExtensionOrderWarning,
+    InvalidOption,
+    KeyUnavailable,
+    UnsupportedFormat,
+)
 from asyncdcp.extensions import Chain, Seals, registry, spec_of
 from asyncdcp.extensions.aesgcm import key_name
 from asyncdcp.testing.extensions import context
@@ -32,6 +40,19 @@ KEY, OTHER = bytes(range(32)), bytes(32)
 def test_built_in_ones_are_known_by_the_names_of_dcp() -> None:
     descriptors = ["stream.zstd/1", "block.planes/1"]
     assert [type(each) for each in ExtensionRegistry().from_descriptor_list(descriptors)] == [ZStandard, BytePlanes]
+
+
+def test_a_key_may_be_asked_for_while_it_is_being_asked_for() -> None:
+    asked: list[str] = []
+
+    def provider(key_id: str) -> bytes:
+        asked.append(key_id)
+        if len(asked) == 1:  # a signal's handler saves, too, on the same thread
+            assert encryption.travel()["key"] == KEY.hex()
+        return KEY
+
+    encryption = AESGCM(provider, key_id="mine")
+    assert encryption.travel()["key"] == KEY.hex()
 
 
 def test_an_unknown_name_says_what_would_provide_it() -> None:
@@ -115,12 +136,17 @@ def test_what_an_extension_does_wrong_names_it() -> None:
 
     class Failing(Xor):
         def encode(self, data: Any, context: Any) -> bytes:
-            raise KeyError("x")
+            raise error
+
+        decode = encode
 
     with pytest.raises(AsyncDCPError, match=r"xor@tests/5a failed at block 2 of .*: it made 0 bytes"):
         Chain([Empty()]).encode(memoryview(b"abc"), context(2))
-    with pytest.raises(AsyncDCPError, match=r"failed at block 2 .*KeyError"):
-        Chain([Failing()]).encode(memoryview(b"abc"), context(2))
+    for error in (KeyError("x"), SystemExit(1), asyncio.CancelledError()):
+        with pytest.raises(AsyncDCPError, match=rf"failed at block 2 .*{type(error).__name__}"):
+            Chain([Failing()]).encode(memoryview(b"abc"), context(2))
+        with pytest.raises(CorruptCheckpoint, match=rf"block 2 cannot be decoded .*{type(error).__name__}"):
+            Chain([Failing()]).decode(memoryview(b"abc"), context(2), 3)
 
 
 def test_what_cannot_travel() -> None:

@@ -13,8 +13,15 @@ from safetensors import safe_open
 
 from asyncdcp.boxes import Box, whole
 from asyncdcp.format.blocks import block_count, checksum, pack_checksums, slice_blocks, unpack_checksums
-from asyncdcp.format.image import FileImage, lay_out
-from asyncdcp.format.safetensors import SAFETENSORS_DTYPES, HeaderEntry, chunk_name, encode_header, entry_bound
+from asyncdcp.format.image import (
+    SAFETENSORS_DTYPES,
+    FileImage,
+    HeaderEntry,
+    chunk_name,
+    encode_header,
+    entry_bound,
+    lay_out,
+)
 from asyncdcp.metadata import DTYPE_SIZES
 from tests.pipeline.forge import steady
 

@@ -21,12 +21,13 @@ from asyncdcp.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
     InvalidOption,
+    StorageError,
     StorageFull,
     UnsupportedFormat,
     UsageError,
 )
 from asyncdcp.interop import convert as module
-from asyncdcp.interop import dcp_target, streaming, torch_target
+from asyncdcp.interop import dcp_target, streaming, torch_file
 from asyncdcp.interop.convert import Changes, Format, convert
 from asyncdcp.storage import LocalStorage
 from tests.interop.conversions import FORMS, everything, write_source
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:
     ("changes", "error", "said"),
     [
         ({"keys": ["nothing"]}, InvalidOption, "match nothing"),
+        ({"keys": ["*", "nothing"]}, InvalidOption, "keys nothing match nothing"),
         ({"rename": {"mode": "x"}}, InvalidOption, "nothing is called 'mode'"),
         ({"rename": {"epoch": "lr"}}, InvalidOption, "'epoch' and 'lr' the same name 'lr'"),
         ({"rename": {"mask": ""}}, InvalidOption, "leaves 'mask' without a name"),
@@ -108,7 +110,7 @@ async def test_a_torch_file_has_its_place_before_it_is_mapped(tmp_path: Path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
-        with pytest.raises(StorageFull, match=r"cannot write .*partial: No space left"):
+        with pytest.raises(StorageFull, match=f"cannot write {tmp_path}/target: No space left"):
             await convert(source, tmp_path / "target", "torch")
     assert os.listdir(tmp_path) == ["source"]
     await convert(source, tmp_path / "target", "torch")
@@ -194,7 +196,7 @@ async def test_a_dcp_one_that_is_cancelled_waits_for_no_read(
 
 
 async def test_a_torch_one_that_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, skeleton = write_source("native", tmp_path / "source"), torch_target._skeleton
+    source, skeleton = write_source("native", tmp_path / "source"), torch_file._skeleton
     loop, ended = asyncio.get_running_loop(), threading.Event()
 
     def late(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -205,7 +207,7 @@ async def test_a_torch_one_that_is_cancelled_leaves_nothing(tmp_path: Path, monk
         finally:
             ended.set()
 
-    monkeypatch.setattr(torch_target, "_skeleton", late)
+    monkeypatch.setattr(torch_file, "_skeleton", late)
     task = asyncio.ensure_future(convert(source, tmp_path / "target", "torch"))
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -244,4 +246,13 @@ async def test_what_is_read_back_otherwise_is_removed(
     monkeypatch.setattr(module, "_compare", changed)
     with pytest.raises(CorruptCheckpoint, match=f"{tmp_path}/target does not hold what was written to it: "):
         await convert(source, tmp_path / "target", to)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("to", ["hf", "torch", "dcp"])
+async def test_what_cannot_be_written_is_named_as_the_user_does(tmp_path: Path, to: Format) -> None:
+    source, target = write_source("native", tmp_path / "source"), tmp_path / ("x" * 245)
+    with pytest.raises(StorageError, match="File name too long") as caught:
+        await convert(source, target, to)
+    assert str(caught.value).count(str(target)) and ".partial" not in f"{caught.value} {caught.value.path}"
     assert os.listdir(tmp_path) == ["source"]

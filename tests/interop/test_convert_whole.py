@@ -17,6 +17,7 @@ from asyncdcp.interop import streaming
 from asyncdcp.interop.convert import Changes, Format, convert
 from asyncdcp.interop.selection import select
 from asyncdcp.storage.local_writer import LocalWriter
+from tests.work import open_descriptors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
@@ -109,8 +110,8 @@ async def test_every_shard_is_closed_where_one_cannot_be_removed(
 
     monkeypatch.setattr(LocalWriter, "write", full)
     monkeypatch.setattr(LocalWriter, "abort", stuck)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(StorageError):
         await convert(place, tmp_path / "target", "hf", Changes(shard_bytes=1))
-    assert len(aborted) > 1 and len(os.listdir("/proc/self/fd")) == before
+    assert len(aborted) > 1 and open_descriptors() == before
     assert os.listdir(tmp_path) == ["source"]

@@ -67,6 +67,15 @@ def test_a_hostile_file_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
+def test_a_file_of_before_torch_1_6_is_told_with_the_way_out(tmp_path: Path) -> None:
+    old = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(2)}, old, _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsupportedFormat, match=r"before torch 1\.6, .* write it anew: torch\.save\(torch\.load\("):
+        load(old)
+    torch.save(torch.load(old, weights_only=True), tmp_path / "new.pt")
+    assert torch.equal(load(tmp_path / "new.pt")["w"], torch.ones(2))
+
+
 def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("not a checkpoint")
     with pytest.raises(CheckpointNotFound):

@@ -7,7 +7,9 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 
 from asyncdcp import CheckpointManager, MemoryStorage, OnPreemption, Options, Telemetry
@@ -142,6 +144,33 @@ def test_a_signal_that_cuts_a_close_short_is_not_held_up_by_what_follows_from_a_
     finally:
         release.set()
         close()
+
+
+class Lost(MemoryPlace):
+    """What is asked of it, once it is ``lost``, never comes."""
+
+    lost = False
+
+    async def survey(self, selects: Any, limit: int) -> Any:
+        if self.lost:
+            await anyio.sleep_forever()
+        return await super().survey(selects, limit)
+
+
+@pytest.mark.parametrize(("lost", "cut"), [("run", "what follows from step 1"), ("far", "the copying to the mirror")])
+def test_what_follows_from_a_save_and_is_cut_off_by_closing_is_told(training: Training, lost: str, cut: str) -> None:
+    places = {"run": Lost("run"), "far": Lost("far")}
+    options = Options(close_deadline=0.05)
+    manager = CheckpointManager(
+        places["run"], process=False, options=options, mirror=places["far"], takeover_seconds=0.0
+    )
+    manager.restore_latest(training.state).result()
+    places[lost].lost = True
+    manager.save(1, training.at(1)).result()
+    if lost == "far":
+        manager._saves._saves[0].over.result(30)
+    with pytest.raises(DeadlineExceeded, match=rf"within 0.05 s \(option close_deadline\): {cut}"):
+        manager.close()
 
 
 def test_what_failed_unseen_is_noted_where_closing_is_late(training: Training) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from asyncdcp import AsyncCheckpointer, CheckpointManager, KeepLast
 from asyncdcp.runs import look
-from asyncdcp.runs.view import SaveView
+from asyncdcp.runs.saves import SaveView
 from asyncdcp.storage import LocalPlace
 from asyncdcp.testing.disk import Image, SimulatedDisk
 from asyncdcp.testing.power import remains

@@ -94,6 +94,19 @@ def test_steps_may_be_far_apart(job: Any) -> None:
     assert found[0] == found[1] == [(200, "save")]
 
 
+def test_what_rank_0_has_decided_is_told_though_it_is_asked_no_more(job: Any) -> None:
+    """Rank 0 is done, or restores, before it has put up the decision for a step that another has yet to come to."""
+    made = job(2, [When(lambda moment: True)])
+    for decider in made.deciders:
+        decider.decide(0)
+    begun = made.engines[0].submit(made.deciders[0]._lock.acquire)
+    begun.result()
+    first = made.deciders[0].decide(100)
+    made.deciders[0].begin_anew()
+    made.engines[0].call(made.deciders[0]._lock.release)
+    assert made.deciders[1].decide(100) == first
+
+
 def paced(made: Job, on_rank_1: Callable[[], None]) -> Callable[[int, int], None]:
     """Two ranks enter each window together, and find it long enough to be told in, however busy the machine is.
     Something happens on rank 1 at step 20.

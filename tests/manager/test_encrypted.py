@@ -15,7 +15,7 @@ from asyncdcp import AESGCM, AsyncCheckpointer, CheckpointManager, EverySteps, E
 from asyncdcp.errors import CheckpointNotFound, KeyUnavailable, UnsupportedFormat
 from asyncdcp.extensions.aesgcm import key_name
 from asyncdcp.runs import collect, list_checkpoints, look, plan_collection, read_history
-from asyncdcp.runs.deletion import delete_checkpoint
+from asyncdcp.runs.collection import delete_checkpoint
 from asyncdcp.runs.history import open_history
 from asyncdcp.runs.settling import abort_save
 from asyncdcp.storage import LocalPlace

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncdcp import KeepLast, Options
-from asyncdcp.errors import UnseenFailure
+from asyncdcp.errors import StorageUnavailable, UnseenFailure
+from asyncdcp.runs.layout import HISTORY
 from asyncdcp.storage import LocalPlace
 from asyncdcp.storage.posix import OS
 from tests.manager.conftest import Opened, Training, save_all
@@ -19,13 +21,13 @@ from tests.manager.conftest import Opened, Training, save_all
 class FailingOS(OS):
     """Calls on paths that end in ``suffix`` fail, once it is set."""
 
-    def __init__(self, operation: str) -> None:
+    def __init__(self, operation: str, number: int = errno.EIO) -> None:
         self.suffix: str | None = None
         real = getattr(self, operation)
 
         def call(path: str, *args: Any) -> Any:
             if self.suffix is not None and path.endswith(self.suffix):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+                raise OSError(number, os.strerror(number), path)
             return real(path, *args)
 
         setattr(self, operation, call)
@@ -67,6 +69,19 @@ def test_retention_that_fails_surfaces_and_loses_nothing(opened: Opened, trainin
     assert manager.steps().result() == [30]
 
 
+def test_a_history_that_cannot_be_written_does_not_keep_retention_from_making_room(
+    opened: Opened, training: Training, run: Path
+) -> None:
+    manager = opened(keep=KeepLast(1))
+    save_all(manager, training, 10)
+    (run / HISTORY).unlink()
+    (run / HISTORY).mkdir()
+    manager.save(20, training.at(20)).result()
+    with pytest.raises(UnseenFailure, match=f"cannot append to .*{HISTORY}"):
+        manager.wait().result()
+    assert manager.steps().result() == [20]
+
+
 def test_on_error_warns_or_calls(opened: Opened, training: Training, run: Path) -> None:
     seen: list[BaseException] = []
     for on_error in ("warn", seen.append):
@@ -99,3 +114,22 @@ def test_an_error_in_the_block_is_not_covered_by_one_at_its_end(opened: Opened, 
         manager.save(20, training.at(20))
         raise ZeroDivisionError
     assert "closing the manager failed" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "number"), [(".safetensors", errno.ETIMEDOUT), (".json", errno.EMFILE), ("step_20", errno.ENOTCONN)]
+)
+def test_what_cannot_be_asked_for_now_is_not_taken_for_damaged(
+    opened: Opened, training: Training, run: Path, suffix: str, number: int
+) -> None:
+    """An older checkpoint in its place would lose progress."""
+    with opened() as manager:
+        save_all(manager, training, 10, 20)
+    system = FailingOS("scan" if suffix == "step_20" else "open", number)
+    with opened(LocalPlace(run, posix=system)) as manager:
+        system.suffix = suffix
+        with pytest.raises(StorageUnavailable, match=re.escape(os.strerror(number))):
+            manager.restore_latest(training.at(0)).result()
+        system.suffix = None
+        restored = manager.restore_latest(training.at(0)).result()
+    assert restored is not None and restored.step == training.step == 20

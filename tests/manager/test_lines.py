@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import itertools
 import logging
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from asyncdcp import KeepLast, Options
-from asyncdcp.errors import CorruptCheckpoint, Fenced
+from asyncdcp.errors import CorruptCheckpoint, Fenced, StorageError, StorageUnavailable, UsageError
+from asyncdcp.storage import LocalPlace, Survey
+from asyncdcp.storage.place import Selects
+from asyncdcp.storage.posix import OS, FileStatus
 from tests.manager.conftest import Opened, Training, save_all
 
 
@@ -113,6 +121,89 @@ def test_a_step_whose_record_is_destroyed_is_saved_anew(opened: Opened, training
     assert training.step == 20
 
 
+def test_a_restore_that_passed_over_damage_lets_the_state_go_without_the_garbage_collector(
+    opened: Opened, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = opened()
+    for step in (1, 2):
+        manager.save(step, {"w": torch.ones(3)}).result()
+    (data,) = (run / "step_2").glob("*.safetensors")
+    data.write_bytes(data.read_bytes()[:-4] + bytes(4))
+    state = {"w": torch.zeros(3)}
+    gone = weakref.ref(state["w"])
+    gc.collect()
+    gc.disable()
+    try:
+        restored = manager.restore_latest(state).result()
+        assert restored is not None and restored.step == 1
+        del state
+        caplog.clear()  # of the record of the damage
+        manager.steps().result()  # what is done is let go of by then
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_limit_on_open_files_is_no_damage(
+    opened: Opened, training: Training, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint is whole: an older one in its place would lose it."""
+    with opened() as manager:
+        save_all(manager, training, 10, 20)
+    manager, system = opened(), OS.open
+    manager.steps().result()
+
+    def limited(self: OS, path: str, flags: int, /) -> int:
+        if "step_20" in path and path.endswith(".safetensors"):
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        return system(self, path, flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OS, "open", limited)
+        with pytest.raises(StorageError, match=r"Too many open files; raise RLIMIT_NOFILE"):
+            manager.restore_latest(training.at(0)).result()
+    restored = manager.restore_latest(training.at(0)).result()
+    assert restored is not None and restored.step == 20
+
+
+@pytest.mark.parametrize("what", ["folder", "Record"])
+def test_what_nobody_lets_us_read_is_no_damage(
+    opened: Opened, training: Training, run: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    with opened() as manager:
+        save_all(manager, training, 10, 20)
+    newest, open_, scan = str(run / "step_20"), OS.open, OS.scan
+
+    def closed(self: OS, path: str, flags: int, /) -> int:
+        if what == "Record" and path.startswith(newest) and path.endswith(".json"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open_(self, path, flags)
+
+    def hidden(self: OS, path: str, /) -> dict[str, FileStatus]:
+        if what == "folder" and path == newest:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(self, path)
+
+    monkeypatch.setattr(OS, "open", closed)
+    monkeypatch.setattr(OS, "scan", hidden)
+    manager = opened(read_only=True)
+    assert manager.steps().result() == [10]
+    with pytest.raises(StorageUnavailable, match=r"step_20.*: Permission denied"):
+        manager.restore_latest(training.at(0)).result()
+    assert training.step == 0
+
+
+def test_what_was_read_is_reported(opened: Opened, training: Training) -> None:
+    """As by a checkpointer's load; of several that were tried, of the one that was loaded."""
+    manager = opened()
+    save_all(manager, training, 10)
+    more = {**training.at(0), "more": torch.ones(1)}
+    verbs = (manager.restore_latest(more, strict=False), manager.restore(10, more, strict=False))
+    for future in (*verbs, manager.load(10, more, strict=False)):
+        future.result()
+        assert future.report.missing == ("more",) and future.report.path.endswith("step_10")
+
+
 def test_nothing_but_damage_is_an_error(opened: Opened, training: Training, run: Path) -> None:
     with opened() as manager:
         save_all(manager, training, 10)
@@ -130,20 +221,19 @@ def test_a_save_that_still_moves_is_waited_for(opened: Opened, training: Trainin
     (record,) = (name for name in names if name.count("-") == 0)
     (data,) = (name for name in names if name.endswith("safetensors"))
     (run / "step_20" / record).unlink()
-    stop = threading.Event()
+    looks = itertools.count(1)
 
-    def move() -> None:
-        for _ in range(6):
-            (run / "step_20" / data).write_bytes(names[data] + os.urandom(1))
-            stop.wait(0.1)
-        (run / "step_20" / data).write_bytes(names[data])
-        (run / "step_20" / record).write_bytes(names[record])
+    class Moving(LocalPlace):
+        async def survey(self, selects: Selects, limit: int) -> Survey:
+            """Since the last look it has grown; and at last it has committed."""
+            look = next(looks)
+            (run / "step_20" / data).write_bytes(names[data] + bytes(look if look < 8 else 0))
+            if look == 8:
+                (run / "step_20" / record).write_bytes(names[record])
+            return await super().survey(selects, limit)
 
-    mover = threading.Thread(target=move)
-    mover.start()
-    manager = opened(takeover_seconds=0.4)
-    mover.join()
-    assert manager.steps().result() == [10, 20]
+    manager = opened(Moving(run), takeover_seconds=0.05)
+    assert manager.steps().result() == [10, 20] and next(looks) > 8
 
 
 def test_a_save_that_does_not_move_is_given_up(opened: Opened, training: Training, run: Path) -> None:
@@ -156,6 +246,21 @@ def test_a_save_that_does_not_move_is_given_up(opened: Opened, training: Trainin
         assert [path.name for path in (run / "step_20").iterdir()] == [record.name]  # an abort, and nothing else
         save_all(manager, training, 20)
         assert manager.steps().result() == [10, 20]
+
+
+def test_nothing_is_saved_while_a_restore_is_under_way(opened: Opened, training: Training) -> None:
+    """It would be off the line as soon as it is durable."""
+    manager = opened()
+    save_all(manager, training, 1, 2)
+    held = threading.Event()
+    manager._engine.call(held.wait, 30)
+    restored = manager.restore(1, training.state)
+    with pytest.raises(UsageError, match="a restore is under way; await it"):
+        manager.save(3, training.state)
+    held.set()
+    restored.result()
+    save_all(manager, training, 3)
+    assert manager.steps().result() == [1, 3]
 
 
 def test_options_reach_the_checkpointer(opened: Opened, training: Training) -> None:

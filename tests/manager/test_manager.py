@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import trio
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from asyncdcp import CheckpointManager, EverySteps, KeepBest, KeepEvery, KeepLast, SyncCheckpointer, ZStandard
+from asyncdcp import CheckpointManager, EverySteps, KeepBest, KeepEvery, KeepLast, SyncCheckpointer, ZStandard, follow
 from asyncdcp.errors import CheckpointExists, CheckpointGone, CheckpointNotFound, Closed, InvalidOption
 from asyncdcp.runs import list_checkpoints, look, read_history
 from asyncdcp.storage import LocalPlace, MemoryPlace
@@ -30,7 +32,9 @@ def test_what_was_saved_is_restored(opened: Opened, training: Training) -> None:
     with opened() as manager:
         manager.restore_latest(training.state).result()
         save_all(manager, training, 10, 20)
-        manager.save(30, training.at(30), metrics={"loss": torch.tensor(0.5)}, metadata={"entropy": 2**127})
+        manager.save(
+            30, training.at(30), metrics={"loss": torch.tensor(0.5, requires_grad=True)}, metadata={"entropy": 2**127}
+        )
     other = Training()
     manager = opened()
     restored = manager.restore_latest(other.state).result()
@@ -112,7 +116,14 @@ def test_steps_only_grow(opened: Opened, training: Training) -> None:
         with pytest.raises(CheckpointExists, match="has step 10 already, and steps only grow"):
             manager.save(step, training.state)
         assert not manager.should_save(step)
-    assert manager.should_save(11)
+    assert manager.should_save(11) and manager.should_save(11)
+    save_all(manager, training, 11)
+    assert not manager.should_save(11)
+
+
+def test_a_first_step_that_is_none_is_refused(opened: Opened) -> None:
+    with pytest.raises(InvalidOption, match="a step is a whole number"):
+        opened(save_when=EverySteps(1)).should_save("1")  # type: ignore[arg-type]  # on purpose
 
 
 def test_a_step_whose_save_failed_can_be_saved_again(opened: Opened, training: Training) -> None:
@@ -172,6 +183,20 @@ def test_checkpoints_of_a_plain_checkpointer_are_taken_over(run: Path, opened: O
     assert manager.steps().result() == [20, 30]
 
 
+def test_made_in_a_trio_program(run: Path, training: Training) -> None:
+    async def main() -> None:
+        async with CheckpointManager(run, process=False, mirror=run.with_name("far")) as manager:
+            await manager.restore_latest(training.state)
+            await manager.save(1, training.at(1))
+            await manager.wait()
+            assert await manager.steps() == [1]
+            assert (await manager.load(1))["progress"] == {"step": 1}
+        async with aclosing(follow(run.with_name("far"))) as published:
+            assert (await anext(published)).step == 1
+
+    trio.run(main)
+
+
 def test_without_opening_the_first_verb_opens(run: Path, training: Training) -> None:
     manager = CheckpointManager(run, process=False)
     manager.save(1, training.at(1))
@@ -190,6 +215,8 @@ def test_without_opening_the_first_verb_opens(run: Path, training: Training) -> 
         ({"save_when": 100}, "save_when takes policies"),
         ({"save_when": [EverySteps]}, "save_when takes policies"),
         ({"takeover_seconds": -1}, "takeover_seconds takes"),
+        ({"takeover_seconds": "5"}, "takeover_seconds takes"),
+        ({"run": "here", "mirror": "./here", "mirror_keep": KeepLast(1)}, "here is the run's own"),
         ({"run": ""}, "target is ''"),
     ],
 )
@@ -207,6 +234,10 @@ def test_wrong_arguments_are_refused(opened: Opened, training: Training, run: Pa
         manager.save(1, training.state, metrics={"tokens": 10**400})
     with pytest.raises(InvalidOption, match=r"metrics\['loss'\] is 'low'; metrics take numbers"):
         manager.save(1, training.state, metrics={"loss": "low"})  # type: ignore[dict-item]  # on purpose
+    with pytest.raises(InvalidOption, match="metrics takes a mapping that JSON can carry"):
+        manager.save(1, training.state, metrics={"loss\udcff": 1.0})
+    with pytest.raises(InvalidOption, match=r"metrics has .* bytes as JSON, and may have"):
+        manager.save(1, training.state, metrics={"x" * (32 << 20): 1.0})
     with pytest.raises(InvalidOption, match="a step is a whole number"):
         manager.save(1.0, training.state)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(InvalidOption, match=r"from 0 up, not .*int64\(7\); int\(\) makes one of it"):

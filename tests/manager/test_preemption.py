@@ -44,6 +44,12 @@ def test_a_signal_makes_the_next_step_the_last(opened: Opened, training: Trainin
         signal.signal(signal.SIGUSR1, previous)
 
 
+def test_one_that_only_reads_leaves_the_signals_alone(opened: Opened) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with opened(read_only=True, save_when=OnPreemption()):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
 async def test_signals_are_given_back_by_an_async_context(run: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with CheckpointManager(run, process=False, save_when=OnPreemption((signal.SIGTERM,))) as manager:

@@ -13,7 +13,15 @@ import torch
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from asyncdcp import CheckpointManager, EverySteps, KeepLast, PerRank
-from asyncdcp.errors import AsyncDCPError, CheckpointNotFound, Fenced, PeerFailed, StateMismatch, UnseenFailure
+from asyncdcp.errors import (
+    AsyncDCPError,
+    CheckpointNotFound,
+    Fenced,
+    InvalidOption,
+    PeerFailed,
+    StateMismatch,
+    UnseenFailure,
+)
 from asyncdcp.manager.deciding import WINDOW
 from asyncdcp.manager.restoring import said
 from asyncdcp.ranks import SoleRank, StoreRanks
@@ -29,11 +37,11 @@ def everywhere(run: Path) -> Iterator[Callable[..., list[Any]]]:
     """Calls a function on every rank, each with a manager of the run, and returns the results, or the errors."""
     with ThreadPoolExecutor(WORLD) as pool:
 
-        def call(function: Callable[[int, CheckpointManager], Any], **options: Any) -> list[Any]:
+        def call(function: Callable[[int, CheckpointManager], Any], deadline: float = 20, **options: Any) -> list[Any]:
             store = HashStore()
 
             def work(rank: int) -> Any:
-                ranks = StoreRanks(PrefixStore("job", store), rank, WORLD, deadline=20)
+                ranks = StoreRanks(PrefixStore("job", store), rank, WORLD, deadline=deadline)
                 options.update(process=False, process_group=ranks, takeover_seconds=0)
                 with CheckpointManager(run, **dict(options)) as manager:
                     return function(rank, manager)
@@ -101,10 +109,71 @@ def test_damage_that_one_rank_meets_makes_all_fall_back(everywhere: Callable[...
     assert everywhere(restore) == [(3, 3.0)] * WORLD
 
 
+@pytest.mark.parametrize("far_too", [False, True])
+def test_damage_that_one_rank_meets_is_mended_from_the_mirror_for_all(
+    everywhere: Callable[..., list[Any]], run: Path, tmp_path: Path, far_too: bool
+) -> None:
+    far = tmp_path / "far"
+    everywhere(save_some, save_when=EverySteps(3), mirror=far)
+    for place in (run, far)[: 1 + far_too]:
+        path = max((place / "step_6").glob("*.safetensors"))
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+
+    def restore(rank: int, manager: CheckpointManager) -> Any:
+        target = state(rank, 0)
+        restored = manager.restore_latest(target).result()
+        assert restored is not None
+        return restored.step, float(target["weight"][0]), target["own"].value["step"], manager._session.standing.step
+
+    step = 3 if far_too else 6
+    assert everywhere(restore, mirror=far) == [(step, float(step), step, step)] * WORLD
+
+
 def test_what_rank_0_cannot_find_no_rank_finds(everywhere: Callable[..., list[Any]]) -> None:
     found = everywhere(lambda rank, manager: manager.restore(5, state(rank, 0)).result())
     assert isinstance(found[0], CheckpointNotFound)
     assert isinstance(found[1], PeerFailed) and "no checkpoint of step 5" in str(found[1])
+
+
+def test_a_step_is_looked_up_by_rank_0_and_loaded_by_all(everywhere: Callable[..., list[Any]]) -> None:
+    """Whatever this rank sees of the storage so far."""
+
+    def load(rank: int, manager: CheckpointManager) -> Any:
+        manager.restore_latest(state(rank, 0)).result()
+        manager.save(1, state(rank, 1)).result()
+        if rank:
+            manager._session.look = None  # type: ignore[assignment,method-assign]  # it is not asked
+        found = manager.load(1, state(rank, 0)).result()
+        with pytest.raises(CheckpointNotFound if rank == 0 else PeerFailed, match="no checkpoint of step 2"):
+            manager.load(2).result()
+        return found["own"].value
+
+    assert everywhere(load) == [{"rank": rank, "step": 1} for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("victim", range(WORLD))
+def test_what_one_rank_refuses_at_the_call_fails_the_others_at_once(
+    everywhere: Callable[..., list[Any]], victim: int
+) -> None:
+    calls: list[tuple[Callable[[CheckpointManager], Any], Callable[[CheckpointManager], Any]]] = [
+        (lambda manager: manager.load(True), lambda manager: manager.load(1)),
+        (lambda manager: manager.restore(None, {}), lambda manager: manager.restore(1, state(1, 0))),  # type: ignore[arg-type]  # on purpose
+        (lambda manager: manager.restore_latest(None), lambda manager: manager.restore_latest(state(0, 0))),
+    ]
+
+    def call(rank: int, manager: CheckpointManager) -> Any:
+        manager.restore_latest(state(rank, 0)).result()
+        manager.save(1, state(rank, 1)).result()
+        for wrong, right in calls:
+            if rank == victim:
+                with pytest.raises(InvalidOption):
+                    wrong(manager)
+            else:
+                with pytest.raises(PeerFailed, match=f"rank {victim} failed: InvalidOption"):
+                    right(manager).result()
+        return manager.restore_latest(state(rank, 0)).result().step  # type: ignore[union-attr]  # step 1 is there
+
+    assert everywhere(call, deadline=60.0) == [1] * WORLD
 
 
 async def test_an_error_that_names_a_path_that_is_not_utf_8_is_told_all_the_same() -> None:
@@ -139,6 +208,40 @@ def test_a_failed_save_comes_up_on_all_ranks_at_one_step(everywhere: Callable[..
 
     first, second = everywhere(train, save_when=lambda moment: moment.step == WINDOW)
     assert first == second and first[0] > 2 * WINDOW and first[1:] == (UnseenFailure, True)
+
+
+def test_what_was_decided_before_a_rollback_does_not_count_after_it(everywhere: Callable[..., list[Any]]) -> None:
+    once = iter([True])
+
+    def train(rank: int, manager: CheckpointManager) -> Any:
+        manager.restore_latest(state(rank, 0)).result()
+        manager.save(1, state(rank, 1)).result()
+        passes = []
+        for _ in range(2):
+            passes.append([step for step in range(2, 6 * WINDOW) if manager.should_save(step)])
+            manager.restore(1, state(rank, 0)).result()
+        return passes
+
+    when = {"save_when": lambda moment: moment.step >= WINDOW and next(once, False)}
+    assert everywhere(train, **when) == [[[2 * WINDOW], []]] * WORLD
+
+
+@pytest.mark.parametrize(("verb", "victim"), [("should_save", 0), ("wait", 1)])
+def test_a_failure_that_names_a_path_that_is_not_utf_8_comes_up_on_all_ranks(
+    everywhere: Callable[..., list[Any]], verb: str, victim: int
+) -> None:
+    def train(rank: int, manager: CheckpointManager) -> Any:
+        manager.restore_latest(state(rank, 0)).result()
+        if rank == victim:
+            manager._saves.collect(OSError("no such file: there/\udcff"))  # as a save's that nobody looked at
+        with pytest.raises(UnseenFailure, match=r"no such file: there"):
+            if verb == "wait":
+                manager.wait().result()
+            for step in range(3 * WINDOW):
+                manager.should_save(step)
+        return "told"
+
+    assert everywhere(train) == ["told"] * WORLD
 
 
 def test_a_newer_job_fences_all_ranks(everywhere: Callable[..., list[Any]], run: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from asyncdcp import EverySteps, KeepLast, Telemetry
-from asyncdcp.errors import InvalidOption
+from asyncdcp import EverySteps, KeepLast, Options, Telemetry
+from asyncdcp.errors import InvalidOption, SaveSkipped
 from asyncdcp.manager import Event
 from asyncdcp.runs import look
 from asyncdcp.storage import LocalPlace
@@ -33,6 +33,24 @@ def test_events_come_in_order_with_their_numbers(opened: Opened, training: Train
     committed = events[2].fields
     assert committed["metrics"] == {"loss": 0.5} and committed["tensor_bytes"] == 128
     assert 0 < committed["staged_seconds"] <= committed["durable_seconds"]
+
+
+def test_a_save_that_is_skipped_has_not_failed(
+    opened: Opened, training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[Event] = []
+    options = Options(when_busy="skip")
+    manager = opened(options=options, telemetry=Telemetry(on_event=events.append))
+    release = threading.Event()
+    manager._checkpointer._engine.call(release.wait, 30)  # the first save is under way until then
+    manager.save(1, training.at(1))
+    with pytest.raises(SaveSkipped):
+        manager.save(2, training.state).result()
+    release.set()
+    manager.close()
+    assert manager._engine._callbacks.join(10)
+    assert [(event.kind, event.step) for event in events if event.kind in ("skipped", "failed")] == [("skipped", 2)]
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
 def test_who_watches_is_called_in_the_context_of_the_save_and_apart_from_the_managers_work(

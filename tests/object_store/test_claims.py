@@ -83,7 +83,7 @@ async def test_what_is_refused_is_not_unknown(make: Make, proxy: Proxy) -> None:
         await storage.claim("r", b"mine")
     assert not isinstance(caught.value, CommitUnknown)
     assert proxy.count("PUT", "403") == 1
-    nowhere = make(via="http://127.0.0.1:1", **HOPELESS)
+    nowhere = make(via="http://127.0.0.1:1", claim=0.6)
     with pytest.raises(StorageError, match="AWS_ENDPOINT_URL") as caught:
         await nowhere.claim("r", b"mine")
     assert not isinstance(caught.value, CommitUnknown)
@@ -98,7 +98,7 @@ async def test_a_cancelled_claim_has_come_to_rest(make: Make, proxy: Proxy) -> N
     claim.cancel()
     with pytest.raises(asyncio.CancelledError):
         await claim
-    assert proxy.count("PUT") == 1  # the second try saw its own
+    assert proxy.count("PUT") >= 1  # the second try saw its own
     assert await storage.get("r", 10) == b"mine"
 
 
@@ -118,3 +118,18 @@ def test_many_processes_over_a_bad_network_have_one_winner(make: Make, lean_endp
             assert await make(place, via=lean_endpoint).get("r", 10) == b"%d" % won.index(True)
 
     asyncio.run(race())
+
+
+async def test_an_end_that_is_cancelled_leaves_what_another_has_made(make: Make, proxy: Proxy) -> None:
+    storage = make(via=proxy.url)
+    writer = await storage.create("a", 0)
+    await make(storage.info.location).put("a", b"theirs")
+    first(proxy, "stall")
+    finishing = asyncio.create_task(writer.finish(4))
+    await proxy.stalled.wait()
+    finishing.cancel()
+    proxy.release.set()  # it is sent again, and loses
+    with pytest.raises(asyncio.CancelledError):
+        await finishing
+    await writer.abort()
+    assert await storage.get("a", 6) == b"theirs"

@@ -12,7 +12,6 @@ import hmac
 import itertools
 import operator
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -32,6 +31,7 @@ from asyncdcp.testing.storage import STORAGE_CHECKS, Check, StorageKit
 from tests.object_store.azure import AzureHandler
 from tests.object_store.conftest import LIMITS, OF_EACH_SERVER
 from tests.object_store.lean import Memory, S3Handler, running
+from tests.work import free_port
 
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -163,10 +163,8 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = shutil.which("azurite-blob")
     if program is None:
         pytest.skip("azurite is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder: Path = tmp_path_factory.mktemp("azurite")
+    port = free_port()
     options = ["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--location", str(folder)]
     command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

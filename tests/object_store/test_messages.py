@@ -8,12 +8,14 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from asyncdcp.errors import InvalidOption, MissingDependency, StorageError
+from asyncdcp.errors import InvalidOption, MissingDependency, StorageError, StorageUnavailable
 from asyncdcp.storage import open_place, open_storage, spec_of
 from asyncdcp.storage.object_store import ObjectStorage
-from asyncdcp.storage.object_store.failures import said
+from asyncdcp.storage.object_store.failures import known, said
+from asyncdcp.storage.object_store.url import parse_url
 from asyncdcp.storage.spec import ObjectStoreSpec, RequestLimits, StorageSpec
-from tests.object_store.conftest import BUCKET, KEYS, Make
+from tests.object_store.conftest import BUCKET, KEYS, Make, client
+from tests.object_store.lean import S3Handler, running
 from tests.object_store.proxy import proxied
 
 SECRET = KEYS["secret_access_key"]
@@ -46,8 +48,83 @@ async def test_a_bucket_that_is_not_there(make: Make) -> None:
 
 
 async def test_a_server_that_is_not_there(make: Make) -> None:
-    with pytest.raises(StorageError, match="error sending request; look at AWS_ENDPOINT_URL"):
+    with pytest.raises(StorageError, match=r"Connection refused \(GET http://127.0.0.1:1, .*\); look at AWS_END"):
         await make(via="http://127.0.0.1:1", retry=0.1).list()
+
+
+class _Refusing(S3Handler):
+    """Answers everything with what it was told."""
+
+    told = (403, "AccessDenied")
+
+    def answer_request(self, body: memoryview) -> None:
+        self.refuse(*self.told)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "RequestTimeTooSkewed", r"access was denied \(403 RequestTimeTooSkewed: .*; set this machine's clock$"),
+        (400, "ExpiredToken", r"access was denied \(400 ExpiredToken: .*; get new ones: .*AWS_ACCESS_KEY_ID"),
+        (403, "InvalidObjectState", r"it is archived \(403 InvalidObjectState: .*; restore it to a class"),
+        (404, "NoSuchKey", "there is no bucket 'checkpoints'; .* AWS_ENDPOINT_URL"),
+    ],
+)
+async def test_codes_say_the_way_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
+) -> None:
+    monkeypatch.setattr(_Refusing, "told", (status, code))
+    with running(_Refusing) as (endpoint, _), pytest.raises(StorageError, match=message) as caught:
+        await make(via=endpoint, retry=0.1).list()
+    assert isinstance(caught.value, StorageUnavailable) == (code != "InvalidObjectState")
+
+
+async def test_what_is_answered_without_a_word_says_what_it_may_be(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A HEAD has no body that could say more."""
+    monkeypatch.setattr(_Refusing, "told", (400, "ExpiredToken"))
+    with running(_Refusing) as (endpoint, _), pytest.raises(StorageUnavailable, match=r"400 .*may have expired, or"):
+        await make(via=endpoint, retry=0.1).open("a")
+
+
+async def test_an_object_that_nobody_can_list_is_named(make: Make, endpoint: str) -> None:
+    """Another program's, such as one that joins paths by adding them."""
+    storage = make()
+    client(endpoint).put_object(Bucket=BUCKET, Key=f"{storage.url.prefix}//x", Body=b"")
+    with pytest.raises(StorageError, match=r"step_1//\S* contained empty path segment; .* rename that one"):
+        await storage.objects_below()
+
+
+def test_a_machine_without_a_role_lacks_credentials() -> None:
+    told = "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1.2s, after 3 retries, "
+    told += "max_retries: 9, retry_timeout: 1s  - HTTP error"
+    error = known("list", parse_url("s3://bucket"), "", OSError(told))
+    assert "no credentials were found" in str(error) and "AWS_ACCESS_KEY_ID" in str(error)
+    assert "(HTTP error (PUT http://169.254.169.254, asked 4 times in 1.2 s))" in str(error)
+
+
+async def test_the_trouble_of_a_store_is_told_at_once(make: Make) -> None:
+    assert await make().trouble() is None
+    told = await make(via="http://user:hidden@127.0.0.1:1").trouble()
+    assert told is not None and "Connection refused (GET http://127.0.0.1:1); look at AWS_ENDPOINT_URL" in told
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["localhost:9000", "127.0.0.1:9000", "http://", "http://h:port", "http://h:99999", "http://[::1", "http://h/x y"],
+)
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+    """obstore panics of it."""
+    with pytest.raises(InvalidOption, match=r"the endpoint of s3:// takes a URL, such as https://host:9000, not"):
+        ObjectStorage("s3://b1x/run", config={"endpoint_url": endpoint})
+
+
+def test_values_with_a_line_break_are_refused_and_not_shown() -> None:
+    """As a secret has that was read from a file."""
+    for key in ("access_key_id", "session_token", "region"):
+        with pytest.raises(InvalidOption, match=f"the {key} of s3:// has a space or a line break") as caught:
+            ObjectStorage("s3://b1x/run", config={key: "hidden\n"})
+        assert "hidden" not in str(caught.value)
+    ObjectStorage("gs://b1x/run", config={"service_account_key": "{\n}\n"})
 
 
 def test_secrets_are_not_shown(make: Make) -> None:
@@ -62,7 +139,13 @@ def test_secrets_are_not_shown(make: Make) -> None:
 
 def test_queries_of_signed_urls_are_not_shown() -> None:
     error = OSError("Error performing GET https://a.example/c/b?sv=1&sig=hidden in 3ms - HTTP error")
-    assert "hidden" not in said(error) and "https://a.example/c/b" in said(error)
+    assert said(error) == "HTTP error (GET https://a.example)"
+
+
+def test_what_a_store_says_is_one_line() -> None:
+    """Azure's words have three."""
+    told = "status code: 403 Forbidden: <Error><Code>Denied</Code><Message>No.\nRequestId:1\nTime:2</Message></Error>"
+    assert said(OSError(told)) == "403 Denied: No. RequestId:1 Time:2"
 
 
 def test_the_environment_is_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +177,13 @@ def test_options_that_no_store_has_are_named(config: dict[str, str]) -> None:
 def test_limits_are_checked(limits: dict[str, float]) -> None:
     with pytest.raises(InvalidOption, match=next(iter(limits))):
         RequestLimits(**limits)
+
+
+async def test_credentials_that_are_not_whole_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    told = r"^s3://b1x/run cannot be reached: Missing SecretAccessKey; credentials come from AWS_ACCESS_KEY_ID and"
+    with pytest.raises(InvalidOption, match=told):
+        await ObjectStorage("s3://b1x/run", config={"access_key_id": "a"}).list()
 
 
 def test_credentials_by_a_callable_do_not_travel() -> None:

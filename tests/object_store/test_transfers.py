@@ -13,14 +13,14 @@ import anyio
 import numpy as np
 import pytest
 
-from asyncdcp.errors import StorageError
+from asyncdcp.errors import StorageError, StorageUnavailable
 from asyncdcp.storage.object_store import ObjectStorage
 from asyncdcp.storage.object_store import writer as writing
 from asyncdcp.storage.object_store.writer import PARTS_AHEAD, PARTS_IN_FLIGHT
 from asyncdcp.unwinding import ungrouped
 from tests.object_store.conftest import BUCKET, Make, client
 from tests.object_store.lean import S3Handler, running
-from tests.object_store.proxy import Proxy, proxied
+from tests.object_store.proxy import Proxy, Request, proxied
 from tests.pipeline.forge import SLAB, writer_of
 
 PART = 256 << 10
@@ -97,6 +97,29 @@ async def test_parts_that_meet_with_faults_are_sent_again(make: Make, proxy: Pro
     await storage.barrier()
     assert not faults
     assert await storage.get("a", len(data)) == data
+
+
+async def test_an_upload_whose_end_nobody_heard_of_is_removed(make: Make, proxy: Proxy) -> None:
+    """The store completes it, and answers nothing from then on until it is aborted."""
+    storage, data = make(via=proxy.url, retry=0.1), shared(os.urandom(PART + 1))
+    lost: list[str] = []
+
+    def choose(request: Request) -> str:
+        if request.method == "POST" and "?uploadId=" in request.target and not lost:
+            lost.append(request.target)
+            return "after reset"
+        return "reset" if lost else ""
+
+    proxy.choose = choose
+    writer = await storage.create("a", len(data))
+    await writer.write(0, data[:PART])
+    await writer.write(PART, data[PART:])
+    with pytest.raises(StorageUnavailable):
+        await writer.finish(len(data))
+    proxy.choose = lambda request: ""
+    assert await storage.list() == {"a": len(data)}
+    await writer.abort()
+    assert await storage.list() == {}
 
 
 @pytest.mark.parametrize("call", ["?uploads", "?uploadId="])
@@ -257,7 +280,7 @@ async def test_an_object_that_is_not_what_was_sent_is_found_before_the_commit(ma
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "truncate", "stall"])
 async def test_a_read_that_breaks_off_is_resumed(make: Make, proxy: Proxy, fault: str) -> None:
-    storage, data = make(via=proxy.url, request=1.0, retry=10.0), os.urandom(1 << 20)
+    storage, data = make(via=proxy.url, request=1.0 if fault == "stall" else 30.0), os.urandom(1 << 20)
     await storage.put("a", data)
     reader = await storage.open("a")
     faults = [fault]

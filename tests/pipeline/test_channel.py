@@ -166,6 +166,24 @@ async def test_closing_wakes_everybody() -> None:
 
 
 @everywhere
+async def test_drop_lets_go_of_what_was_sent() -> None:
+    channel: Channel[int] = Channel(2)
+    await channel.send(0, 2)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(expect_closed, channel)
+        await wait_all_tasks_blocked()
+        channel.drop()
+    assert channel.statistics() == ChannelStatistics(0, 0, 2, 2, 0, 0)
+    with pytest.raises(anyio.EndOfStream):
+        await channel.receive()
+
+
+async def expect_closed(channel: Channel[int]) -> None:
+    with pytest.raises(anyio.ClosedResourceError):
+        await channel.send(1, 1)
+
+
+@everywhere
 async def test_many_of_both_with_cancellations_lose_nothing() -> None:
     channel: Channel[int] = Channel(7)
     sent: list[int] = []

@@ -19,12 +19,12 @@ from asyncdcp.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from asyncdcp.pipeline.formats import open_checkpoint
+from asyncdcp.pipeline.formats import ForeignPlace, open_checkpoint
 from asyncdcp.pipeline.reader import RangeReader
 from asyncdcp.pipeline.union import FileMap
 from asyncdcp.pipeline.windows import ReadRange
 from asyncdcp.storage import LocalStorage, MemoryStorage
-from asyncdcp.storage.foreign import ForeignDirectory, ForeignPlace
+from asyncdcp.storage.local import ForeignDirectory
 from asyncdcp.trace import Trace
 
 Install = Callable[..., None]

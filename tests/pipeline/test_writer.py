@@ -17,9 +17,11 @@ from asyncdcp.pipeline import settle, transform
 from asyncdcp.pipeline.commit import CommitMachine
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.pipeline.settle import Reason
+from asyncdcp.runs.history import stage_times
 from asyncdcp.storage import LocalStorage, MemoryStorage
 from tests.pipeline.forge import OTHER, SAVE, SLAB, Arrays, read_all, save, writer_of
 from tests.pipeline.staged import ARRAYS, Staged, fails, is_waited_for, nothing_is_left, record_in
+from tests.work import LONG, leap
 
 
 async def test_a_save_is_a_checkpoint_and_safetensors() -> None:
@@ -31,7 +33,7 @@ async def test_a_save_is_a_checkpoint_and_safetensors() -> None:
     loaded = await read_all(storage)
     assert all(np.array_equal(loaded[name], ARRAYS[name]) for name in ARRAYS)
     data = storage._objects[data_name(SAVE, 0, 0)]
-    assert len(data) == saved.stored_bytes == run._trace.bytes()["write"]
+    assert len(data) == saved.stored_bytes == stage_times(run._trace.spans)["write"].bytes
     assert {name for name, _ in safetensors.deserialize(data)} == set(ARRAYS)
     assert storage.calls.index("barrier") > storage.calls.index("finish")
     record = record_in(storage)
@@ -195,13 +197,32 @@ async def test_giving_up_while_staging_never_ends() -> None:
     nothing_is_left(storage)
 
 
+async def test_a_commit_waits_no_longer_than_its_deadline_for_what_it_has_replaced_to_go(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    storage = Staged()
+    await save(storage, ARRAYS, save_id=OTHER)
+    run, _ = writer_of(storage, ARRAYS, overwrite=True)
+
+    async def late(_: int) -> None:
+        run._until = anyio.current_time()
+
+    async def stuck(_: int) -> None:
+        await anyio.sleep_forever()
+
+    storage.hooks = {"claimed": late, "delete": stuck}
+    assert (await run.run()).replaced == [OTHER]
+    assert "replaced checkpoints could not be deleted: TimeoutError()" in caplog.text
+
+
 async def test_a_deadline() -> None:
     async def hang(_: int) -> None:
+        leap(LONG)
         await anyio.sleep_forever()
 
     storage = Staged(write=hang)
     with pytest.raises(DeadlineExceeded, match="save_deadline"):
-        await save(storage, ARRAYS, deadline=0.01)
+        await save(storage, ARRAYS, deadline=LONG)
     nothing_is_left(storage)
     record = record_in(storage)
     assert record and str(record.cause).startswith("deadline: ")

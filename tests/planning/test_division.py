@@ -12,7 +12,7 @@ from asyncdcp.boxes import Box, intersect, tiles, whole
 from asyncdcp.errors import ReplicaMismatch
 from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
 from asyncdcp.planning.division import Division, divide, share
-from asyncdcp.planning.holdings import holdings_of
+from asyncdcp.planning.held_chunks import holdings_of
 
 
 def structure(rank: int, shapes: list[tuple[int, ...]], kinds: list[str], world_size: int) -> Structure:

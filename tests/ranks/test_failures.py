@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,35 @@ from typing import Any
 import pytest
 import torch
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage, SoleRank
+from asyncdcp import AESGCM, AsyncCheckpointer, MemoryStorage, Options, SoleRank
 from asyncdcp.checkpointer import agreements
 from asyncdcp.errors import (
     AsyncDCPError,
     Cancelled,
     CheckpointNotFound,
     DeadlineExceeded,
+    InvalidOption,
     PeerFailed,
     SaveSkipped,
     StorageError,
     UnsupportedValue,
     UsageError,
 )
+from asyncdcp.ranks import StoreRanks
 from asyncdcp.storage.port import Buffer
 from tests.ranks.conftest import Job, make_ranks, rows
+from tests.work import let_pass
 
 Jobs = Callable[..., Job]
 WHOLE = torch.arange(40.0).view(8, 5)
+KEY = bytes(range(32))
 
 
 class Shared(MemoryStorage):
     """One place in memory that all ranks see, each through an instance of its own whose operations may be held up.
 
-    ``hold[operation]`` is waited for before the operation, ``errors[operation]`` is raised by it.
+    ``hold[operation]`` is waited for before the operation, ``errors[operation]`` is raised by it. ``reached`` is set by
+    what is held up, ``told`` when the rank's Index is there.
     """
 
     def __init__(self, whole: MemoryStorage | None = None) -> None:
@@ -44,7 +48,7 @@ class Shared(MemoryStorage):
             self._objects, self._unfinished = whole._objects, whole._unfinished
         self.hold: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
-        self.reached = threading.Event()
+        self.reached, self.told = threading.Event(), threading.Event()
 
     async def _pass(self, operation: str) -> None:
         if operation in self.hold:
@@ -63,6 +67,8 @@ class Shared(MemoryStorage):
         if name.endswith(".probe"):
             await self._pass("probe")
         await super().put(name, data)  # type: ignore[arg-type]  # bytes, as the port says
+        if name.endswith(".index.json"):
+            self.told.set()
 
     async def claim(self, name: str, data: bytes) -> bool:
         if "-" not in name and name.endswith(".json"):
@@ -84,6 +90,11 @@ def start(job: Job, where: list[Shared]) -> list[Any]:
     for handle in handles:
         assert not isinstance(handle, BaseException), handle
     return handles
+
+
+def miss_the_deadline(job: Job) -> None:
+    for each in job.checkpointers:
+        let_pass(each._engine, each._options.save_deadline)
 
 
 def outcomes(handles: list[Any]) -> list[Any]:
@@ -161,12 +172,13 @@ def test_one_that_is_cancelled_while_it_is_planned_goes_no_further(job: Jobs, mo
 
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_never_writes_is_named_when_the_deadline_passes(job: Jobs, stuck: int) -> None:
-    three, where = job(3, save_deadline=0.8, settle_seconds=20.0), places(3)
+    three, where = job(3), places(3)
     held = where[stuck].hold["create"] = threading.Event()
     handles = start(three, where)
-    begun = time.monotonic()
+    for rank, place in enumerate(where):
+        assert (place.reached if rank == stuck else place.told).wait(30)
+    miss_the_deadline(three)
     errors = [handle.exception(30) for rank, handle in enumerate(handles) if rank != stuck]
-    assert time.monotonic() - begun < 15
     for error in errors:
         assert isinstance(error, PeerFailed) and error.rank == stuck, error
         assert f"rank {stuck} was waited for in vain: deadline: " in str(error)
@@ -176,20 +188,24 @@ def test_a_rank_that_never_writes_is_named_when_the_deadline_passes(job: Jobs, s
 
 
 def test_a_storage_that_hangs_before_anything_is_agreed_ends_in_time(job: Jobs) -> None:
-    two, where = job(2, deadline=0.2, agreement_deadline=0.2, settle_seconds=0.5), places(2)
+    two, where = job(2, agreement_deadline=0.2), places(2)
+    for each in two.ranks:
+        each.deadline = 0.2  # from here on: making a checkpointer is an agreement, too
     held = where[0].hold["probe"] = threading.Event()
     first, second = start(two, where)
-    assert isinstance(second.exception(10), PeerFailed) and second.exception().rank == 0
-    assert isinstance(first.exception(10), DeadlineExceeded)
+    assert isinstance(second.exception(30), PeerFailed) and second.exception().rank == 0
+    let_pass(two.checkpointers[0]._engine, 2 * Options().settle_seconds)
+    assert isinstance(first.exception(30), DeadlineExceeded)
     held.set()
 
 
 def test_a_zombie_that_wakes_up_late_changes_nothing(job: Jobs) -> None:
     """The committer hangs before its claim; the others give up and the job is started again; then it wakes."""
-    two, where = job(2, save_deadline=0.5, settle_seconds=20.0), places(2)
+    two, where = job(2), places(2)
     held = where[0].hold["claim"] = threading.Event()
     handles = start(two, where)
     assert where[0].reached.wait(30)
+    miss_the_deadline(two)
     error = handles[1].exception(30)
     assert isinstance(error, PeerFailed) and error.rank == 0 and "rank 0 was to commit" in str(error)
     again = [Shared(where[0]), Shared(where[0])]
@@ -224,6 +240,20 @@ def test_ranks_that_save_to_different_places_are_told_so(
     unshared = [MemoryStorage("here"), MemoryStorage("here")]
     errors = job(2).each(lambda each, rank: each.save(unshared[rank], state(rank, 2)).result(30))
     assert all("is not there on this rank" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("extensions", [([AESGCM(KEY)], []), ([], [AESGCM(KEY)]), ([AESGCM(KEY)], [AESGCM(KEY[::-1])])])
+def test_ranks_that_encrypt_in_different_ways_are_told_so(
+    everywhere: Any, tmp_path: Path, extensions: tuple[list[AESGCM], list[AESGCM]]
+) -> None:
+    """Nobody could load what they would commit."""
+
+    def save(ranks: StoreRanks) -> None:
+        with AsyncCheckpointer(process=False, process_group=ranks, extensions=extensions[ranks.rank]) as checkpointer:
+            checkpointer.save(tmp_path / "a", state(ranks.rank, 2)).result(30)
+
+    for error in everywhere(save, make_ranks(2)):
+        assert isinstance(error, InvalidOption) and "all ranks must give the same extensions" in str(error), error
 
 
 def test_a_checkpointer_that_only_one_rank_makes_is_an_error_in_time(everywhere: Any) -> None:

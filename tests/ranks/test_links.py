@@ -21,8 +21,8 @@ from tests.ranks.conftest import Everywhere, make_ranks
 
 @pytest.fixture
 def linked(everywhere: Everywhere) -> Callable[..., list[Links]]:
-    def connect(world_size: int, seconds: float = 30.0) -> list[Links]:
-        until = time.monotonic() + seconds
+    def connect(world_size: int) -> list[Links]:
+        until = time.monotonic() + 30
         found = everywhere(lambda each: anyio.run(lambda: each.connect("it", until=until)), make_ranks(world_size))
         assert all(isinstance(each, Links) for each in found), found
         return found
@@ -53,7 +53,8 @@ def test_whoever_parts_is_noticed_by_all_that_wait_for_it(
 
 
 def test_a_peer_that_does_nothing_is_named_when_time_is_up(linked: Callable[..., list[Links]]) -> None:
-    two = linked(2, 0.2)
+    two = linked(2)
+    two[1]._until = time.monotonic() + 0.2
     with pytest.raises(PeerFailed, match="what rank 0 passes on, or takes, was not done in time") as caught:
         anyio.run(two[1].receive, 0, 1, memoryview(bytearray(64)))
     assert caught.value.rank == 0

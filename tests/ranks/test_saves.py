@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,13 @@ def test_replicas_are_written_once_evenly_and_buffers_by_one(job: Jobs, tmp_path
     assert set(loaded["model"]["6.running_var"].tolist()) == {10.0}
     for number, (name, _) in enumerate(replicated(0)["model"].named_parameters()):
         assert set(loaded["model"][name].flatten().tolist()) == {float(number)}
+
+
+def test_a_path_that_is_not_utf_8(job: Jobs, tmp_path: Path) -> None:
+    two, path = job(2), tmp_path / os.fsdecode(b"caf\xe9")
+    for found in [two.save(path, lambda rank: {"x": PerRank(rank)}), two.load(path, lambda rank: {"x": PerRank(7)})]:
+        assert not any(isinstance(each, Exception) for each in found), found
+    assert [each["x"].value for each in found] == [0, 1]
 
 
 def test_what_is_no_replica_is_refused_before_anything_is_written(job: Jobs, tmp_path: Path) -> None:
@@ -268,6 +276,27 @@ def test_a_refusal_on_one_rank_is_heard_by_all_and_the_next_save_is_sound(job: J
         assert isinstance(refused, UnsupportedValue)
         assert isinstance(heard, PeerFailed) and heard.rank == 0
         assert "'x' is a builtins.object" in str(heard)
+
+
+class Unwilling:
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("not now")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def test_a_state_dict_that_fails_on_one_rank_fails_the_save_of_all_at_once(job: Jobs, tmp_path: Path) -> None:
+    failed, heard = job(2).save(tmp_path / "it", lambda rank: {"x": {} if rank else Unwilling()})
+    assert isinstance(failed, ValueError)
+    assert isinstance(heard, PeerFailed) and heard.rank == 0 and "ValueError: not now" in str(heard)
+
+
+def test_a_state_dict_that_fails_on_one_rank_fails_the_load_of_all_at_once(job: Jobs, tmp_path: Path) -> None:
+    two = job(2)
+    fine(two.save(tmp_path / "it", lambda rank: {"x": {"y": 1}}))
+    failed, heard = two.load(tmp_path / "it", lambda rank: {"x": {"y": 1} if rank else Unwilling()})
+    assert isinstance(failed, ValueError)
+    assert isinstance(heard, PeerFailed) and heard.rank == 0 and "ValueError: not now" in str(heard)
 
 
 def test_a_load_that_fails_on_one_rank_fails_on_all_before_anything_is_taken_over(job: Jobs, tmp_path: Path) -> None:

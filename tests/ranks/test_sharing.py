@@ -141,7 +141,7 @@ def test_nothing_is_left_in_the_store_and_nothing_shared_connects_nobody(
 ) -> None:
     four, where = saved
     assert [future.exception() for future in load(four, where)] == [None] * 4
-    assert four.ranks[0]._store.underlying_store.num_keys() == 0
+    assert four.ranks[0]._keys._store.underlying_store.num_keys() == 0
     monkeypatch.setattr(Links, "connect", None)
     options: dict[str, Any] = {"keys": ["quarter", "own"], "replicas": "broadcast"}
     targets = [{"quarter": state(rank)["quarter"], "own": state(rank)["own"]} for rank in range(4)]

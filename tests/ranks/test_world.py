@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from asyncdcp import AsyncCheckpointer, SoleRank
 from asyncdcp.errors import CheckpointNotFound
 from tests.ranks.meshes import WORLD, cases
+from tests.work import LONG, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,13 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> list[dict[str, str]]:
     """What came of each case on each rank: nothing, or a traceback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "tests.ranks.world", port, str(folder)]
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "tests.ranks.world"]
+    command += [str(free_port()), str(folder)]
     with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as parent:
         try:
-            parent.wait(100)
+            parent.wait(LONG)
         finally:
             parent.kill()  # the ranks are killed with it
     said = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))
@@ -42,7 +40,6 @@ def outcomes(folder: Path) -> list[dict[str, str]]:
     return [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("case", cases())
 def test_case(outcomes: list[dict[str, str]], case: str) -> None:
     failures = [f"rank {rank}:\n{found[case]}" for rank, found in enumerate(outcomes) if case in found]
@@ -60,7 +57,7 @@ def test_what_was_staged_is_committed_though_all_trainers_were_killed(
     outcomes: list[dict[str, str]], folder: Path
 ) -> None:
     """By their background processes, which nobody is left to wait for."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + LONG
     with AsyncCheckpointer(process=False, process_group=SoleRank()) as alone:
         while True:
             try:

@@ -71,14 +71,16 @@ def kill_one(path: Path, before: int, rng: random.Random, figures: Figures) -> i
         victim = rng.choice(("trainer", "worker", "both"))
         with _watched(heard.last["worker"]) as worker:
             _kill(victim, trainer, heard.last["worker"], rng)
+            others: list[int] = []
             if victim == "worker":  # the trainer goes on with another, and dies in its turn
                 _listen_for(heard, listen, rng.random() * 0.1)
-                os.kill(trainer, signal.SIGKILL)
+                others = _kill_parent(trainer)
             os.waitpid(trainer, 0)
             _wait_for_end(worker)
         _listen_for(heard, listen, 0)
-        with _watched(heard.last["worker"]) as last:
-            _wait_for_end(last)
+        for other in others:
+            with _watched(other) as last:
+                _wait_for_end(last)
     finally:
         os.close(listen)
     acknowledged = heard.last["saved"] > before
@@ -101,6 +103,16 @@ def _kill(victim: str, trainer: int, worker: int, rng: random.Random) -> None:
     for pid in order:
         with suppress(ProcessLookupError):  # a worker whose trainer has died before it
             os.kill(pid, signal.SIGKILL)
+
+
+def _kill_parent(pid: int) -> list[int]:
+    """Its children, which it may not have named yet: it is stopped before it is killed, if it has not ended."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    os.kill(pid, signal.SIGKILL)
+    return children
 
 
 @contextmanager

@@ -70,11 +70,11 @@ def held() -> Iterator[Held]:
 WRITTEN_DOWN: Final = {
     "manager/session.py": 1,  # in the history of a run
     "manager/telemetry.py": 1,  # the times of spans
-    "pipeline/causes.py": 1,  # in a Record
+    "pipeline/records.py": 1,  # in a Record
     "pipeline/settle.py": 1,  # in a Record
     "runs/settling.py": 1,  # in a Record
     "runs/writer.py": 1,  # in a term's claim
-    "storage/memory_place.py": 1,  # when an object was changed
+    "storage/memory.py": 1,  # when an object was changed
     "cli/commands/gc.py": 2,  # --older-than, which is of files
     "cli/commands/report.py": 1,  # when the report was made
 }
@@ -164,11 +164,11 @@ async def test_what_an_earlier_writer_left_is_given_up_in_time(tmp_path: Path, h
     then = time.time() - hours * 3600
     os.utime(file, (then, then))
     await place.storage.put(term_name(1), b"{}")
-    begun = time.monotonic()
-    with anyio.fail_after(LONG):
-        settled = await settle_saves(place, 1, quiet=0.3, deadline=LONG)
+    begun, quiet = time.monotonic(), 0.3 if hours < 0 else LONG
+    with anyio.fail_after(2 * LONG):
+        settled = await settle_saves(place, 1, quiet=quiet, deadline=2 * LONG)
     assert len(settled.aborted) == 1
-    assert (time.monotonic() - begun >= 0.3) == (hours < 0)
+    assert (time.monotonic() - begun >= quiet) == (hours < 0)
     assert not await storage.claim(f"{'0' * 20}.json", b"late")
     with AsyncCheckpointer(process=False) as checkpointer, pytest.raises(CheckpointNotFound):
         checkpointer.load(tmp_path / "step_1").result(LONG)

@@ -17,7 +17,7 @@ from asyncdcp.errors import AmbiguousCheckpoint, AsyncDCPError, CheckpointNotFou
 from asyncdcp.names import make_save_id
 from asyncdcp.pipeline.records import choose_commit, read_records
 from asyncdcp.planning import ChunkSpec, Structure, TensorSpec
-from asyncdcp.runs.deletion import delete_checkpoint
+from asyncdcp.runs.collection import delete_checkpoint
 from asyncdcp.storage import LocalStorage, MemoryStorage, Storage
 from asyncdcp.storage.local_place import LocalPlace
 from asyncdcp.testing.disk import Image, SimulatedDisk

@@ -1,4 +1,4 @@
-"""A model that has a bit of everything, and steps of its training."""
+"""A model that has a bit of everything, one whose layers are tied, and steps of training."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def train(model: Any, count: int = 2) -> None:
         optimizer.zero_grad()
         model(torch.randn(4, 6)).square().mean().backward()
         optimizer.step()
+
+
+class TiedHead(nn.Module):
+    """Its two layers have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 2)
+        self.head = nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embedding.weight

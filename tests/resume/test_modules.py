@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdcp import MemoryStorage, SyncCheckpointer
+from asyncdcp import MemoryStorage, SyncCheckpointer, TrainState
 from tests.conftest import Same
-from tests.resume.models import make_model, train
+from tests.resume.models import TiedHead, make_model, train
 
 
 def test_compiled_module_and_its_original_are_the_same_checkpoint(checkpointer: SyncCheckpointer, same: Same) -> None:
@@ -189,16 +189,6 @@ def test_a_loader_in_mid_epoch(checkpointer: SyncCheckpointer, same: Same) -> No
     assert other.state["order"] is kept  # filled in place
 
 
-class TiedHead(nn.Module):
-    """Its two layers have one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(3, 2)
-        self.head = nn.Linear(2, 3, bias=False)
-        self.head.weight = self.embedding.weight
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_assign_leaves_tied_parameters_tied(into, device):
     stored = TiedHead()
@@ -212,3 +202,41 @@ def test_assign_leaves_tied_parameters_tied(into, device):
     if device == "cpu":
         into({"m": model}, {"m": TiedHead()}, assign=True, keys=["m.head.*"])
         assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_fused_optimizer_of_parameters_in_channels_last_goes_on(
+    checkpointer: SyncCheckpointer, same: Same, *, wrapped: bool
+) -> None:
+    """Its kernel reads state and parameter by one stride: of a state that was made contiguous it read the wrong places,
+    and training went on with other numbers, silently.
+    """
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model: Any = nn.Conv2d(3, 4, 2)
+        model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        state: Any = {"m": model, "o": optimizer}
+        return model, optimizer, {"t": TrainState(model, optimizers=optimizer)} if wrapped else state
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        torch.manual_seed(1)
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer, state = made()
+    step(model, optimizer)
+    storage = MemoryStorage()
+    checkpointer.save(storage, state)
+    other, fresh, target = made()
+    checkpointer.load(storage, target)
+    step(model, optimizer)
+    step(other, fresh)
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_what_assign_makes_is_laid_out_as_what_it_replaces(into: Any) -> None:
+    weight = torch.randn(4, 3, 2, 2)
+    target = into({"x": torch.empty_like(weight, memory_format=torch.channels_last)}, {"x": weight}, assign=True)
+    assert torch.equal(target["x"], weight) and target["x"].is_contiguous(memory_format=torch.channels_last)

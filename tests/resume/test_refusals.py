@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from asyncdcp.errors import CorruptCheckpoint, StateMismatch
+from asyncdcp.state_dict.flatten import flatten
 from asyncdcp.train_state import TrainState
 
 
@@ -90,6 +91,19 @@ def test_an_error_of_ours_is_passed_on_with_the_name(into):
         into({"loader": Refusing(error)}, {"loader": Refusing(error)})
     assert caught.value is error
     assert error.__notes__ == ["raised by the load_state_dict of loader"]
+
+
+class Unfinished(Refusing):
+    def state_dict(self) -> dict[str, Any]:
+        raise self._error
+
+
+def test_an_error_of_a_state_dict_is_raised_with_the_name():
+    error = AttributeError("'DataLoader' object has no attribute 'dl_state_dict'")
+    with pytest.raises(AttributeError) as caught:
+        flatten({"data": [1, Unfinished(error)]})
+    assert caught.value is error
+    assert error.__notes__ == ["raised by the state_dict of data.1"]
 
 
 class RefusingExtra(Extra):

@@ -11,8 +11,7 @@ from asyncdcp.envelope import decode_record
 from asyncdcp.metadata import RECORD_LIMIT
 from asyncdcp.names import data_name, record_name
 from asyncdcp.runs import collect, look, plan_collection
-from asyncdcp.runs.collection import total
-from asyncdcp.runs.deletion import delete_checkpoint
+from asyncdcp.runs.collection import delete_checkpoint, total
 from asyncdcp.storage import LocalPlace, Place
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asyncdcp.runs import look
-from asyncdcp.runs.layout import LineStart, Segment
-from asyncdcp.runs.lineage import Line, current_line
+from asyncdcp.runs.layout import Line, LineStart, Segment, current_line
 from asyncdcp.storage import Place
 
 

@@ -83,11 +83,21 @@ async def test_a_second_look_reads_only_what_is_new(place: Place, forge: Any) ->
     assert [*before.checkpoints, *(await look(place)).checkpoints[1:]] == list((await look(place, known)).checkpoints)
 
 
+async def test_a_damaged_record_that_was_replaced_is_read_anew(place: Place, forge: Any) -> None:
+    name = record_name(await forge(place, 1))
+    storage, known = place.child("step_1"), Known()
+    record = await storage.get(name, 1 << 20)
+    for data, state in ((record[:-9], "damaged"), (record, "committed")):
+        await storage.delete([name])
+        await storage.put(name, data)
+        assert [each.state for each in (await look(place, known)).checkpoints] == [state]
+
+
 async def test_a_line_that_cannot_be_read_is_not_guessed(place: Place, forge: Any, claim: Any) -> None:
     await forge(place, 1)
     await claim(place, 1, {})
     await place.storage.put(line_name(2), b"{}")
-    with pytest.raises(CorruptCheckpoint, match=r"line_2\.json"):
+    with pytest.raises(CorruptCheckpoint, match=rf"^{place.storage.info.location}/line_2\.json"):
         await look(place)
 
 

@@ -8,9 +8,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from asyncdcp.errors import InvalidOption, UsageError
-from asyncdcp.staging import sources
-from asyncdcp.staging.eager import EagerBudget, clone_unguarded
-from asyncdcp.staging.guard import Guard, frozen_parameters
+from asyncdcp.staging import stager
+from asyncdcp.staging.guard import EagerBudget, Guard, clone_unguarded, frozen_parameters
 
 
 def stepped(model: nn.Module) -> torch.optim.Optimizer:
@@ -59,6 +58,30 @@ def test_what_has_no_hook_is_refused_by_type() -> None:
         Guard((object(),), lambda: None)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: an optimizer by its class, which holds the one that steps and leaves out ``__init__``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        assert self.optimizer is not None
+        self.optimizer.step()
+
+
+def test_what_a_wrapper_without_hooks_has_inside_is_held_back() -> None:
+    waits: list[int] = []
+    model = nn.Linear(2, 2)
+    wrapper = Wrapper(Wrapper(stepped(model)))
+    with Guard((wrapper,), lambda: waits.append(1)) as guard:
+        wrapper.step()
+        assert model.weight.data_ptr() in {tensor.data_ptr() for tensor in guard.tensors()}
+    wrapper.step()
+    assert waits == [1]
+    with pytest.raises(InvalidOption, match=r"Wrapper: it has no register_step_pre_hook"):
+        Guard((Wrapper(None),), lambda: None)
+
+
 def test_a_guard_knows_parameters_and_states() -> None:
     model = nn.Linear(2, 2)
     optimizer = stepped(model)
@@ -88,17 +111,16 @@ def test_what_is_not_guarded_is_cloned_up_to_the_budget_smallest_first() -> None
     guard.remove()
 
 
-@pytest.mark.parametrize("fails", ["the clone", "the fence"])
+@pytest.mark.parametrize("fails", ["the clone", "the fence", "the versions"])
 def test_a_save_that_is_refused_gives_the_budget_back(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise UsageError("refused")
 
     guard, budget = Guard((stepped(nn.Linear(2, 2)),), lambda: None), EagerBudget(100)
-    monkeypatch.setattr(
-        *{"the clone": (torch.Tensor, "clone", fail), "the fence": (sources, "DeviceFence", fail)}[fails]
-    )
+    owners = {"the clone": (torch.Tensor, "clone"), "the fence": (stager, "DeviceFence")}
+    monkeypatch.setattr(*owners.get(fails, (stager, "versions")), fail)
     with pytest.raises(UsageError):
-        sources.Sources([torch.ones(3)], [guard], [], budget)
+        stager.Sources([torch.ones(3)], [guard], [], budget)
     assert budget.used == 0
     guard.remove()
 
@@ -106,7 +128,7 @@ def test_a_save_that_is_refused_gives_the_budget_back(fails: str, monkeypatch: p
 def test_parameters_without_gradient_are_not_cloned_but_watched() -> None:
     average = nn.Linear(2, 2).requires_grad_(False)
     guard, model = Guard((stepped(nn.Linear(2, 2)),), lambda: None), nn.Linear(2, 2)
-    found = sources.Sources([model.weight, average.weight], [guard], [average], EagerBudget(100))
+    found = stager.Sources([model.weight, average.weight], [guard], [average], EagerBudget(100))
     assert found.tensors[1] is average.weight
     changed = found.witness()
     assert changed() == []

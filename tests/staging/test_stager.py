@@ -14,6 +14,7 @@ from torch import Tensor
 from asyncdcp.errors import Closed, MemoryLimit
 from asyncdcp.pipeline.messages import SlabReady
 from asyncdcp.planning import SavePlan, Slab, plan_save
+from asyncdcp.runs.history import stage_times
 from asyncdcp.staging import Arenas, CheckpointStager, EagerBudget, SlabCopier, Sources, StagingArena
 from asyncdcp.staging.stager import SLABS_A_TRIP
 from asyncdcp.state_dict.flatten import flatten
@@ -51,7 +52,7 @@ async def test_every_slab_is_announced_once_in_order_of_slots(arenas: Arenas) ->
     assert sorted(slab.number for slab in announced) == list(range(len(plan.slabs)))
     assert all(slab.slot == slab.number for slab in announced)
     assert stager.held == set(range(len(plan.slabs)))
-    assert trace.bytes() == {"stage": plan.images[0].size}
+    assert stage_times(trace.spans)["stage"].bytes == plan.images[0].size
     image = torch.cat([arena.slot(number) for number in range(arena.slots)])[: plan.images[0].size]
     assert torch.equal(image[len(plan.images[0].header) :].view(torch.int64), torch.arange(100_000))
     for slot in stager.held:

@@ -193,33 +193,6 @@ def test_expanded_zero_dimensional_and_inference_tensors():
     assert list(flatten(state).tensors) == list(state)
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.device_mesh import init_device_mesh
-
-    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    destroy_process_group()
-
-
-def test_dtensors(mesh):
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-    local = torch.ones(4, 2)
-    sharded = DTensor.from_local(local, mesh, [Shard(0)])
-    replicated = DTensor.from_local(local, mesh, [Replicate()])
-    empty = DTensor.from_local(torch.empty(0, 2), mesh, [Shard(0)])
-    flat = flatten({"s": sharded, "s2": sharded.detach(), "r": replicated, "l": local, "e": empty, "e2": empty})
-    assert list(flat.tensors) == ["s", "r", "l", "e", "e2"]
-    assert flat.tensors["s"] is sharded
-    assert flat.aliases == {"s2": "s"}
-    with pytest.raises(UnsupportedValue, match=r"'g' is a .*DTensor, .*Partial.*redistribute"):
-        flatten({"g": DTensor.from_local(local, mesh, [Partial()])})
-    with pytest.raises(UnsupportedValue, match=r"'m' is a .*DTensor, .*meta"):
-        flatten({"m": DTensor.from_local(local.to("meta"), mesh, [Shard(0)])})
-
-
 # ── refusals, besides those of README's table (tests/error_cases/states.py) ───────────────────────────────────────────
 
 

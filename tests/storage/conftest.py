@@ -17,10 +17,10 @@ def failure(number: int) -> OSError:
 
 @pytest.fixture
 async def no_leaks() -> AsyncIterator[None]:
-    """The test ends with as many open files as it began with."""
-    before = sorted(os.listdir("/proc/self/fd"))
+    """The test leaves no file open. What another one has left to the garbage collector may go meanwhile."""
+    before = set(os.listdir("/proc/self/fd"))
     yield
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from asyncdcp.errors import CommitUnknown, StorageError
 from asyncdcp.storage import LocalPlace, LocalStorage
-from asyncdcp.storage.posix import OS
+from asyncdcp.storage.posix import OS, FileStatus
 from tests.storage.conftest import failure
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -206,3 +206,28 @@ async def test_a_log_that_takes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="append to") as caught:
         await LocalPlace(tmp_path, posix=Nothing()).append("log", b"line")
     assert caught.value.errno == errno.EIO
+
+
+async def test_a_link_to_what_is_not_there_is_named_with_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for storage in (LocalStorage(tmp_path / "link"), LocalStorage(tmp_path / "link" / "x")):
+        for attempt in (storage.put("a", b""), storage.create("a", 0)):
+            with pytest.raises(StorageError, match=f"{tmp_path}/link is a link to nowhere, which is not there; make"):
+                await attempt
+
+
+@pytest.mark.parametrize("call", ["open", "scan"])
+async def test_a_limit_on_open_files_is_told_and_no_damage_of_what_is_there(tmp_path: Path, call: str) -> None:
+    await LocalPlace(tmp_path).child("step_1").put("a.json", b"x")
+
+    class Limited(OS):
+        def open(self, path: str, flags: int, /) -> int:
+            raise failure(errno.EMFILE) if call == "open" else AssertionError
+
+        def scan(self, path: str, /) -> dict[str, FileStatus]:
+            if call == "scan" and path.endswith("step_1"):
+                raise failure(errno.EMFILE)
+            return super().scan(path)
+
+    with pytest.raises(StorageError, match=f"cannot list {tmp_path}: Too many open files; raise RLIMIT_NOFILE"):
+        await LocalPlace(tmp_path, posix=Limited()).survey(lambda child, name: True, 10)

@@ -104,6 +104,8 @@ def test_scan_follows_links_and_passes_over_broken_ones(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     (tmp_path / "alias").symlink_to("file")
     (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "through").symlink_to("file/below")
     (tmp_path / "dir").mkdir()
     found = OS().scan(str(tmp_path))
     assert set(found) == {"file", "alias", "dir"}

@@ -23,6 +23,8 @@ Same = Callable[[Any, Any], bool]
         ({"w": torch.zeros(2, dtype=torch.int32), "n": 0}, "w: dtype int32 in the state, float32 in the checkpoint"),
         ({"w": torch.zeros(2)}, "unexpected (only in the checkpoint): 1"),
         ({"w": torch.zeros(2), "n": 0, "more": 1}, "missing in the checkpoint: 1"),
+        ({"w": torch.zeros(1).expand(2), "n": 0}, "w: some of its elements in the state share memory"),
+        ({"w": torch.zeros(2, device="meta"), "n": 0}, "w: on the meta device: call to_empty()"),
     ],
 )
 def test_a_mismatch_is_told_on_both_sides_before_anything_moves(world: World, into: Any, said: str) -> None:
@@ -32,13 +34,26 @@ def test_a_mismatch_is_told_on_both_sides_before_anything_moves(world: World, in
     error = receiver.recv_checkpoint(0, into).exception(LONG)
     assert isinstance(error, StateMismatch)
     assert said in str(error)
+    assert "receive it without into=" in str(error)
+    assert not any(option in str(error) for option in ("cast=", "strict=", "rename=", "assign=")), "of a load"
     other = send.exception(LONG)
     assert isinstance(other, PeerFailed)
     assert other.rank == 1
     assert said in str(other)
-    assert torch.equal(into["w"], before)
+    assert into["w"].is_meta or torch.equal(into["w"], before)
     assert hub.moved == 4, "an offer and an answer, heads and bodies"
     assert brought([sender, receiver], {"w": torch.ones(2)})["w"].tolist() == [1, 1], "both can go on"
+
+
+def test_a_target_whose_elements_overlap_is_refused(world: World) -> None:
+    """Also where all else is just as at the sender."""
+    _, [sender, receiver] = world()
+    windows = torch.zeros(8).unfold(0, 4, 2)
+    send = sender.send_checkpoint([1], {"w": torch.arange(12.0).view(3, 4)})
+    error = receiver.recv_checkpoint(0, {"w": windows}).exception(LONG)
+    assert isinstance(error, StateMismatch)
+    assert "share memory" in str(error)
+    assert isinstance(send.exception(LONG), PeerFailed)
 
 
 def test_one_that_refuses_does_not_stop_the_others(world: World, same: Same) -> None:
@@ -51,6 +66,17 @@ def test_one_that_refuses_does_not_stop_the_others(world: World, same: Same) -> 
     error = send.exception(LONG)
     assert isinstance(error, PeerFailed)
     assert error.rank == 1
+
+
+def test_one_that_waits_for_another_rank_is_not_overtaken(world: World) -> None:
+    """Rank 2 is free while a send to it still waits for rank 1: a later one to it alone comes later nevertheless."""
+    _, [sender, first, second] = world(3)
+    sends = [sender.send_checkpoint(ranks, {"version": n}) for n, ranks in enumerate(([1], [1, 2], [2]), 1)]
+    waits = second.recv_checkpoint(0)
+    assert [first.recv_checkpoint(0).result(LONG)["version"] for _ in range(2)] == [1, 2]
+    assert [each.result(LONG)["version"] for each in (waits, second.recv_checkpoint(0))] == [2, 3]
+    for send in sends:
+        send.result(LONG)
 
 
 def test_what_cannot_be_sent_is_refused_at_the_call(world: World) -> None:

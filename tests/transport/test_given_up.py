@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncdcp import CheckpointFuture
+from asyncdcp import CheckpointFuture, Progress
 from asyncdcp.errors import AsyncDCPError, Cancelled, PeerFailed
 from asyncdcp.transport import TransportOptions, blocks
 from asyncdcp.transport.blocks import Stager
+from asyncdcp.transport.link import Link, Pending
 from asyncdcp.transport.sender import SendTask
-from tests.transport.conftest import BOTH_WAYS, LONG, STATE, World
+from tests.transport.conftest import BOTH_WAYS, LONG, STATE, World, brought
 
 
 @BOTH_WAYS
@@ -119,10 +121,34 @@ def test_a_sender_without_memory_ends_in_order(
     send.result(LONG)
 
 
+class Held:
+    """A link whose 30th send, in the middle of a stream, waits until it was ``asked`` to end: progress is told by a
+    thread of its own, which may be later than all of the stream.
+    """
+
+    def __init__(self, link: Link, asked: threading.Event) -> None:
+        self._link, self._asked, self._left = link, asked, 30
+        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+        self.may_share = link.may_share
+        self.receive = link.receive
+
+    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._left -= 1
+        if not self._left and self.rank == 0:
+            assert self._asked.wait(LONG)
+        return self._link.send(peer, tag, data)
+
+
 @BOTH_WAYS
 def test_a_send_that_is_cancelled_in_the_stream_ends_in_order(world: World) -> None:
-    _, [sender, receiver] = world()
-    send = sender.send_checkpoint([1], {"w": torch.zeros(300_000)}, on_progress=lambda _: send.cancel())
+    asked = threading.Event()
+    _, [sender, receiver] = world(link=lambda link: Held(link, asked))
+
+    def cancel(_: Progress) -> None:
+        send.cancel()
+        asked.set()
+
+    send = sender.send_checkpoint([1], {"w": torch.zeros(300_000)}, on_progress=cancel)
     target = {"w": torch.ones(300_000)}
     received = receiver.recv_checkpoint(0, target)
     error = received.exception(LONG)
@@ -165,3 +191,46 @@ def test_a_receive_that_is_cancelled_before_its_turn_leaves_the_next_one_its_own
     assert receives[2].result(LONG) == {"n": 2}
     assert "was cancelled" in str(sends[1].exception(LONG))
     sends[2].result(LONG)
+
+
+def test_what_was_cancelled_is_not_kept_until_the_close(world: World) -> None:
+    """A trainer that gives up what is stale may never look at it again."""
+    _, [sender, receiver] = world()
+    for _ in range(5):
+        sender.send_checkpoint([1], {"n": 1}).cancel()
+        receiver.recv_checkpoint(0).exception(LONG)
+    brought([sender, receiver], {"n": 2})
+    last = sender.send_checkpoint([1], {"n": 3})
+    assert sender._outstanding._verbs == [last]
+    last.cancel()
+    receiver.recv_checkpoint(0).exception(LONG)
+
+
+def test_who_handles_a_cancelled_receive_is_left_alone(world: World) -> None:
+    _, [sender, receiver] = world()
+
+    async def main() -> str:
+        future = receiver.recv_checkpoint(0)
+        caught, over = asyncio.Event(), asyncio.Event()
+
+        async def user() -> str:
+            try:
+                await future
+            except Cancelled:
+                caught.set()
+                await over.wait()
+            return "handled"
+
+        task = asyncio.create_task(user())
+        await asyncio.sleep(0)
+        future.cancel()
+        await caught.wait()
+        send = sender.send_checkpoint([1], STATE)
+        await asyncio.to_thread(send.exception, LONG)
+        await asyncio.to_thread(brought, [sender, receiver], {"n": 2})
+        over.set()
+        done, _ = await asyncio.wait([task], timeout=LONG)
+        assert done
+        return await task
+
+    assert asyncio.run(main()) == "handled"

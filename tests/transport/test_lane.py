@@ -1,7 +1,9 @@
-"""A lane that ends while a batch is given to it."""
+"""A lane that ends while a batch is given to it; what its endpoint leaves behind."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,3 +42,16 @@ def test_a_batch_that_comes_as_the_lane_ends_is_not_kept() -> None:
     flow.end = lane._close
     lane.give(batch)
     assert not lane._given
+
+
+async def test_a_long_call_leaves_nothing_that_only_the_garbage_collector_would_find() -> None:
+    end = Endpoint(MemoryHub(2).link(0), 1, 1.0, sender=True)
+    gone = weakref.ref(end)
+    gc.collect()
+    gc.disable()
+    try:
+        await end.call_long(int)
+        del end
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
+from asyncdcp import CheckpointFuture
 from asyncdcp.errors import AsyncDCPError, Cancelled, InvalidOption, PeerFailed, StateMismatch, UnseenFailure
 from asyncdcp.manager import CheckpointManager
-from asyncdcp.ranks import SoleRank, StoreRanks, gather
+from asyncdcp.ranks import SoleRank, StoreRanks, gather, leave
 from asyncdcp.transport import PGTransport, Recovered, recover
 from asyncdcp.transport.recovery import Choice, Told, choose
 from tests.transport.conftest import LONG, World
@@ -82,6 +83,17 @@ def test_a_newer_checkpoint_is_loaded_by_all(world: World, tmp_path: Path) -> No
         assert [float(rank.state["w"][0]) for rank in ranks] == [5.0, 5.0]
 
 
+def test_where_the_newest_checkpoint_is_damaged_the_step_is_that_of_the_other(world: World, tmp_path: Path) -> None:
+    ranks = job(world, [1.0, 2.0])
+    with CheckpointManager(tmp_path / "run", process=False, process_group=SoleRank()) as manager:
+        for step in (5, 7):
+            manager.save(step, {"w": torch.full((9,), float(step))}).result(LONG)
+        [data] = (tmp_path / "run" / "step_7").glob("*.safetensors")
+        data.write_bytes(bytes(data.stat().st_size))
+        assert outcomes(ranks, [3, None], manager) == [Recovered("checkpoint", 5)] * 2
+    assert [float(rank.state["w"][0]) for rank in ranks] == [5.0, 5.0]
+
+
 def test_a_failure_is_everybodys(world: World) -> None:
     ranks = job(world, [1.0, 2.0, 3.0])
     ranks[1].state["more"] = 1
@@ -94,18 +106,31 @@ def test_a_failure_is_everybodys(world: World) -> None:
     assert outcomes(ranks, [3, None, None])[1] == Recovered("live", 3, 0)
 
 
+class Broken:
+    def latest(self) -> Any:
+        raise AsyncDCPError("the disk is gone")
+
+    def restore_latest(self, state: Any) -> Any:
+        raise AssertionError
+
+
 def test_a_manager_that_cannot_look_is_told_to_all(world: World) -> None:
-    class Broken:
-        def latest(self) -> Any:
-            raise AsyncDCPError("the disk is gone")
-
-        def restore_latest(self, state: Any) -> Any:
-            raise AssertionError
-
     found = outcomes(job(world, [1.0, 2.0]), [1, None], Broken())
     assert "the disk is gone" in str(found[0])
     assert isinstance(found[1], PeerFailed)
     assert "the disk is gone" in str(found[1])
+
+
+def test_one_that_fails_long_before_the_others_come_is_heard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They meet first, in a store where others may have been before."""
+    monkeypatch.setitem(leave.__globals__, "_LAST_WORD_SECONDS", 0)
+    store, transports = HashStore(), world(2)[1]
+    futures = []
+    for rank, transport in enumerate(transports):
+        ranks = StoreRanks(store, rank, 2, deadline=LONG / 4, meets=True)
+        futures.append(recover(transport, {"n": rank}, step=rank, ranks=ranks, manager=Broken()))
+        transport.submit(anyio.lowlevel.checkpoint, "what has begun before").result(LONG)
+    assert all("the disk is gone" in str(future.exception(LONG)) for future in futures)
 
 
 def test_wrong_input(world: World) -> None:
@@ -155,6 +180,33 @@ def test_a_failure_that_nobody_looked_at_comes_up_at_close(world: World) -> None
     assert futures[1].wait(LONG)
     with pytest.raises(UnseenFailure, match="recovery"):
         second.transport.close()
+
+
+def test_closing_waits_for_one_and_refuses_it_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    [first, second] = job(world, [1.0, 2.0])
+    closes, wait = threading.Event(), CheckpointFuture.wait
+
+    def wait_for(*args: Any) -> bool:
+        closes.set()
+        return wait(*args)
+
+    monkeypatch.setattr(CheckpointFuture, "wait", wait_for)
+
+    class Late:
+        def latest(self) -> Any:
+            assert closes.wait(LONG)
+            return first.transport.submit(anyio.lowlevel.checkpoint, "nothing is saved")
+
+        def restore_latest(self, state: Any) -> Any:
+            raise AssertionError
+
+    late = Late()
+    futures = [
+        recover(rank.transport, rank.state, step=step, ranks=rank.ranks, manager=late)
+        for rank, step in [(first, None), (second, 3)]
+    ]
+    first.transport.close()
+    assert [future.result(LONG) for future in futures] == [Recovered("live", 3, 1), Recovered("live", 3)]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

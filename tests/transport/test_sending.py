@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
+import pytest
 import torch
+import trio
 from torch import nn
 
 from asyncdcp import Progress
@@ -52,7 +55,37 @@ def test_a_whole_staging_frees_the_state_before_anybody_receives(world: World, s
     send.result(LONG)
 
 
+def test_in_a_trio_program(world: World, same: Same) -> None:
+    async def main() -> None:
+        _, [sender, receiver] = world()
+        state = {"w": torch.randn(1000), "n": 5}
+        send = sender.send_checkpoint([1], state)
+        assert same(await receiver.recv_checkpoint(0), state)
+        await send
+
+    trio.run(main)
+
+
 @BOTH_WAYS
+@pytest.mark.parametrize("place", ["_streams.get", "_engine.submit", "_outstanding.add"])
+def test_a_signals_handler_may_send_in_the_middle_of_a_send(
+    world: World, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    _, (sender, *others) = world(3)
+    owner, name = attrgetter(place.rpartition(".")[0])(sender), place.rpartition(".")[2]
+    function, sends = getattr(owner, name), []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        sends.append(sender.send_checkpoint([1], {"n": 1}))  # on the same thread, as a handler is run
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    sends.append(sender.send_checkpoint([2], {"n": 2}))
+    assert [other.recv_checkpoint(0).result(LONG)["n"] for other in others] == [1, 2]
+    assert [send.result(LONG).ranks for send in sends] == [(1,), (2,)]
+
+
 def test_a_guarded_step_waits_until_the_state_is_sent(world: World, same: Same) -> None:
     _, transports = world()
     parameter = nn.Parameter(torch.ones(50_000))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,15 @@ def way() -> str:
     return "shared"
 
 
-def memfds() -> list[str]:
-    """The memories that this process has descriptors of, or has mapped."""
-    fds = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.exists() or fd.is_symlink()]
+def memfds() -> set[str]:
+    """The memories that this process has descriptors of, or has mapped, but for what only the garbage collector has."""
+    gc.collect()
+    fds = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the folder's own, closed since
+            fds.append(os.readlink(fd))
     mapped = Path("/proc/self/maps").read_text().splitlines()
-    return [each for each in [*fds, *mapped] if "memfd:asyncdcp-" in each]
+    return {each for each in [*fds, *mapped] if "memfd:asyncdcp-" in each}
 
 
 def test_nothing_is_left_of_it(world: World, same: Same) -> None:
@@ -46,7 +52,7 @@ def test_nothing_is_left_of_it(world: World, same: Same) -> None:
     _, transports = world()
     assert same(brought(transports, STATE, empty_like(STATE)), STATE)
     transports[0].close()
-    assert memfds() == before
+    assert memfds() <= before
     for rank in (0, 1):
         hub, [sender, receiver] = world()
 
@@ -61,7 +67,7 @@ def test_nothing_is_left_of_it(world: World, same: Same) -> None:
         del send, received
         sender.close()
         receiver.close()
-    assert memfds() == before
+    assert memfds() <= before
 
 
 def shared(received: CheckpointFuture[Any]) -> bool:
@@ -139,7 +145,7 @@ def test_the_memory_is_kept_between_sends_and_has_another_key_for_each(world: Wo
     sender.close()
     assert taken is first
     sender._pool.give(taken)
-    assert memfds() == before
+    assert memfds() <= before
 
 
 def test_what_fits_the_buffers_goes_by_the_group(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
@@ -59,6 +60,14 @@ def test_holds_nothing_of_the_trainer(opened: Opened) -> None:
     links = {number: os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
     assert [links[number] for number in "012"] == ["/dev/null"] * 3
     assert not [link for link in links.values() if "stray" in link or "pipe" in link or "stderr" in link]
+
+
+def test_a_stray_beyond_the_limit_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = fcntl.fcntl(0, fcntl.F_DUPFD, 900)
+    monkeypatch.setattr(os, "sysconf", lambda _: 500)  # lowered since
+    surroundings.close_strays(number)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
 
 
 def test_priorities(opened: Opened) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
-import subprocess
 import textwrap
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +17,13 @@ import trio
 from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, Progress
 from asyncdcp.errors import (
     AsyncDCPError,
-    Cancelled,
-    CheckpointExists,
     DeadlineExceeded,
-    StorageError,
-    StorageFull,
     ThreadPipelineWarning,
 )
 from asyncdcp.storage.faults import FaultyStorage
 from asyncdcp.storage.spec import Fault
 from tests.programs import Programs
+from tests.work import open_descriptors
 from tests.worker.conftest import LONG, SLAB, Opened, has_ended, state, worker_of
 
 SMALL: dict[str, Any] = {"w": torch.arange(1000), "step": 3}
@@ -118,94 +111,6 @@ def test_saves_are_committed_in_order(opened: Opened, tmp_path: Path) -> None:
         assert torch.all(found["w"] == number)
 
 
-# ── a failed save is not a failed worker ──
-
-
-def test_eio_fails_one_save(opened: Opened, tmp_path: Path) -> None:
-    checkpointer = opened()
-    pid = worker_of(checkpointer).pid
-    for number, operation in enumerate(["open", "pwrite", "fsync", "ftruncate", "link", "fallocate", "mkdir"]):
-        path = tmp_path / str(number)
-        checkpointer.save(path, state(1)).result(LONG)
-        target = path / "deeper" if operation == "mkdir" else path
-        fault = Fault(operation, 1, "errno", errno.EIO)
-        with pytest.raises(StorageError) as caught:
-            checkpointer.save(FaultyStorage(target, [fault]), state(2), overwrite=True).result(LONG)
-        assert caught.value.errno == errno.EIO
-        assert isinstance(caught.value.__cause__, OSError)
-        assert caught.value.__cause__.errno == errno.EIO
-        assert torch.all(checkpointer.load(path).result(LONG)["w"] == 1)
-    assert worker_of(checkpointer).pid == pid
-
-
-@contextmanager
-def tmpfs(path: Path, options: str) -> Iterator[Callable[[str], object]]:
-    """A tmpfs at ``path``; what is yielded mounts it anew with other options."""
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", path], capture_output=True, check=False)
-    if made.returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
-        yield lambda more: subprocess.run(["mount", "-o", f"remount,{more}", path], check=True)
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
-
-
-def test_a_full_filesystem_fails_one_save(opened: Opened, tmp_path: Path) -> None:
-    checkpointer = opened()
-    with tmpfs(tmp_path / "full", f"size={5 * SLAB}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pid = worker_of(checkpointer).pid
-        checkpointer.save(tmp_path / "full" / "1", state(1)).result(LONG)
-        with pytest.raises(StorageFull) as caught:
-            checkpointer.save(tmp_path / "full" / "2", state(2)).result(LONG)
-        assert caught.value.errno == errno.ENOSPC
-        assert torch.all(checkpointer.load(tmp_path / "full" / "1").result(LONG)["w"] == 1)
-        assert not list((tmp_path / "full" / "2").glob("*.safetensors"))
-        checkpointer.save(tmp_path / "elsewhere", state(3)).result(LONG)
-        assert worker_of(checkpointer).pid == pid
-
-
-def test_a_read_only_filesystem_fails_one_save(opened: Opened, tmp_path: Path) -> None:
-    checkpointer = opened()
-    with tmpfs(tmp_path / "ro", "size=64m") as remount, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        remount("ro")
-        with pytest.raises(StorageError) as caught:
-            checkpointer.save(tmp_path / "ro" / "1", state(1)).result(LONG)
-        assert caught.value.errno == errno.EROFS
-        remount("rw")
-        checkpointer.save(tmp_path / "ro" / "1", state(2)).result(LONG)
-
-
-def test_cancelled_while_writing(opened: Opened, tmp_path: Path) -> None:
-    checkpointer = opened(staging_bytes=SLAB)
-    handle = checkpointer.save(tmp_path, state(1, slabs=12))
-    later = checkpointer.save(tmp_path / "later", state(2))
-    handle.cancel()
-    with pytest.raises(Cancelled):
-        handle.result(LONG)
-    later.result(LONG)
-    assert not list(tmp_path.glob("*.safetensors"))
-    with pytest.raises(CheckpointExists):
-        checkpointer.save(tmp_path / "later", SMALL).result(LONG)
-
-
-def test_one_that_waits_can_be_cancelled_while_another_writes(opened: Opened, tmp_path: Path) -> None:
-    checkpointer = opened()
-    storage = FaultyStorage(tmp_path / "slow", [Fault("fsync", 1, "stop")])
-    slow, waiting = checkpointer.save(storage, SMALL), checkpointer.save(tmp_path / "waiting", SMALL)
-    process = worker_of(checkpointer)
-    waiting.staged.result(LONG)
-    waiting.cancel()
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-    os.kill(process.pid, 18)
-    with pytest.raises(Cancelled):
-        waiting.result(LONG)
-    slow.result(LONG)
-    assert not (tmp_path / "waiting").exists()
-
-
 # ── what cannot travel ──
 
 
@@ -263,29 +168,25 @@ def test_exit_without_close_waits_and_leaves_no_process(programs: Programs, tmp_
         assert torch.all(reader.load(tmp_path / "saved").result(LONG)["w"] == 7)
 
 
-def open_descriptors() -> list[str]:
-    gc.collect()
-    return sorted(os.listdir("/proc/self/fd"))
-
-
 @pytest.mark.filterwarnings("ignore::asyncdcp.errors.VolatileStorageWarning")
 def test_many_saves_leak_nothing(opened: Opened, folder: Path) -> None:
     checkpointer = opened()
 
-    def save(count: int) -> tuple[int, int, int, int]:
+    def save(count: int) -> tuple[int, int, int]:
         for _ in range(count):
             checkpointer.save(folder / "same", SMALL, overwrite=True).result(LONG)
         seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
         children = len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-        assert seen.threads < 16  # those of its pools, which come and go
-        return len(open_descriptors()), threading.active_count(), children, seen.descriptors
+        assert seen.threads < 16 and threading.active_count() < threads + 16  # those of pools, which come and go
+        return len(open_descriptors()), children, seen.descriptors
 
+    threads = threading.active_count()
     save(40)
     before, rss = save(10), checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG).rss_bytes
     after = save(150)
-    assert after <= before
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
     seen = checkpointer._engine.submit(worker_of(checkpointer).inspect).result(LONG)
-    assert seen.rss_bytes - rss < 2_000_000
+    assert seen.rss_bytes - rss < 4_000_000  # a pool's thread may have come that was not there before
     assert (seen.arenas, seen.saves) == (1, 0)
 
 

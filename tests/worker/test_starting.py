@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import queue
 import socket
@@ -20,7 +19,9 @@ import asyncdcp
 from asyncdcp import AsyncCheckpointer, Options
 from asyncdcp.errors import Closed, WorkerCrashed
 from asyncdcp.worker import launch
+from asyncdcp.worker.main import SOCKET_FD
 from asyncdcp.worker.process import CheckpointProcess
+from tests.work import open_descriptors
 from tests.worker.conftest import LONG, Opened, state
 
 PROGRAM = """
@@ -116,8 +117,16 @@ def test_one_that_hangs_at_its_start_has_a_deadline(
     assert not is_there(spawned.get(timeout=LONG))
 
 
+@pytest.fixture
+def never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that are started wait until their trainer's socket is closed."""
+    code = f"import socket\nsock = socket.socket(fileno={SOCKET_FD})\nwhile sock.recv(4096): pass"
+    monkeypatch.setattr(launch, "_BOOT", code)
+
+
+@pytest.mark.usefixtures("never_ready")
 def test_one_that_starts_while_its_checkpointer_closes_leaves_nothing(spawned: queue.Queue[int]) -> None:
-    before = descriptors()
+    before = open_descriptors()
     checkpointer = AsyncCheckpointer(process=True)
     prepared = checkpointer.prepare(state(1))
     pid = spawned.get(timeout=LONG)
@@ -126,14 +135,15 @@ def test_one_that_starts_while_its_checkpointer_closes_leaves_nothing(spawned: q
         prepared.result(LONG)
     assert not is_there(pid)
     del checkpointer, prepared
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
+@pytest.mark.usefixtures("never_ready")
 async def test_a_start_that_is_cancelled_again_as_it_cleans_up_leaves_nothing_open(
     monkeypatch: pytest.MonkeyPatch, spawned: queue.Queue[int]
 ) -> None:
     """And the process does not die at once, as in an uninterruptible wait of the kernel."""
-    before = descriptors()
+    before = open_descriptors()
     monkeypatch.setattr(CheckpointProcess, "_send_kill", lambda _: None)
     start = asyncio.create_task(CheckpointProcess.start(Options()))
     pid = await asyncio.to_thread(spawned.get, timeout=LONG)
@@ -143,13 +153,13 @@ async def test_a_start_that_is_cancelled_again_as_it_cleans_up_leaves_nothing_op
     with pytest.raises(asyncio.CancelledError):
         await start
     await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED)  # it finds the socket closed
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 async def test_one_that_cannot_be_watched_leaves_nothing_open(
     monkeypatch: pytest.MonkeyPatch, spawned: queue.Queue[int]
 ) -> None:
-    before = descriptors()
+    before = open_descriptors()
 
     def full(*_: object) -> None:
         raise OSError(28, "no more watches")
@@ -158,14 +168,14 @@ async def test_one_that_cannot_be_watched_leaves_nothing_open(
     with pytest.raises(WorkerCrashed, match="no more watches"):
         await CheckpointProcess.start(Options())
     await asyncio.to_thread(os.waitid, os.P_PID, spawned.get(), os.WEXITED)
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("call", ["socketpair", "pidfd_open"])
 def test_one_that_no_descriptor_is_left_for_is_no_process(
     monkeypatch: pytest.MonkeyPatch, spawned: queue.Queue[int], call: str
 ) -> None:
-    before, pidfd_open = descriptors(), os.pidfd_open
+    before, pidfd_open = open_descriptors(), os.pidfd_open
 
     def full(pid: int = 0) -> int:
         if pid == os.getpid():
@@ -176,9 +186,4 @@ def test_one_that_no_descriptor_is_left_for_is_no_process(
     with pytest.raises(WorkerCrashed, match=r"could not be started: .*Too many open files; .*\(ulimit -n\)"):
         launch.launch()
     assert [is_there(pid) for pid in spawned.queue] == ([False] if call == "pidfd_open" else [])
-    assert descriptors() == before
-
-
-def descriptors() -> list[str]:
-    gc.collect()
-    return sorted(os.listdir("/proc/self/fd"))
+    assert open_descriptors() == before

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from asyncdcp import AsyncCheckpointer
+from asyncdcp.envelope import encode_record
 from asyncdcp.errors import CheckpointNotFound
+from asyncdcp.metadata import Record
 from asyncdcp.names import record_save_id
 from tests.worker.conftest import LONG, Trainers, has_ended, state
 
@@ -101,6 +104,21 @@ def test_at_every_call_that_the_worker_makes(
         if said.get("committed"):
             break
     assert point > 20
+
+
+def test_who_waits_for_a_peer_of_a_killed_job_holds_no_copy_of_the_state(
+    trainers: Trainers, closing: Closing, folder: Path
+) -> None:
+    worker = closing(trainers.begin(path=str(folder), number=1, peer=True, kill_when_staged=True))
+    assert trainers.go()["signal"] == signal.SIGKILL
+    maps = Path(f"/proc/{trainers.worker}/maps")
+    until = time.monotonic() + LONG
+    while not (index := list(folder.glob("*-0.index.json"))) or "asyncdcp-arena" in maps.read_text():
+        assert time.monotonic() < until
+    assert not has_ended(worker, 0), "its part is written, and another one's may still come"
+    abort = Record(index[0].name[:20], "abort", time.time(), 2, {}, cause="the run was opened again")
+    (folder / f"{abort.save_id}.json").write_bytes(encode_record(abort))
+    assert has_ended(worker)
 
 
 def test_a_forked_child_that_holds_the_socket_does_not_hold_the_worker(

@@ -29,12 +29,12 @@ from asyncdcp.storage.spec import Fault
 from asyncdcp.worker import session
 from asyncdcp.worker.fence import settle_without_worker
 from asyncdcp.worker.protocol import Leave
+from tests.work import let_pass
 from tests.worker.conftest import LONG, Opened, has_ended, state, worker_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdcp.errors.VolatileStorageWarning")
 
 Closing = Callable[[int], int]
-SECOND = 1.0
 
 
 def loaded(checkpointer: AsyncCheckpointer, path: Path) -> int:
@@ -83,7 +83,7 @@ def test_killed_at_every_call_that_it_makes(opened: Opened, closing: Closing, fo
         storage = FaultyStorage(path, [Fault("any", point, "kill")])
         handle = checkpointer.save(storage, state(point, slabs=2), overwrite=True)
         wait_for_either(worker, handle)
-        error = handle.exception(SECOND)
+        error = handle.exception(LONG)
         if error is not None:
             check_crash(error, handle)
         assert loaded(checkpointer, path) == (point if error is None else 0)
@@ -136,7 +136,7 @@ def test_every_save_of_a_dead_worker_fails_and_leaves_no_files(opened: Opened, f
     handles[1].staged.result(LONG)
     os.kill(worker_of(checkpointer).pid, signal.SIGKILL)
     for handle in handles:
-        check_crash(handle.exception(SECOND), handle)
+        check_crash(handle.exception(LONG), handle)
     assert not (folder / "second").exists()
     assert all(name.endswith(".json") and "index" not in name for name in os.listdir(folder / "first"))
     checkpointer.save(folder / "third", state(3)).result(LONG)
@@ -155,16 +155,19 @@ def test_killed_before_the_state_is_staged(opened: Opened, folder: Path) -> None
 # ── SIGSTOP ──
 
 
-def impatient(opened: Opened) -> AsyncCheckpointer:
-    """Its first save comes to where it is to be stopped within its deadline, on a busy machine too."""
-    checkpointer = opened(save_deadline=1, settle_seconds=2)
-    checkpointer.prepare(state(0)).result(LONG)
-    return checkpointer
+def stopped(checkpointer: AsyncCheckpointer) -> None:
+    """Returns when the worker is stopped in the middle of its save, and the save's deadline has passed."""
+    process, options = worker_of(checkpointer), checkpointer._options
+    assert os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    let_pass(checkpointer._engine, options.save_deadline + session.PATIENCE * options.settle_seconds)
 
 
-def be_patient(checkpointer: AsyncCheckpointer) -> None:
-    """Only what is stopped is to miss its deadline: on a busy machine a new worker's first save takes long, too."""
-    object.__setattr__(checkpointer._options, "save_deadline", LONG)
+def unkillable(checkpointer: AsyncCheckpointer) -> Callable[[], None]:
+    """SIGKILL does nothing to the worker, and its trainer does not wait long for it to die. Returns the real kill."""
+    process, seconds = worker_of(checkpointer), session.KILL_PATIENCE * checkpointer._options.settle_seconds
+    kill = process._send_kill
+    process._send_kill = lambda: let_pass(checkpointer._engine, seconds)  # type: ignore[method-assign]
+    return kill
 
 
 def outcomes(storage: FaultyStorage, checkpointer: AsyncCheckpointer) -> list[str]:
@@ -181,15 +184,15 @@ STOPPED_AT = [("link", 1), ("pwrite", 2), ("fsync", 1), ("mkdir", 1)]
 def test_stopped_through_its_deadline_it_is_killed(
     opened: Opened, closing: Closing, folder: Path, operation: str, number: int
 ) -> None:
-    checkpointer = impatient(opened)
+    checkpointer = opened()
     worker = closing(pidfd_of(checkpointer))
     storage = FaultyStorage(folder / "stopped", [Fault(operation, number, "stop")])
     handle = checkpointer.save(storage, state(1))
+    stopped(checkpointer)
     with pytest.raises(DeadlineExceeded, match="save_deadline"):
         handle.result(LONG)
     assert has_ended(worker, 0)
     assert "commit" not in outcomes(storage, checkpointer)
-    be_patient(checkpointer)
     checkpointer.save(folder / "next", small(2)).result(LONG)
     assert loaded(checkpointer, folder / "next") == 2
 
@@ -199,19 +202,18 @@ def test_stopped_unkillable_and_woken_later_it_neither_publishes_nor_writes_what
     opened: Opened, closing: Closing, folder: Path, operation: str, number: int
 ) -> None:
     """As a worker in an uninterruptible wait of the kernel: SIGKILL does nothing to it until it wakes."""
-    checkpointer = impatient(opened)
+    checkpointer = opened()
     process = worker_of(checkpointer)
-    worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
-    process._send_kill = lambda: None  # type: ignore[method-assign]
+    worker, kill = closing(os.pidfd_open(process.pid)), unkillable(checkpointer)
     storage = FaultyStorage(folder / "stopped", [Fault(operation, number, "stop")])
     handle = checkpointer.save(storage, state(1))
+    stopped(checkpointer)
     with pytest.raises(DeadlineExceeded, match="save_deadline"):
         handle.result(LONG)
     assert not has_ended(worker, 0)
     assert outcomes(storage, checkpointer) == ["abort"]
 
     arena = process._arenas.copy()
-    be_patient(checkpointer)
     checkpointer.save(folder / "next", small(2)).result(LONG)
     assert worker_of(checkpointer) is not process
     assert not set(arena) & set(worker_of(checkpointer)._arenas), "the memory of a lost worker is in use again"
@@ -231,10 +233,9 @@ def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
     opened: Opened, closing: Closing, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says what it has to say, and dies, while the trainer settles its save."""
-    checkpointer = impatient(opened)
+    checkpointer = opened()
     process = worker_of(checkpointer)
-    worker, kill = closing(os.pidfd_open(process.pid)), process._send_kill
-    process._send_kill = lambda: None  # type: ignore[method-assign]
+    worker, kill = closing(os.pidfd_open(process.pid)), unkillable(checkpointer)
 
     async def settle(*args: Any, **kwargs: Any) -> Any:
         os.kill(process.pid, signal.SIGCONT)
@@ -244,26 +245,24 @@ def test_a_fenced_worker_that_wakes_in_the_middle_of_it_disturbs_nobody(
 
     monkeypatch.setattr(session, "settle_without_worker", settle)
     handle = checkpointer.save(FaultyStorage(folder / "stopped", [Fault("pwrite", 2, "stop")]), state(1))
+    stopped(checkpointer)
     with pytest.raises(DeadlineExceeded):
         handle.result(LONG)
     assert has_ended(worker)
-    be_patient(checkpointer)
     checkpointer.save(folder / "next", small(2)).result(LONG)
     assert loaded(checkpointer, folder / "next") == 2
 
 
 def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(opened: Opened, folder: Path) -> None:
-    checkpointer = opened(save_deadline=2, settle_seconds=2)
-    checkpointer.prepare(state(0)).result(LONG)
-    process = worker_of(checkpointer)
-    kill = process._send_kill
-    process._send_kill = lambda: None  # type: ignore[method-assign]
-    small = {"w": torch.arange(9)}
+    checkpointer, small = opened(), {"w": torch.arange(9)}
+    checkpointer.prepare(state(0)).result(LONG)  # a slot for each
+    process, kill = worker_of(checkpointer), unkillable(checkpointer)
     handles = [checkpointer.save(FaultyStorage(folder / "0", [Fault("pwrite", 1, "stop")]), small)]
     handles += [checkpointer.save(folder / str(number), small) for number in (1, 2)]
+    stopped(checkpointer)
     assert isinstance(handles[0].exception(LONG), DeadlineExceeded)
     for handle in handles[1:]:
-        assert isinstance(handle.exception(2 * SECOND), WorkerCrashed)
+        assert isinstance(handle.exception(LONG), WorkerCrashed)
     checkpointer.save(folder / "next", small).result(LONG)
     process._send_kill = kill  # type: ignore[method-assign]
     checkpointer._engine.call(process.kill)
@@ -271,20 +270,21 @@ def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(
 
 def test_nobody_can_tell_is_said_so(opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker does not die, and the storage does not take the abort: whether it will be committed is unknown."""
-    checkpointer = impatient(opened)
-    process = worker_of(checkpointer)
-    kill = process._send_kill
-    process._send_kill = lambda: None  # type: ignore[method-assign]
+    checkpointer = opened()
+    process, kill = worker_of(checkpointer), unkillable(checkpointer)
     storage = FaultyStorage(folder, [Fault("pwrite", 1, "stop")])
 
     async def broken(*_: object) -> bool:
         raise StorageError("the storage is gone", errno=5)
 
     monkeypatch.setattr(storage, "claim", broken)
+    handle = checkpointer.save(storage, state(1))
+    stopped(checkpointer)
     with pytest.raises(CommitUnknown) as caught:
-        checkpointer.save(storage, state(1)).result(LONG)
+        handle.result(LONG)
     assert isinstance(caught.value.__cause__, DeadlineExceeded)
     process._send_kill = kill  # type: ignore[method-assign]
+    checkpointer._engine.call(process.kill)
 
 
 def test_a_dead_workers_save_is_known_even_if_the_storage_takes_no_abort(

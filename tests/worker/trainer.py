@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from asyncdcp import AsyncCheckpointer, Options
+from asyncdcp import AsyncCheckpointer, Options, SoleRank
+from asyncdcp.ranks import Decide
 from asyncdcp.staging import SlabCopier
 from asyncdcp.storage import Storage, open_storage
 from asyncdcp.storage.faults import FaultyStorage
@@ -36,12 +37,22 @@ def say(**message: Any) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
+class Deserted(SoleRank):
+    """Rank 0 of two, of which the other agrees to everything."""
+
+    world_size = 2
+
+    async def decide(self, topic: str, told: bytes, decide: Decide, *, deadline: float | None = None) -> bytes:
+        return decide([told, told])
+
+
 def train(order: dict[str, Any]) -> None:
     """Saves state ``order["number"]``; ``kill_at_slab`` ends the trainer by SIGKILL before that slab is copied, and
     ``kill_when_staged`` at once when the state is staged. ``c_fork`` leaves a child that holds all descriptors;
-    ``hold`` stops the worker until the state is staged.
+    ``hold`` stops the worker until the state is staged. ``peer`` is for one more rank, which never writes its part.
     """
-    checkpointer = AsyncCheckpointer(Options(**order.get("options", {})), process=True)
+    ranks = Deserted() if order.get("peer") else None
+    checkpointer = AsyncCheckpointer(Options(**order.get("options", {})), process=True, process_group=ranks)
     pipeline = checkpointer._lanes.pipeline
     assert isinstance(pipeline, ProcessPipeline)
     worker = checkpointer._engine.submit(pipeline.acquire).result(150).pid

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from asyncdcp.cli.checkpoints import complete_entry, opened
-from asyncdcp.cli.entries import Entry, entries_of, no_such_name
-from asyncdcp.cli.files import written_whole
-from asyncdcp.cli.plain import plain_text
+from asyncdcp.cli.entries import Entry, entries_of, no_such_name, plain_text
+from asyncdcp.cli.opening import complete_entry, opened
+from asyncdcp.cli.output import ReaderGone, say, say_json, written_whole
 from asyncdcp.cli.targets import PLACE, run
-from asyncdcp.cli.text import ReaderGone, say, say_json, shown
+from asyncdcp.cli.text import shown
 from asyncdcp.pipeline.formats import ReadableCheckpoint
 
 if TYPE_CHECKING:
-    from asyncdcp.cli.numbers import Array
+    from asyncdcp.cli.reading import Array
 
 _TEXT_LIMIT = 1 << 20
 """So many characters of a plain value are printed."""
+_PART = 1000
+"""A tensor of more elements is abridged; with --all it is printed so many at a time."""
 
 
 @click.command()
@@ -62,7 +64,8 @@ async def _cat(checkpoint: str, name: str, output: str | None, *, everything: bo
     elif as_json:
         say_json(_nested(array))
     else:
-        say(_text(entry, array, everything=everything))
+        for line in _text(entry, array, everything=everything):
+            say(line)
 
 
 def _value(entry: Entry, output: str | None, *, as_json: bool) -> None:
@@ -77,9 +80,8 @@ def _value(entry: Entry, output: str | None, *, as_json: bool) -> None:
 async def _read(reader: ReadableCheckpoint, entry: Entry) -> Array:
     """The whole tensor, in numpy's terms."""
     from asyncdcp.boxes import whole
-    from asyncdcp.cli.numbers import numbers
-    from asyncdcp.cli.progress import shown_progress
-    from asyncdcp.cli.reading import Piece, read_pieces
+    from asyncdcp.cli.output import shown_progress
+    from asyncdcp.cli.reading import Piece, numbers, read_pieces
 
     with shown_progress("reading", entry.size) as trace:
         (stored,) = await read_pieces(reader, [Piece(entry.stored_name, whole(entry.shape))], trace)
@@ -87,7 +89,7 @@ async def _read(reader: ReadableCheckpoint, entry: Entry) -> Array:
 
 
 def _note(entry: Entry) -> str:
-    from asyncdcp.cli.numbers import is_number, is_widened
+    from asyncdcp.cli.reading import is_number, is_widened
 
     if is_widened(entry.dtype):
         return f", widened from {entry.dtype}"
@@ -95,11 +97,34 @@ def _note(entry: Entry) -> str:
 
 
 def _text(entry: Entry, array: Array, *, everything: bool) -> Iterator[str]:
+    yield f"{shown(entry.name)}  {entry.dtype} {list(entry.shape)}"
+    if everything and array.size > _PART:
+        yield from _every_line(array)
+    else:
+        yield _part_text(array)
+
+
+def _part_text(array: Array) -> str:
     import numpy as np
 
-    yield f"{shown(entry.name)}  {entry.dtype} {list(entry.shape)}"
-    threshold = sys.maxsize if everything else 1000
-    yield np.array2string(array, threshold=threshold, max_line_width=100, separator=" ")
+    return np.array2string(array, threshold=_PART, max_line_width=100, separator=" ")
+
+
+def _every_line(array: Array) -> Iterator[str]:
+    """As numpy prints it, part by part: for all of it, numpy's time grows with the square of the length."""
+    row = array.size // len(array)
+    if row > _PART:
+        parts: Iterable[Iterable[str]] = map(_every_line, array)
+    else:
+        step = _PART // row
+        texts = (_part_text(array[n : n + step])[1:-1] for n in range(0, len(array), step))
+        parts = ([line.removeprefix(" ") for line in text.split("\n") if line] for text in texts)
+    before = None
+    for line in chain.from_iterable(parts):
+        if before is not None:
+            yield before
+        before = f"{'[' if before is None else ' '}{line}"
+    yield f"{before}]"
 
 
 def _nested(array: Array) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from asyncdcp.cli.text import say
+from asyncdcp.cli.output import say
 
 
 @click.command()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import to_builtins
 
-from asyncdcp.cli.checkpoints import hint
+from asyncdcp.cli.opening import hint
+from asyncdcp.cli.output import say, say_json
 from asyncdcp.cli.targets import AS_JSON, PLACE, open_storage_at, run
-from asyncdcp.cli.text import count_text, good, say, say_json, shown, size_text
+from asyncdcp.cli.text import count_text, good, shown, size_text
 from asyncdcp.errors import CheckpointExists, CheckpointNotFound
 
 if TYPE_CHECKING:

@@ -8,24 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asyncdcp.cli.checkpoints import complete_entry, opened
-from asyncdcp.cli.entries import Entry, chosen, entries_of
-from asyncdcp.cli.errors import DIFFERENT
-from asyncdcp.cli.plain import plain_text
+from asyncdcp.cli.entries import Entry, chosen, entries_of, plain_text
+from asyncdcp.cli.opening import complete_entry, opened
+from asyncdcp.cli.output import DIFFERENT, say, say_json
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
-from asyncdcp.cli.text import (
-    Column,
-    bad,
-    count_text,
-    dim,
-    good,
-    say,
-    say_json,
-    shown,
-    size_text,
-    table,
-    warned,
-)
+from asyncdcp.cli.text import Column, bad, count_text, dim, good, shown, size_text, table, warned
 
 if TYPE_CHECKING:
     from asyncdcp.cli.moves import Move

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import click
 from msgspec import to_builtins
 
-from asyncdcp.cli.errors import TROUBLE, describe
-from asyncdcp.cli.runfolder import open_run
+from asyncdcp.cli.opening import open_run
+from asyncdcp.cli.output import TROUBLE, say, say_json
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
-from asyncdcp.cli.text import Column, count_text, dim, say, say_json, shown, size_text, table
+from asyncdcp.cli.text import Column, count_text, describe, dim, shown, size_text, table
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.runs import Leftover, collect, plan_collection
 from asyncdcp.storage import Place

@@ -10,7 +10,8 @@ import click
 from msgspec import to_builtins
 
 from asyncdcp.cli.entries import no_such_name
-from asyncdcp.cli.runfolder import open_run
+from asyncdcp.cli.opening import open_run
+from asyncdcp.cli.output import say, say_json
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
@@ -18,8 +19,6 @@ from asyncdcp.cli.text import (
     dim,
     iso_text,
     number_text,
-    say,
-    say_json,
     seconds_text,
     shown,
     size_text,

@@ -8,25 +8,11 @@ from typing import Any
 
 import click
 
-from asyncdcp.cli.checkpoints import complete_entry, damage_of, opened, record_of
-from asyncdcp.cli.entries import Entry, chosen, entries_of
-from asyncdcp.cli.errors import DIFFERENT
-from asyncdcp.cli.plain import plain_text
+from asyncdcp.cli.entries import Entry, chosen, entries_of, plain_text
+from asyncdcp.cli.opening import complete_entry, damage_of, opened, record_of
+from asyncdcp.cli.output import DIFFERENT, say, say_json
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
-from asyncdcp.cli.text import (
-    Column,
-    bad,
-    count_text,
-    dim,
-    iso_text,
-    number_text,
-    say,
-    say_json,
-    shown,
-    size_text,
-    table,
-    time_text,
-)
+from asyncdcp.cli.text import Column, bad, count_text, dim, iso_text, number_text, shown, size_text, table, time_text
 from asyncdcp.cli.tree import Leaf, Row, deep, folded, grow, overview, rows
 from asyncdcp.metadata import Record
 from asyncdcp.pipeline.formats import ReadableCheckpoint

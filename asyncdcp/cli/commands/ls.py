@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from asyncdcp.cli.runfolder import note_of, open_run
+from asyncdcp.cli.opening import note_of, open_run
+from asyncdcp.cli.output import say, say_json
 from asyncdcp.cli.targets import AS_JSON, PLACE, run
 from asyncdcp.cli.text import (
     Column,
@@ -17,8 +18,6 @@ from asyncdcp.cli.text import (
     good,
     iso_text,
     number_text,
-    say,
-    say_json,
     shown,
     size_text,
     table,

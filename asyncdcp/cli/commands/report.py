@@ -11,12 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from asyncdcp.cli import report
 from asyncdcp.cli.entries import entries_of
-from asyncdcp.cli.errors import describe
-from asyncdcp.cli.files import written_whole
+from asyncdcp.cli.opening import open_run
+from asyncdcp.cli.output import say, written_whole
 from asyncdcp.cli.report.content import Page, page_of
-from asyncdcp.cli.runfolder import open_run
 from asyncdcp.cli.targets import PLACE, run
-from asyncdcp.cli.text import count_text, say, shown, size_text
+from asyncdcp.cli.text import count_text, describe, shown, size_text
 from asyncdcp.cli.tree import Leaf, Node, grow
 from asyncdcp.errors import AsyncDCPError
 from asyncdcp.pipeline.reader import CheckpointReader

@@ -8,11 +8,10 @@ from contextlib import suppress
 import click
 from msgspec import to_builtins
 
-from asyncdcp.cli.checkpoints import opened
-from asyncdcp.cli.errors import DIFFERENT, TROUBLE, describe
-from asyncdcp.cli.progress import shown_progress
+from asyncdcp.cli.opening import opened
+from asyncdcp.cli.output import DIFFERENT, TROUBLE, say, say_json, shown_progress
 from asyncdcp.cli.targets import AS_JSON, PLACE, open_storage_at, run
-from asyncdcp.cli.text import bad, count_text, dim, good, say, say_json, seconds_text, shown, size_text
+from asyncdcp.cli.text import bad, count_text, describe, dim, good, seconds_text, shown, size_text
 from asyncdcp.errors import CheckpointNotFound
 from asyncdcp.pipeline.verify import verify
 from asyncdcp.results import VerifyReport

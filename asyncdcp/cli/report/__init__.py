@@ -1,1 +1,1 @@
-"""The page of ``asyncdcp report``: what is on it (``content``), pictures (``charts``, ``treemap``) and template."""
+"""The page of ``asyncdcp report``: what is on it (``content``), pictures (``charts``) and template."""

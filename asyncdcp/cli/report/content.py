@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from asyncdcp.cli.opening import note_of
 from asyncdcp.cli.report.charts import STAGES, Bar, Lane, Point, Series, line_chart, timeline, treemap
-from asyncdcp.cli.runfolder import note_of
 from asyncdcp.cli.text import count_text, number_text, seconds_text, shown, size_text, time_text
 from asyncdcp.cli.tree import Node
 from asyncdcp.runs import Run, Saved

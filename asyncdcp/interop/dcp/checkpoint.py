@@ -13,9 +13,7 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption
-from asyncdcp.interop.dcp.aligning import WholeElements
 from asyncdcp.interop.dcp.catalog import Catalog, Described, describe
-from asyncdcp.interop.dcp.crc import Record, RecordCheck
 from asyncdcp.interop.dcp.entries import (
     EDGE_BYTES,
     Chunk,
@@ -27,12 +25,13 @@ from asyncdcp.interop.dcp.entries import (
     decode_value,
     locate,
 )
-from asyncdcp.interop.dcp.metadata_pickle import load_metadata
+from asyncdcp.interop.dcp.metadata_file import load_metadata
+from asyncdcp.interop.dcp.pieces import Record, RecordCheck, WholeElements
 from asyncdcp.metadata import INDEX_LIMIT, Metadata
+from asyncdcp.pipeline.formats import ForeignPlace
 from asyncdcp.pipeline.reader import READS_IN_FLIGHT, RangeReader
 from asyncdcp.pipeline.union import FileMap
 from asyncdcp.pipeline.windows import ReadRange
-from asyncdcp.storage.foreign import ForeignPlace
 from asyncdcp.storage.port import ObjectReader, Storage
 from asyncdcp.trace import Trace
 from asyncdcp.unwinding import ungrouped

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from asyncdcp.errors import CorruptCheckpoint, UnsupportedFormat
-from asyncdcp.interop.memory import memory
+from asyncdcp.state_dict.tensors import memory
 
 EDGE_BYTES = 4096
 """At least this much of an entry's beginning and end ``locate`` has to see: headers and the pickle, the directory."""

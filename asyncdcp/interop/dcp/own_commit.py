@@ -22,14 +22,13 @@ from asyncdcp.checkpointer.jobs import versions
 from asyncdcp.envelope import IndexHead, decode_index, digest, encode_index, encode_record
 from asyncdcp.errors import AsyncDCPError, CorruptCheckpoint, SaveAborted
 from asyncdcp.format.blocks import BLOCK_BYTES, SLAB_BYTES
+from asyncdcp.interop.dcp.catalog import build, paths_of
 from asyncdcp.interop.dcp.own_writing import Part
-from asyncdcp.interop.dcp.skeleton import build, paths_of
 from asyncdcp.metadata import FileTable, IndexPlan, IndexRef
 from asyncdcp.names import belongs_to, data_name, index_name, make_save_id, record_name
-from asyncdcp.pipeline.causes import abort_record, commit_unknown
 from asyncdcp.pipeline.commit import State
 from asyncdcp.pipeline.messages import SaveJob
-from asyncdcp.pipeline.records import live_commits, read_record, read_records
+from asyncdcp.pipeline.records import abort_record, commit_unknown, live_commits, read_record, read_records
 from asyncdcp.pipeline.settle import GiveUpSignal, Settlement
 from asyncdcp.pipeline.union import Union, check_sizes, unite
 from asyncdcp.pipeline.writer import delete_saves
@@ -187,7 +186,8 @@ async def _settle(job: SaveJob, storage: LocalStorage, indexes: Mapping[str, byt
         return settlement.record.replaces
     location, reason = storage.info.location, give_up.reason
     if state is State.UNKNOWN:
-        raise commit_unknown(location) from (reason.error if reason else None)
+        cause = reason.error if reason else None
+        raise commit_unknown(location, cause) from cause
     await storage.delete([*union.files, *indexes, _marker(job.save_id)])
     raise reason.error if reason else SaveAborted(f"the save to {location} was given up", path=location)
 

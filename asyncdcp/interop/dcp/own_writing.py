@@ -21,12 +21,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from asyncdcp.boxes import Box
 from asyncdcp.errors import UnsupportedValue
 from asyncdcp.format.blocks import BLOCK_BYTES, pack_checksums
-from asyncdcp.interop.dcp.new_files import NewFiles
-from asyncdcp.interop.dcp.stream import ObjectStream
-from asyncdcp.interop.memory import memory
+from asyncdcp.interop.dcp.new_files import NewFiles, ObjectStream
 from asyncdcp.planning import ChunkSpec, SavePlan, Structure, TensorSpec
 from asyncdcp.planning.save_plan import plan_save
 from asyncdcp.state_dict.structure import DTYPE_NAMES
+from asyncdcp.state_dict.tensors import memory
 from asyncdcp.state_dict.values import encode_value
 
 

@@ -24,15 +24,14 @@ from asyncdcp.boxes import Box, whole
 from asyncdcp.interop.dcp.catalog import Described
 from asyncdcp.interop.dcp.checkpoint import DcpCheckpoint, for_each, read_entry
 from asyncdcp.interop.dcp.entries import VALUE_LIMIT, Chunk, Entry, undo
-from asyncdcp.interop.dcp.folders import folder_of
-from asyncdcp.interop.dcp.metadata_pickle import load_metadata
+from asyncdcp.interop.dcp.metadata_file import folder_of, load_metadata
 from asyncdcp.interop.dcp.own_format import OwnFormat
 from asyncdcp.metadata import INDEX_LIMIT
 from asyncdcp.pipeline.load import load
 from asyncdcp.planning import Want, plan_load
 from asyncdcp.state_dict.structure import DTYPE_NAMES
 from asyncdcp.state_dict.targets import TensorTarget
-from asyncdcp.storage.foreign import ForeignDirectory
+from asyncdcp.storage.local import ForeignDirectory
 from asyncdcp.storage.port import ObjectReader
 from asyncdcp.trace import Trace
 

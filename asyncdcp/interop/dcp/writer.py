@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import io
 import os
 import pickle
@@ -10,8 +11,9 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from anyio.from_thread import start_blocking_portal
@@ -25,13 +27,10 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from asyncdcp.errors import CheckpointExists, InvalidOption
-from asyncdcp.interop.dcp.buckets import Bucket, split
-from asyncdcp.interop.dcp.folders import folder_of
-from asyncdcp.interop.dcp.new_files import NewFiles, Unsynced
+from asyncdcp.interop.dcp.metadata_file import folder_of, publish, remove_unnamed
+from asyncdcp.interop.dcp.new_files import NewFiles, ObjectStream, Unclosing, Unsynced
 from asyncdcp.interop.dcp.own_commit import commit, standing
 from asyncdcp.interop.dcp.own_writing import write_part
-from asyncdcp.interop.dcp.publish import publish, remove_unnamed
-from asyncdcp.interop.dcp.stream import ObjectStream, Unclosing
 from asyncdcp.storage.local import LocalStorage
 from asyncdcp.warn import warn_caller
 
@@ -253,3 +252,44 @@ def _packed(tensor: Tensor) -> Tensor:
     """On the CPU, with a storage that has nothing else, since ``torch.save`` writes storages whole."""
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+class Bucket(NamedTuple):
+    """The items of one file, values first, and the bytes of each."""
+
+    name: str
+    items: list[WriteItem]
+    sizes: list[int]
+
+
+def split(items: Sequence[WriteItem], prefix: str, count: int | None) -> list[Bucket]:
+    """So many files of about equal size, in which every item stands in the plan's order; a file each for None."""
+    if count is None:
+        groups = [[item] for item in items]
+    elif count == 1:
+        groups = [list(items)]
+    else:
+        groups = _balanced(items, count)
+    return [_bucket(f"{prefix}{number}.distcp", group) for number, group in enumerate(groups)]
+
+
+def _balanced(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]]:
+    """The largest first, each to the group that has the least."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for index in sorted(range(len(items)), key=lambda index: -_size(items[index])):
+        filled, number = heapq.heappop(heap)
+        groups[number].append(index)
+        heapq.heappush(heap, (filled + max(_size(items[index]), 1), number))
+    return [[items[index] for index in sorted(group)] for group in groups]
+
+
+def _bucket(name: str, items: list[WriteItem]) -> Bucket:
+    ordered = sorted(items, key=lambda item: item.tensor_data is not None)
+    return Bucket(name, ordered, [_size(item) for item in ordered])
+
+
+def _size(item: WriteItem) -> int:
+    """A chunk's bytes as far as the plan knows; a value's are not known before it is serialized."""
+    data = item.tensor_data
+    return 0 if data is None else prod(data.chunk.sizes) * data.properties.dtype.itemsize

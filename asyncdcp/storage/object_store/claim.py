@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from asyncdcp.errors import CommitUnknown
+from asyncdcp.errors import CommitUnknown, StorageUnavailable
 from asyncdcp.storage.object_store.failures import known, said, status_of, was_refused
 from asyncdcp.storage.object_store.url import ObjectURL
 from asyncdcp.storage.spec import RequestLimits
@@ -48,13 +48,12 @@ class Claimer:
     async def create(self, operation: str, name: str, data: bytes | memoryview) -> bool:
         """Creates the object if there is none; True if this call did.
 
-        ``CommitUnknown`` if that cannot be told within ``limits.claim``; any other error means that it did not. Not to
+        ``CommitUnknown`` if that cannot be told in time; any other error means that it did not. Not to
         be cancelled: run it by ``threads.ended``.
         """
         key, token = self.url.key(name), secrets.token_hex(16)
-        long = len(data) > _LONG
-        put = (self.once_long if long else self.once).put_async
-        until = asyncio.get_running_loop().time() + (self.limits.retry if long else self.limits.claim)
+        put = (self.once_long if len(data) > _LONG else self.once).put_async
+        until = asyncio.get_running_loop().time() + self._seconds(data)
         open_error: Exception | None = None
         pause = self.limits.pause
         while True:
@@ -80,6 +79,16 @@ class Claimer:
             pause = min(2 * pause, _LONGEST_PAUSE)
         return await self._last_look(operation, name, token, data, open_error or last)
 
+    async def write(self, name: str, data: bytes | memoryview) -> bool:
+        """``create`` of what is no claim: nothing hangs on it, and what cannot be told is ``StorageUnavailable``."""
+        try:
+            return await self.create("write", name, data)
+        except CommitUnknown as error:
+            raise StorageUnavailable(str(error), path=error.path) from error.__cause__
+
+    def _seconds(self, data: bytes | memoryview) -> float:
+        return self.limits.retry if len(data) > _LONG else self.limits.claim
+
     async def _is_mine(self, key: str, token: str, data: bytes | memoryview) -> bool | None:
         """Whose the object is; None if there is none, or it cannot be read now."""
         try:
@@ -100,7 +109,7 @@ class Claimer:
             raise known(operation, self.url, name, error) from error
         path = f"{self.url}/{name}"
         raise CommitUnknown(
-            f"whether {path} was created cannot be told after {self.limits.claim:g} s: {said(error)}", path=path
+            f"whether {path} was created cannot be told after {self._seconds(data):g} s: {said(error)}", path=path
         ) from error
 
 

@@ -15,12 +15,13 @@ from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from obstore.exceptions import BaseError, UnknownConfigurationKeyError
 from obstore.store import AzureStore, GCSStore, MemoryStore, S3Store
 
 from asyncdcp.errors import InvalidOption, MissingDependency
-from asyncdcp.storage.object_store.failures import said
+from asyncdcp.storage.object_store.failures import credentials_of, said
 from asyncdcp.storage.object_store.url import ObjectURL
 from asyncdcp.storage.spec import RequestLimits
 
@@ -77,6 +78,7 @@ def access(url: ObjectURL, config: Mapping[str, str], limits: RequestLimits, pro
     elif given:
         raise InvalidOption(f"{url.scheme}:// takes no configuration")
     merged = {**found, **given}
+    _check(url, merged)
     profile = None if provider or url.scheme != "s3" else _profile(merged)
     return Access(merged, profile, limits, provider)
 
@@ -95,7 +97,7 @@ def connect(url: ObjectURL, how: Access, *, single: float | None = None) -> Obje
     options = {
         "connect_timeout": timedelta(seconds=limits.connect),
         "timeout": timedelta(seconds=single or limits.request),
-        "allow_http": any(how.config.get(key, "").startswith("http://") for key in _ENDPOINTS),
+        "allow_http": any(how.config.get(key, "").lower().startswith("http://") for key in _ENDPOINTS),
     }
     config = dict(how.config)
     if url.scheme == "s3" and single is None:
@@ -106,7 +108,7 @@ def connect(url: ObjectURL, how: Access, *, single: float | None = None) -> Obje
             url.bucket, config=config, client_options=options, retry_config=retries, credential_provider=provider
         )
     except (BaseError, ValueError) as error:
-        raise InvalidOption(f"{url}: {said(error)}") from error
+        raise InvalidOption(f"{url} cannot be reached: {said(error)}; {credentials_of(url)}") from error
     return store
 
 
@@ -116,6 +118,27 @@ def _plain(url: ObjectURL, key: str) -> str:
     if url.scheme == "az":
         plain = plain.removeprefix("storage_")
     return _ALIASES.get(url.scheme, {}).get(plain, plain)
+
+
+def _check(url: ObjectURL, config: Mapping[str, str]) -> None:
+    """``InvalidOption`` for what obstore would not say, but panic of."""
+    for key, value in config.items():
+        if key in _ENDPOINTS and not _is_url(value):
+            shown = value.rpartition("@")[2]  # before it stands a password
+            raise InvalidOption(
+                f"the endpoint of {url.scheme}:// takes a URL, such as https://host:9000, not {shown!r} "
+                f"(configuration key {key}, or {_PREFIXES[url.scheme]}… in the environment)"
+            )
+        if not key.startswith("service_account") and (value != value.strip() or not value.isprintable()):
+            raise InvalidOption(f"the {key} of {url.scheme}:// has a space or a line break that does not belong to it")
+
+
+def _is_url(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in value
+    except ValueError:  # no port, or half an address
+        return False
 
 
 def _of_known_keys(url: ObjectURL, config: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import anyio
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import CorruptCheckpoint, StorageError
+from asyncdcp.errors import CorruptCheckpoint, StorageError, StorageUnavailable
 from asyncdcp.storage.object_store.failures import translated
 from asyncdcp.storage.object_store.storage import ObjectStorage
 from asyncdcp.storage.place import Contents, Selects, Survey
@@ -67,6 +67,8 @@ class ObjectPlace:
                     contents.read[name] = await storage.get(name, limit)
                 except FileNotFoundError:
                     del contents.objects[name]
+                except StorageUnavailable:
+                    raise  # what could not be read now is not to be taken for damaged
                 except (StorageError, CorruptCheckpoint) as error:
                     contents.unread[name] = str(error)
 

@@ -13,8 +13,7 @@ from obstore.exceptions import PreconditionError
 
 from asyncdcp.errors import StorageError
 from asyncdcp.storage.files import address
-from asyncdcp.storage.object_store.failures import translated
-from asyncdcp.storage.object_store.persistence import again
+from asyncdcp.storage.object_store.failures import again, translated
 from asyncdcp.storage.object_store.url import ObjectURL
 from asyncdcp.storage.port import Buffer, Fetch, check_use
 from asyncdcp.storage.spec import RequestLimits

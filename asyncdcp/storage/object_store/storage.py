@@ -18,11 +18,10 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 from obstore.exceptions import BaseError
 
-from asyncdcp.errors import CommitUnknown, StorageError
+from asyncdcp.errors import StorageError
 from asyncdcp.storage.object_store.claim import Claimer
 from asyncdcp.storage.object_store.connect import Access, access, connect
-from asyncdcp.storage.object_store.failures import translated
-from asyncdcp.storage.object_store.persistence import again
+from asyncdcp.storage.object_store.failures import again, translated
 from asyncdcp.storage.object_store.reader import ObjectStoreReader, Source
 from asyncdcp.storage.object_store.uploads import Uploads
 from asyncdcp.storage.object_store.url import ObjectURL, parse_url
@@ -162,21 +161,26 @@ class ObjectStorage:
         if finished is not None:
             self._unseen[name] = finished
 
-    async def put(self, name: str, data: bytes) -> None:
+    async def trouble(self) -> str | None:
+        """What the store fails of now, by one request that is sent once; None where it answers. For who waits while a
+        request is sent again and again.
+        """
         try:
-            made = await self._create("write", name, data)
-        except CommitUnknown as error:
-            raise StorageError(str(error), path=error.path) from error
-        if not made:
+            with translated("list", self.url):
+                await self._claimer.once.list_with_delimiter_async(self.url.key("-"))
+        except StorageError as error:
+            return str(error)
+        return None
+
+    async def put(self, name: str, data: bytes) -> None:
+        check_name(name)
+        if not await ended(asyncio.ensure_future(self._claimer.write(name, data))):
             raise self._exists(name)
         self._unseen[name] = Finished(size=len(data), e_tag=None)
 
     async def claim(self, name: str, data: bytes) -> bool:
-        return await self._create("claim", name, data)
-
-    async def _create(self, operation: str, name: str, data: bytes) -> bool:
         check_name(name)
-        return await ended(asyncio.ensure_future(self._claimer.create(operation, name, data)))
+        return await ended(asyncio.ensure_future(self._claimer.create("claim", name, data)))
 
     async def barrier(self) -> None:
         if self._lost is not None:

@@ -7,24 +7,32 @@ itself, and for a bucket of Google's a lifecycle rule (AbortIncompleteMultipartU
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import hashlib
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from anyio import CapacityLimiter
 
-from asyncdcp.errors import StorageError
+from asyncdcp.errors import StorageUnavailable
 from asyncdcp.storage.object_store.connect import Access
 from asyncdcp.storage.object_store.url import ObjectURL
 from asyncdcp.storage.port import check_removable
 from asyncdcp.threads import on_thread
 
+T = TypeVar("T")
+
 _NOT_OFFERED: Final = (400, 403, 405, 501)
 """How stores answer that have no such call, or do not let us make it: then there is nothing to be seen."""
+_PASSING: Final = (408, 429, 500, 502, 503, 504)
+"""How stores answer that may do it a moment later."""
+_LONGEST_PAUSE: Final = 5.0
 _TRUE: Final = ("1", "true", "on", "yes", "y")
 _CONNECT_SECONDS: Final = 5
 """boto3 tries again by itself."""
@@ -63,14 +71,27 @@ class Uploads:
         """Those of sub-places, too."""
         if self._url.scheme != "s3" or not _has_boto3():
             return []
-        return await on_thread(self._limiter, self._list)
+        return await self._patiently(self._list)
 
     async def abort(self, names: Sequence[str]) -> None:
         """Aborts them; those that are gone are passed over."""
         for name in names:
             check_removable(name)
-        if self._url.scheme == "s3" and _has_boto3():
-            await on_thread(self._limiter, self._abort, names)
+        uploads = [upload for upload in await self.here() if upload.name in names]
+        await self._patiently(partial(self._abort, uploads))
+
+    async def _patiently(self, function: Callable[[], T]) -> T:
+        """Called until the store is not busy any more, within ``limits.retry``."""
+        limits, clock = self._how.limits, asyncio.get_running_loop().time
+        until, pause = clock() + limits.retry, limits.pause
+        while True:
+            try:
+                return await on_thread(self._limiter, function)
+            except StorageUnavailable as error:
+                if error.errno != errno.EAGAIN or clock() + pause > until:
+                    raise
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     # ── on a thread ──
 
@@ -86,8 +107,7 @@ class Uploads:
                         found.append(Upload(key, upload["UploadId"], place, name, upload["Initiated"].timestamp()))
         return found
 
-    def _abort(self, names: Sequence[str]) -> None:
-        uploads = [upload for upload in self._list() if not upload.place and upload.name in names]
+    def _abort(self, uploads: Sequence[Upload]) -> None:
         with self._translated("abort uploads of"):
             for upload in uploads:
                 try:
@@ -135,11 +155,16 @@ class Uploads:
         errors = import_module("botocore.exceptions")
         try:
             yield
-        except errors.ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in _NOT_OFFERED:
-                raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
-        except errors.BotoCoreError as error:
-            raise StorageError(f"cannot {operation} {self._url}: {error}", path=str(self._url)) from error
+        except (errors.ClientError, errors.BotoCoreError) as error:
+            status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in _NOT_OFFERED:
+                return
+            unsafe = isinstance(error, errors.SSLError)
+            passing = (isinstance(error, errors.HTTPClientError) and not unsafe) or status in _PASSING
+            number = errno.EAGAIN if passing else None
+            way = "; boto3 looks for certificates of one's own at AWS_CA_BUNDLE" if unsafe else ""
+            message = f"cannot {operation} {self._url}: {error}{way}"
+            raise StorageUnavailable(message, path=str(self._url), errno=number) from error
 
 
 @lru_cache(maxsize=4)

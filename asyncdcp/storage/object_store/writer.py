@@ -28,9 +28,8 @@ from obstore.exceptions import BaseError
 
 from asyncdcp.errors import Closed, InvalidOption, StorageError
 from asyncdcp.storage.object_store.claim import Claimer
-from asyncdcp.storage.object_store.failures import said, translated, was_cut
+from asyncdcp.storage.object_store.failures import again, said, translated, was_cut
 from asyncdcp.storage.object_store.lending import Parts
-from asyncdcp.storage.object_store.persistence import again
 from asyncdcp.storage.port import Buffer, check_finish
 from asyncdcp.threads import ended
 
@@ -58,6 +57,7 @@ class Finished(TypedDict):
 
 class _State(Enum):
     BEGUN = "begun"
+    FINISHING = "being finished"
     FINISHED = "finished"
     ABORTED = "aborted"
 
@@ -78,6 +78,7 @@ class ObjectStoreWriter:
         self._next = 0
         self._upload: asyncio.Task[PutResult] | None = None
         self._single = False
+        self._unanswered = False  # whether its upload was completed was asked for in vain
         self._length = -1
         self._state = _State.BEGUN
         self._writing = 0
@@ -185,10 +186,14 @@ class ObjectStoreWriter:
         """
         if self._length >= 0:
             key, store = self._target.url.key(self._name), self._target.store
-            with suppress(BaseError, FileNotFoundError):
+            try:
                 meta = await again(self._target.limits, lambda: store.head_async(key))
                 if meta["size"] == self._length:
                     return {"e_tag": meta["e_tag"], "version": meta["version"]}
+            except FileNotFoundError:
+                pass
+            except BaseError:
+                self._unanswered = True
         raise error
 
     def _on_upload_end(self, upload: asyncio.Future[PutResult]) -> None:
@@ -230,6 +235,7 @@ class ObjectStoreWriter:
     async def finish(self, length: int) -> None:
         self._check_begun()
         check_finish(self._path, length, self._writing, self._failed)
+        self._state = _State.FINISHING
         try:
             finished = await (self._finish_upload(length) if self._is_long(length) else self._put(length))
         except BaseException as error:
@@ -242,12 +248,15 @@ class ObjectStoreWriter:
         return self._upload is not None or length > self._part
 
     async def _put(self, length: int) -> Finished:
-        self._single = True
         data = bytes(self._partial.pop(0, bytearray())[:length]).ljust(length, b"\0")
-        claim = self._target.create("write", self._name, data)
-        if not await ended(asyncio.ensure_future(claim)):
+        await ended(asyncio.ensure_future(self._put_whole(data)))
+        if not self._single:
             raise StorageError(f"cannot write {self._path}: somebody else has made it meanwhile", path=self._path)
         return Finished(size=length, e_tag=None)
+
+    async def _put_whole(self, data: bytes) -> None:
+        self._single = True  # or it cannot be told
+        self._single = await self._target.write(self._name, data)  # what is there otherwise is theirs
 
     async def _finish_upload(self, length: int) -> Finished:
         self._length, sent = length, self._next * self._part
@@ -273,7 +282,7 @@ class ObjectStoreWriter:
         self._parts.give_up()
 
     async def abort(self) -> None:
-        if self._state is _State.BEGUN:
+        if self._state in (_State.BEGUN, _State.FINISHING):
             self._state = _State.ABORTED
             self._parts.give_up()
             self._partial.clear()
@@ -291,14 +300,16 @@ class ObjectStoreWriter:
                     "gc, removes what was sent",
                     self._path,
                 )
-        if self._single or (upload is not None and (not upload.done() or upload.cancelled() or not upload.exception())):
+        failed = upload is None or (upload.done() and not upload.cancelled() and upload.exception() is not None)
+        if self._single or self._unanswered or not failed:
             await self._delete()
         self._on_end(None)
 
     async def _delete(self) -> None:
-        """Of an object whose last request was given up: it may be there."""
+        """Of an object whose last request was given up: it may be there. A store that did not answer is asked once."""
+        store = self._target.once if self._unanswered else self._target.store
         try:
-            await self._target.store.delete_async(self._target.url.key(self._name))
+            await store.delete_async(self._target.url.key(self._name))
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as error:

@@ -62,6 +62,32 @@ async def abort_after_finish_does_nothing(kit: StorageKit) -> None:
     assert await storage.list() == {"a": 0}
 
 
+async def abort_takes_nothing_of_anothers(kit: StorageKit) -> None:
+    """Whether a name is another's shows at ``create``, or else at ``finish``."""
+    storage = kit.make()
+    writer = await storage.create("a", 0)
+    await writer.write(0, page_buffer(b"o" * writer.alignment))
+    try:
+        await kit.again(storage).put("a", b"theirs")
+    except FileExistsError:
+        return await writer.abort()
+    with raises(StorageError):
+        await writer.finish(4)
+    await writer.abort()
+    assert await storage.get("a", 6) == b"theirs"
+
+
+async def what_is_being_finished_takes_no_more(kit: StorageKit) -> None:
+    writer = await kit.make().create("a", 0)
+    finishing = asyncio.create_task(writer.finish(0))
+    await asyncio.sleep(0)
+    with raises(Closed):
+        await writer.write(0, page_buffer(bytes(writer.alignment)))
+    with raises(Closed):
+        await writer.finish(0)
+    await finishing
+
+
 async def finish_refuses_after_a_cancelled_write(kit: StorageKit) -> None:
     storage = kit.make()
     writer = await storage.create("a", 0)
@@ -110,6 +136,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     negative_numbers_are_refused,
     abort_leaves_nothing_and_frees_the_name,
     abort_after_finish_does_nothing,
+    abort_takes_nothing_of_anothers,
+    what_is_being_finished_takes_no_more,
     finish_refuses_after_a_cancelled_write,
     cancelled_methods_leave_nothing,
 )

@@ -20,7 +20,7 @@ from asyncdcp.names import data_name
 from asyncdcp.pipeline.union import Union, unite
 from asyncdcp.planning import ChunkSpec, SavePlan, Structure, TensorSpec, Want, plan_load
 from asyncdcp.planning.division import divide
-from asyncdcp.planning.holdings import Holdings, holdings_of
+from asyncdcp.planning.held_chunks import Holdings, holdings_of
 from asyncdcp.planning.save_plan import PlanCache
 from tests.benchmarks.measuring import Setting, own_cpu
 from tests.benchmarks.results import Budget, Results

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdcp import SyncCheckpointer
-from asyncdcp.interop.dcp.aligning import WholeElements
+from asyncdcp.interop.dcp.pieces import WholeElements
 
 
 @given(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdcp.errors import CorruptCheckpoint
-from asyncdcp.interop.dcp.crc import Record, RecordCheck, joined
+from asyncdcp.interop.dcp.pieces import Record, RecordCheck, joined
 
 
 @given(st.lists(st.binary(max_size=300), max_size=5))

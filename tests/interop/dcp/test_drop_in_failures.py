@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from asyncdcp.errors import CorruptCheckpoint, InvalidOption, StorageError, StorageFull
 from asyncdcp.interop.dcp import FileSystemReader, FileSystemWriter
-from asyncdcp.interop.dcp.publish import publish, remove_unnamed
+from asyncdcp.interop.dcp.metadata_file import publish, remove_unnamed
 from asyncdcp.storage import LocalStorage
 from asyncdcp.storage.faults import FaultyOS
 from asyncdcp.storage.spec import Fault

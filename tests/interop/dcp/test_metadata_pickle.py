@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from asyncdcp import SyncCheckpointer
 from asyncdcp.errors import CorruptCheckpoint
-from asyncdcp.interop.dcp.metadata_pickle import load_metadata
+from asyncdcp.interop.dcp.metadata_file import load_metadata
 from tests.interop.dcp.states import State
 
 
