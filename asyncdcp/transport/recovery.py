@@ -191,3 +191,4 @@ async def _ended(future: CheckpointFuture[Any]) -> Any:
         future.cancel()  # of no effect where it is done
         with CancelScope(shield=True):
             await future.settled()
+        future.mark_seen()  # it may have failed as it was given up, and nobody else has it

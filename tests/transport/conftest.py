@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -33,7 +34,6 @@ def way() -> str:
 @pytest.fixture
 def world(way: str) -> Iterator[World]:
     """Makes a hub and a transport for each rank, and closes them."""
-    made: list[PGTransport] = []
 
     def make(
         ranks: int = 2, timeout: float = LONG, options: TransportOptions = TINY, link: Any = None
@@ -43,12 +43,12 @@ def world(way: str) -> Iterator[World]:
         if link is not None:
             links = [link(each) for each in links]
         transports = [PGTransport(each, timeout=timeout, options=options) for each in links]
-        made.extend(transports)
+        for transport in transports:
+            made.callback(transport.close)
         return hub, transports
 
-    yield make
-    for transport in made:
-        transport.close()
+    with ExitStack() as made:  # all are closed, even if one of them has something to say
+        yield make
 
 
 def brought(transports: list[PGTransport], state: Any, into: Any = None) -> Any:

@@ -170,6 +170,34 @@ def test_one_that_is_cancelled_is_over_when_nothing_writes_to_the_state_any_more
     assert futures[0].exception(LONG) is not None
 
 
+def test_what_fails_as_a_cancelled_one_gives_it_up_is_nobodys_to_look_at(world: World) -> None:
+    [alone] = job(world, [1.0])
+    begun = threading.Event()
+
+    async def newest() -> Any:
+        return SimpleNamespace(step=7)
+
+    async def fails_late() -> None:
+        begun.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise PeerFailed("the other side was faster", rank=1)
+
+    class Run:
+        def latest(self) -> CheckpointFuture[Any]:
+            return alone.transport.submit(newest, "a look")
+
+        def restore_latest(self, state: Any) -> CheckpointFuture[Any]:
+            return alone.transport.submit(fails_late, "a load")
+
+    future = recover(alone.transport, alone.state, step=None, ranks=SoleRank(), manager=Run())
+    assert begun.wait(LONG)
+    future.cancel()
+    assert isinstance(future.exception(LONG), Cancelled)
+    alone.transport.close()  # raises nothing
+
+
 def test_a_failure_that_nobody_looked_at_comes_up_at_close(world: World) -> None:
     [first, second] = job(world, [1.0, 2.0])
     second.state["more"] = 1
