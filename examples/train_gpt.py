@@ -152,6 +152,8 @@ async def train(manager: CheckpointManager, trainer: Trainer, args: argparse.Nam
                 dying = kill_this_process if step == args.kill_at else None
                 manager.save(step, trainer.state, metrics={"loss": loss}, on_progress=dying)
                 called, count = called + time.perf_counter() - calling, count + 1
+            if step == args.kill_at:
+                break  # a slow machine may die later than here
             if manager.preempted:
                 print(f"asked to end: step {step} is saved, start again to go on")
                 break

@@ -32,6 +32,8 @@ def main() -> None:
                 dying = kill_this_process if step == args.kill_at else None
                 manager.save(step, trainer.state, metrics={"loss": loss}, on_progress=dying)
                 called += time.perf_counter() - calling
+                if dying:
+                    break  # a slow machine may die later than here
         spent = called + guard.waited
         print(f"checkpoints cost {spent:.3f} s, {spent / (time.perf_counter() - begun):.2%} of the training")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from asyncdcp.names import record_save_id
 from tests.programs import Programs
+from tests.work import LONG
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -31,11 +34,20 @@ def _losses(output: str) -> dict[str, str]:
     return {line.split()[1]: line.split()[3] for line in output.splitlines() if line.startswith("step ")}
 
 
+def _wait_for_commit(checkpoint: Path) -> None:
+    """The background process outlives who is killed, and may not even have begun by then."""
+    until = time.monotonic() + LONG
+    while not any(record_save_id(path.name) for path in checkpoint.glob("*.json")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def test_the_losses_after_a_resume_are_those_of_an_uninterrupted_run(run: Run, tmp_path: Path) -> None:
     whole = run("train_sync.py", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     killed = run("train_gpt.py", tmp_path / "run", "--kill-at", "4")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    _wait_for_commit(tmp_path / "run" / "step_2")
     resumed = run("train_gpt.py", tmp_path / "run")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step " in resumed.stdout
