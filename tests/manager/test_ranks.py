@@ -42,8 +42,8 @@ def everywhere(run: Path) -> Iterator[Callable[..., list[Any]]]:
 
             def work(rank: int) -> Any:
                 ranks = StoreRanks(PrefixStore("job", store), rank, WORLD, deadline=deadline)
-                options.update(process=False, process_group=ranks, takeover_seconds=0)
-                with CheckpointManager(run, **dict(options)) as manager:
+                own: dict[str, Any] = {**options, "process": False, "process_group": ranks, "takeover_seconds": 0}
+                with CheckpointManager(run, **own) as manager:
                     return function(rank, manager)
 
             jobs = [pool.submit(work, rank) for rank in range(WORLD)]
