@@ -17,6 +17,7 @@ from asyncdcp.manager import Event
 from asyncdcp.runs import look
 from asyncdcp.storage import LocalPlace
 from tests.manager.conftest import Opened, Training, save_all
+from tests.work import LONG
 
 
 def test_events_come_in_order_with_their_numbers(opened: Opened, training: Training) -> None:
@@ -82,9 +83,12 @@ def test_who_watches_is_called_in_the_context_of_the_save_and_apart_from_the_man
 
 def test_why_a_save_failed_is_told_even_where_somebody_has_seen_it_before(opened: Opened, training: Training) -> None:
     events: list[Event] = []
+    release = threading.Event()
     with opened(telemetry=Telemetry(on_event=events.append)) as manager:
+        manager._checkpointer._engine.call(release.wait, LONG)  # else it may be durable before it is cancelled
         last = manager.save(2, training.at(2))
         last.cancel()
+        release.set()
         assert last.exception() is not None
     assert manager._engine._callbacks.join(10)
     (failed,) = (event for event in events if event.kind == "failed")
@@ -108,7 +112,7 @@ def test_a_listener_that_fails_harms_nobody(opened: Opened, training: Training) 
 
     manager = opened(telemetry=Telemetry(on_event=fail))
     save_all(manager, training, 1)
-    assert called.is_set() and manager.steps().result() == [1]
+    assert called.wait(LONG) and manager.steps().result() == [1]
 
 
 async def test_a_trace_of_every_save_is_written(opened: Opened, training: Training, run: Path) -> None:
@@ -144,7 +148,8 @@ def test_a_tracer_that_fails_harms_nobody(opened: Opened, training: Training, ca
         def start_span(self, *_: Any, **__: Any) -> Any:
             raise ValueError("not today")
 
-    save_all(opened(telemetry=Telemetry(tracer=Broken())), training, 1)
+    with opened(telemetry=Telemetry(tracer=Broken())) as manager:
+        save_all(manager, training, 1)
     assert "the tracer failed on the save of step 1" in caplog.text
 
 
