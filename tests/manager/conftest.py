@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,16 @@ Opened = Callable[..., CheckpointManager]
 @pytest.fixture
 def opened(run: Path) -> Iterator[Opened]:
     """Opens managers of the run, on threads, and closes those that the test has not."""
-    made: list[CheckpointManager] = []
 
     def make(place: Any = None, **options: Any) -> CheckpointManager:
         options = {"process": False, "takeover_seconds": 0.0, **options}
-        made.append(CheckpointManager(run if place is None else place, **options))
-        made[-1].open().result()
-        return made[-1]
+        manager = CheckpointManager(run if place is None else place, **options)
+        made.callback(manager.close)
+        manager.open().result()
+        return manager
 
-    yield make
-    for manager in made:
-        manager.close()
+    with ExitStack() as made:  # all are closed, even if one of them has something to say
+        yield make
 
 
 def save_all(manager: CheckpointManager, training: Training, *steps: int, **options: Any) -> None:

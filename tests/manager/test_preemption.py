@@ -118,8 +118,9 @@ def test_a_program_that_does_not_look_is_ended_all_the_same(run: Path) -> None:
 def test_one_that_has_looked_ends_by_itself() -> None:
     def looks() -> None:
         as_at_start()
-        preemption = heard(0.05)
+        preemption = heard(60)
         preemption.answer()
+        preemption.patience = 0.05
         asyncio.run(preemption.watch())
 
     def is_asked_again_much_later() -> None:
