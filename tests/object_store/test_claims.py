@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -38,7 +39,9 @@ def first(proxy: Proxy, *faults: str) -> None:
 async def test_a_claim_is_won_whatever_is_lost(make: Make, proxy: Proxy, faults: tuple[str, ...]) -> None:
     storage = make(via=proxy.url)
     first(proxy, *faults)
+    generator = random.getstate()  # a trainer's, who saves it to draw the same again
     assert await storage.claim("r", b"mine") is True
+    assert random.getstate() == generator
     assert await make(storage.info.location).get("r", 10) == b"mine"
     assert await make(storage.info.location).claim("r", b"mine") is False
 

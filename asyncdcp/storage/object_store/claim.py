@@ -9,7 +9,6 @@ certain (it was never sent, or the store says so), or open, and then it is sent 
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -75,7 +74,8 @@ class Claimer:
                 return True
             if asyncio.get_running_loop().time() + pause > until:
                 break
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            # Not by the generator of a trainer, who saves it to draw the same again.
+            await asyncio.sleep(pause * secrets.SystemRandom().uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
         return await self._last_look(operation, name, token, data, open_error or last)
 

@@ -90,7 +90,7 @@ class Uploads:
             except StorageUnavailable as error:
                 if error.errno != errno.EAGAIN or clock() + pause > until:
                     raise
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            await asyncio.sleep(pause * random.SystemRandom().uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     # ── on a thread ──
