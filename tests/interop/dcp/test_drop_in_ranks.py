@@ -14,6 +14,7 @@ from asyncdcp.interop.dcp import FileSystemWriter
 from asyncdcp.names import file_save_id
 from tests.interop.dcp.states import State, files
 from tests.programs import Programs
+from tests.work import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,10 +36,12 @@ def test_two_ranks(programs: Programs, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_async_save_in_a_process(tmp_path: Path) -> None:
+def test_async_save_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = pytest.importorskip("torch.distributed.checkpoint._async_process_executor", reason="torch 2.7 has it")
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+    monkeypatch.setattr(executor, "get_free_port", free_port)  # torch's may be another's before the process has it
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     x = torch.full((1000,), 3.0)
     try:
         saved = dcp.async_save(
