@@ -115,7 +115,7 @@ def _held(pid: int) -> int:
 
 
 class Peak:
-    """Looks again and again, on a thread, for as long as it is entered."""
+    """Looks again and again, on a thread, for as long as it is entered, and at the end of that."""
 
     def __init__(self) -> None:
         self.bytes = 0.0
@@ -123,7 +123,9 @@ class Peak:
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
-        while not self._over.wait(0.02):
+        over = False
+        while not over:
+            over = self._over.wait(0.02)
             self.bytes = max(self.bytes, held_bytes())
 
     def __enter__(self) -> None:

@@ -157,8 +157,9 @@ class Soak:
             with little_memory():
                 for _ in range(warm_up):
                     self._round(full=self._rng.random() < 0.1)
-                before, end = self._usage(), time.monotonic() + seconds
-                while time.monotonic() < end:
+                before, end, over = self._usage(), time.monotonic() + seconds, False
+                while not over:  # one round at least
+                    over = time.monotonic() >= end
                     self._round(full=self._rng.random() < 0.1)
                 after = self._usage()
         finally:
