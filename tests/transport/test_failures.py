@@ -263,8 +263,9 @@ def test_a_block_that_cannot_be_delivered_leaves_none_on_its_way(world: World, m
     begin, wait = Endpoint.receive, Endpoint.wait
 
     def receive(self: Endpoint, *args: Any) -> Pending:
-        on_the_way.append(begin(self, *args))
-        return on_the_way[-1]
+        begun = begin(self, *args)
+        on_the_way.append(begun)  # both sides' threads do so
+        return begun
 
     def wait_for(self: Endpoint, pending: Pending, *args: Any) -> None:
         wait(self, pending, *args)
