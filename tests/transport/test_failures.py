@@ -6,6 +6,7 @@ import asyncio
 import errno
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from asyncdcp.transport import MemoryHub, PGTransport
 from asyncdcp.transport.blocks import Stager
 from asyncdcp.transport.endpoint import Endpoint
 from asyncdcp.transport.landing import Landing
-from asyncdcp.transport.link import Link, Pending
+from asyncdcp.transport.link import Link, LinkError, Pending
 from tests.transport.conftest import BOTH_WAYS, LONG, STATE, TINY, World, empty_like
 
 
@@ -88,30 +89,62 @@ def test_the_error_names_what_was_on_its_way(world: World) -> None:
     assert "receiving w: rank 0 is gone" in str(error)
 
 
-class Stuck:
-    """A link that from its ``after``-th send on does nothing."""
+class Unhurried:
+    """A link on which nobody's patience ends before ``stalled``: until then whoever is late is only slow."""
 
-    def __init__(self, link: Link, after: int) -> None:
+    def __init__(self, link: Link, stalled: threading.Event) -> None:
         self._link = link
-        self._left = after
+        self._stalled = stalled
         self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
         self.may_share = link.may_share
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
-        self._left -= 1
-        if self._left < 0:
-            return MemoryHub(2).link(0).send(1, 0, data)  # into the void
-        return self._link.send(peer, tag, data)
+        return _Unhurried(self._link.send(peer, tag, data), self._stalled)
 
     def receive(self, peer: int, tag: int, into: Tensor) -> Pending:
-        return self._link.receive(peer, tag, into)
+        return _Unhurried(self._link.receive(peer, tag, into), self._stalled)
+
+
+class _Unhurried:
+    def __init__(self, pending: Pending, stalled: threading.Event) -> None:
+        self._pending = pending
+        self._stalled = stalled
+
+    def wait(self, timeout: float) -> None:
+        while True:
+            over = self._stalled.is_set()
+            try:
+                return self._pending.wait(timeout)
+            except LinkError as error:
+                if over or not error.late:
+                    raise
+
+
+class Stuck(Unhurried):
+    """One that from its ``after``-th send on does nothing."""
+
+    def __init__(self, link: Link, stalled: threading.Event, after: int) -> None:
+        super().__init__(link, stalled)
+        self._left = after
+
+    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._left -= 1
+        if self._left < 0:
+            self._stalled.set()
+            return MemoryHub(2).link(0).send(1, 0, data)  # into the void
+        return super().send(peer, tag, data)
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("after", [0, 2, 10])
 def test_a_sender_that_stalls_fails_both_within_the_timeout(world: World, way: str, after: int) -> None:
     after = after if way == "group" else min(after, 6)
-    _, [sender, receiver] = world(timeout=1.0, link=lambda link: Stuck(link, after) if link.rank == 0 else link)
+    stalled = threading.Event()
+
+    def stuck(link: Link) -> Link:
+        return Unhurried(link, stalled) if link.rank else Stuck(link, stalled, after)
+
+    _, [sender, receiver] = world(timeout=1.0, link=stuck)
     begun = time.monotonic()
     send = sender.send_checkpoint([1], STATE)
     into = {"w": torch.zeros(25_000), "many": [torch.zeros(50) for _ in range(100)], "n": 0}
@@ -127,33 +160,31 @@ def test_a_sender_that_stalls_fails_both_within_the_timeout(world: World, way: s
         assert errors[0].tensors  # type: ignore[attr-defined]  # a PeerFailed
 
 
-class Halting:
-    """A link that at its ``after``-th send does nothing until ``goes_on``, as a process that is stopped."""
+class Halting(Unhurried):
+    """One that at its ``after``-th send does nothing until ``goes_on``, as a process that is stopped."""
 
-    def __init__(self, link: Link, after: int, goes_on: threading.Event) -> None:
-        self._link = link
+    def __init__(self, link: Link, stalled: threading.Event, after: int, goes_on: threading.Event) -> None:
+        super().__init__(link, stalled)
         self._left = after
         self._goes_on = goes_on
-        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
-        self.may_share = link.may_share
-        self.receive = link.receive
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
         self._left -= 1
         if not self._left:
+            self._stalled.set()
             assert self._goes_on.wait(LONG)
-        return self._link.send(peer, tag, data)
+        return super().send(peer, tag, data)
 
 
 def test_a_stall_that_not_everybody_waits_for(world: World) -> None:
     """Who waits two seconds gives up after that, by name; who waits longer has it all."""
     goes_on = threading.Event()
 
-    def halting(link: Link) -> Link:
-        return Halting(link, 15, goes_on) if link.rank == 0 else link
+    def halting(stalled: threading.Event) -> Callable[[Link], Link]:
+        return lambda link: Unhurried(link, stalled) if link.rank else Halting(link, stalled, 15, goes_on)
 
-    _, [patient, waiting] = world(timeout=LONG, link=halting)
-    _, [sender, hasty] = world(timeout=2.0, link=halting)
+    _, [patient, waiting] = world(timeout=LONG, link=halting(threading.Event()))
+    _, [sender, hasty] = world(timeout=2.0, link=halting(threading.Event()))
     into = {"w": torch.zeros(100_000)}
     sends = [each.send_checkpoint([1], {"w": torch.ones(100_000)}) for each in (patient, sender)]
     begun = time.monotonic()
