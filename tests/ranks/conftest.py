@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 
 from asyncdcp import AsyncCheckpointer, Options
 from asyncdcp.boxes import Box
-from asyncdcp.ranks import SoleRank, StoreRanks
+from asyncdcp.ranks import Decide, SoleRank, StoreRanks
+from tests.work import leap
 
 Everywhere = Callable[..., list[Any]]
 
@@ -23,6 +25,36 @@ def make_ranks(world_size: int, deadline: float = 30.0, store: Any = None) -> li
     """All ranks of a job, each for a thread of its own."""
     meeting = store or HashStore()
     return [StoreRanks(PrefixStore("job", meeting), rank, world_size, deadline=deadline) for rank in range(world_size)]
+
+
+class Late(StoreRanks):
+    """A rank whose time is up once all those that ``come`` have told what they have to, and not before. Without
+    any ``come`` it passes as ever.
+    """
+
+    come: Sequence[int] | None = None
+
+    async def _take_part(self, key: str, told: bytes, decide: Decide) -> bytes:
+        passing = asyncio.create_task(self._pass(key))
+        try:
+            return await super()._take_part(key, told, decide)
+        finally:
+            passing.cancel()
+
+    async def _pass(self, key: str) -> None:
+        async for _ in self._keys.poll():
+            if self.come and await self._keys.there(*(f"{key}/told/{rank}" for rank in self.come)):
+                leap(self.deadline)
+                return
+
+
+def late_ranks(world_size: int, come: Sequence[int]) -> list[Late]:
+    """All ranks of a job to which only some of them ``come``."""
+    meeting = HashStore()
+    ranks = [Late(PrefixStore("job", meeting), rank, world_size, deadline=60.0) for rank in range(world_size)]
+    for each in ranks:
+        each.come = come
+    return ranks
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.ranks import StoreRanks
 from asyncdcp.storage.port import Buffer
-from tests.ranks.conftest import Job, make_ranks, rows
+from tests.ranks.conftest import Job, late_ranks, make_ranks, rows
 from tests.work import let_pass
 
 Jobs = Callable[..., Job]
@@ -193,6 +193,7 @@ def test_a_storage_that_hangs_before_anything_is_agreed_ends_in_time(job: Jobs) 
         each.deadline = 0.2  # from here on: making a checkpointer is an agreement, too
     held = where[0].hold["probe"] = threading.Event()
     first, second = start(two, where)
+    assert where[0].reached.wait(30)
     assert isinstance(second.exception(30), PeerFailed) and second.exception().rank == 0
     let_pass(two.checkpointers[0]._engine, 2 * Options().settle_seconds)
     assert isinstance(first.exception(30), DeadlineExceeded)
@@ -256,8 +257,8 @@ def test_ranks_that_encrypt_in_different_ways_are_told_so(
         assert isinstance(error, InvalidOption) and "all ranks must give the same extensions" in str(error), error
 
 
-def test_a_checkpointer_that_only_one_rank_makes_is_an_error_in_time(everywhere: Any) -> None:
-    ranks = make_ranks(2, deadline=0.2)
+def test_a_checkpointer_that_only_one_rank_makes_is_an_error_in_time() -> None:
+    ranks = late_ranks(2, [0])
     with pytest.raises(PeerFailed, match="rank 1 did not come to the agreement on the making of a checkpointer"):
         AsyncCheckpointer(process=False, process_group=ranks[0])
 

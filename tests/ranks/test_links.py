@@ -17,6 +17,7 @@ from asyncdcp.errors import PeerError, PeerFailed, StorageError
 from asyncdcp.ranks import Links, StoreRanks, together
 from asyncdcp.ranks import links as links_module
 from tests.ranks.conftest import Everywhere, make_ranks
+from tests.work import leap
 
 
 @pytest.fixture
@@ -115,17 +116,18 @@ async def test_connecting_that_is_cancelled_leaves_nothing_in_the_store(
 
 
 async def test_a_store_that_does_not_answer_holds_no_one_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links_module, "_PARTING_SECONDS", 0.05)
-    asked, answer = threading.Event(), threading.Event()
+    monkeypatch.setattr(links_module, "_PARTING_SECONDS", 30)
+    loop, asked, answer = asyncio.get_running_loop(), threading.Event(), threading.Event()
 
     class Stuck:
         def delete_key(self, key: str) -> None:
             asked.set()
+            loop.call_soon_threadsafe(leap, 30)
             assert answer.wait(30)
 
     links: Any = Links(None, Stuck(), 0, 2, 0.0)  # type: ignore[arg-type]  # a Store that is stuck
     try:
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await links.aclose()
     finally:
         answer.set()
