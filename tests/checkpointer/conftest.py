@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +189,20 @@ def opened(process: bool) -> Iterator[Callable[..., AsyncCheckpointer]]:
     """Makes checkpointers by their options, and closes them. What was stuck has been let go by then, and on a busy
     machine it takes its time to end.
     """
-    made: list[AsyncCheckpointer] = []
+    with ExitStack() as stack:
 
-    def make(**options: Any) -> AsyncCheckpointer:
-        made.append(AsyncCheckpointer(Options(**options), process=process))
-        return made[-1]
+        def make(**options: Any) -> AsyncCheckpointer:
+            made = AsyncCheckpointer(Options(**options), process=process)
+            stack.callback(close_patiently, made)
+            return made
 
-    yield make
-    for each in made:
-        object.__setattr__(each._options, "settle_seconds", LONG)
-        each.close()
+        yield make
+
+
+def close_patiently(checkpointer: AsyncCheckpointer) -> None:
+    """Closes one whose ``settle_seconds`` are few, so that what is stuck is given up soon. Nothing is any more."""
+    object.__setattr__(checkpointer._options, "settle_seconds", LONG)
+    checkpointer.close()
 
 
 @pytest.fixture

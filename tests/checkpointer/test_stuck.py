@@ -20,7 +20,7 @@ from asyncdcp.errors import (
     WouldDeadlock,
 )
 from asyncdcp.staging.copier import SlabCopier
-from tests.checkpointer.conftest import SMALL, STATE, Opened, works
+from tests.checkpointer.conftest import SMALL, STATE, Opened, close_patiently, works
 from tests.work import let_pass
 
 MIB = 1 << 20
@@ -94,7 +94,7 @@ def test_slots_that_a_stuck_save_holds_are_never_used_again(opened: Opened, faul
     assert checkpointer._lanes.arenas._current is not arena
     assert bool((arena.slot(0)[4096 : 4 * MIB] == 7).all())
     gate.release.set()
-    checkpointer.close()
+    close_patiently(checkpointer)
     assert arena.arena.closed  # given back once the last write had ended
 
 
@@ -187,7 +187,7 @@ def test_a_save_that_was_cancelled_and_left_behind_comes_to_its_end(
     monkeypatch.undo()
     release.set()
     storage.open_all()
-    checkpointer.close()
+    close_patiently(checkpointer)
     assert ends == [None]
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def opened() -> Iterator[Opened]:
     """Makes checkpointers with a background process by their options, and closes them."""
-    made: list[AsyncCheckpointer] = []
+    with ExitStack() as stack:
 
-    def make(**options: Any) -> AsyncCheckpointer:
-        made.append(AsyncCheckpointer(Options(**options), process=True))
-        return made[-1]
+        def make(**options: Any) -> AsyncCheckpointer:
+            made = AsyncCheckpointer(Options(**options), process=True)
+            stack.callback(made.close)
+            return made
 
-    yield make
-    for each in made:
-        each.close()
+        yield make
 
 
 class Trainers:
