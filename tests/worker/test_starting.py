@@ -18,7 +18,7 @@ import pytest
 import asyncdcp
 from asyncdcp import AsyncCheckpointer, Options
 from asyncdcp.errors import Closed, WorkerCrashed
-from asyncdcp.worker import launch
+from asyncdcp.worker import launch, process
 from asyncdcp.worker.main import SOCKET_FD
 from asyncdcp.worker.process import CheckpointProcess
 from tests.work import open_descriptors
@@ -90,6 +90,7 @@ def test_one_that_cannot_start_says_why(opened: Opened, tmp_path: Path, monkeypa
 def spawned(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
     """The pids of the processes that are started, as they are."""
     pids, spawn = queue.Queue[int](), os.posix_spawn
+    monkeypatch.setattr(process, "_KILL_SECONDS", LONG)  # they die when the system comes to it
 
     def spawn_and_tell(*args: Any, **kwargs: Any) -> int:
         pids.put(pid := spawn(*args, **kwargs))
