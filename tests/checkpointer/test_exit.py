@@ -74,6 +74,8 @@ def test_a_close_that_was_interrupted_is_called_again_at_exit(python: Python) ->
 
         class Late(MemoryStorage):
             async def barrier(self):
+                while not checkpointer._closed:
+                    await asyncio.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGINT)  # the main thread is in close
                 while not interrupted:
                     await asyncio.sleep(0.01)
@@ -180,7 +182,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_close_leaves_no_thread_no_descriptor_and_no_memory(tmp_path: Path) -> None:
-    before, threads, maps = open_descriptors(), set(threading.enumerate()), mappings()
+    before, threads, maps = set(open_descriptors()), set(threading.enumerate()), mappings()
     with AsyncCheckpointer(process=False) as checkpointer:
         for number in range(3):
             handle = checkpointer.save(tmp_path / str(number), {"w": torch.zeros(1_000_000 * (number + 1))})
@@ -189,18 +191,18 @@ def test_close_leaves_no_thread_no_descriptor_and_no_memory(tmp_path: Path) -> N
         assert mappings() - maps
         checkpointer.save(tmp_path / "last", SMALL)
     wait_until(lambda: set(threading.enumerate()) <= threads)
-    assert open_descriptors() == before and mappings() <= maps  # those of other tests may have gone meanwhile
+    assert set(open_descriptors()) <= before and mappings() <= maps  # those of other tests may have gone meanwhile
 
 
 def test_one_that_was_never_used_needs_no_close() -> None:
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checkpointer = AsyncCheckpointer(process=False)
         del checkpointer
         gc.collect()
         AsyncCheckpointer(process=False).close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # those of other tests may have ended meanwhile
 
 
 def test_a_dropped_one_warns_its_saves_end_and_its_failures_are_logged(
@@ -231,4 +233,4 @@ def test_a_dropped_one_warns_its_saves_end_and_its_failures_are_logged(
         each.close(20)  # waits for callbacks
     for name in ("failed", "behind"):
         assert f"a save to {name} failed and nobody looked at it" in caplog.text
-    assert mappings() <= before
+    wait_until(lambda: mappings() <= before)  # a thread that has told its result may have its arguments for a moment

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from asyncdcp import AsyncCheckpointer, CheckpointFuture, MemoryStorage
+from tests.checkpointer.conftest import wait_until
 
 Python = Callable[..., "CompletedProcess[str]"]
 MIB = 1 << 20
@@ -65,19 +66,24 @@ def test_a_ring_takes_the_ring(python: Python) -> None:
 # ── prepare, growth, and memory given back ──
 
 
-Mapped = Callable[[], list[int]]
+Mapped = Callable[..., None]
 
 
 @pytest.fixture
-def mapped() -> Mapped:
-    """The sizes of the arenas that are mapped, in slabs of 8 MiB. Those of other tests are left out: they may go."""
+def mapped(uncollected: None) -> Mapped:
+    """Waits until the arenas that are mapped are of these sizes, in slabs of 8 MiB. A thread that has told its result
+    may have its arguments for a moment. The arenas of other tests are left out: they may go.
+    """
     others = _arenas()
 
     def sizes() -> list[int]:
         spans = [line.split()[0].split("-") for line in _arenas() - others]
         return sorted((int(end, 16) - int(begin, 16)) // (8 * MIB) for begin, end in spans)
 
-    return sizes
+    def wait(*wanted: int) -> None:
+        wait_until(lambda: sizes() == [*wanted])
+
+    return wait
 
 
 def _arenas() -> set[str]:
@@ -90,7 +96,7 @@ def test_prepare_makes_the_arena_and_takes_its_memory(checkpointer: AsyncCheckpo
     arena = checkpointer._lanes.arenas._current
     assert arena is not None
     assert all(arena._prefaulted)
-    assert mapped() == [3]
+    mapped(3)
     checkpointer.save(MemoryStorage(), state).result()
     checkpointer.prepare(state).result()
     assert checkpointer._lanes.arenas._current is arena
@@ -100,15 +106,15 @@ def test_prepare_makes_the_arena_and_takes_its_memory(checkpointer: AsyncCheckpo
 def test_prepare_alone_writes_nothing(checkpointer: AsyncCheckpointer, mapped: Mapped) -> None:
     checkpointer.prepare({}).result()
     checkpointer.prepare({"x": 1}).result()
-    assert mapped() == [1]
+    mapped(1)
 
 
 def test_the_arena_grows_and_the_old_one_is_given_back(checkpointer: AsyncCheckpointer, mapped: Mapped) -> None:
     for slabs, most in ((1, 1), (3, 3), (2, 3), (4, 4)):
         checkpointer.save(MemoryStorage(), {"w": torch.ones((slabs * 2 - 1) * MIB)}).result()
-        assert mapped() == [most]
+        mapped(most)
     checkpointer.close()
-    assert mapped() == []
+    mapped()
 
 
 def test_old_and_new_stand_side_by_side_while_the_old_is_in_use(
@@ -120,11 +126,11 @@ def test_old_and_new_stand_side_by_side_while_the_old_is_in_use(
     first.staged.result()
     second = checkpointer.save(MemoryStorage(), {"w": torch.ones(5 * MIB)})
     second.staged.result()
-    assert mapped() == [1, 3]
+    mapped(1, 3)
     gate.release.set()
     first.result()
     second.result()
-    assert mapped() == [3]
+    mapped(3)
 
 
 def test_prepare_while_a_save_is_under_way_and_close_while_preparing(
@@ -140,4 +146,4 @@ def test_prepare_while_a_save_is_under_way_and_close_while_preparing(
         future.result()
     checkpointer.prepare({"w": torch.ones(1).expand(40 * MIB)})
     checkpointer.close()
-    assert mapped() == []
+    mapped()

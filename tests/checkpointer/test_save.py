@@ -41,7 +41,7 @@ async def test_a_save_goes_on_while_the_trainers_loop_is_blocked(
     state = {"w": torch.randn(2 * MIB)}
     checkpointer.prepare(state).result()
     handle = checkpointer.save(tmp_path / "it", state)
-    assert handle.committed.wait(30)  # a trainer that blocks its own loop is the point
+    assert handle.committed.wait(LONG)  # a trainer that blocks its own loop is the point
     assert (await handle).tensor_bytes == 8 * MIB
 
 
@@ -49,7 +49,7 @@ async def test_a_save_goes_on_beside_a_loop_that_is_busy_with_python(
     checkpointer: AsyncCheckpointer, tmp_path: Path
 ) -> None:
     handle = checkpointer.save(tmp_path / "it", {"w": torch.randn(MIB)})
-    until, count = time.monotonic() + 30, 0
+    until, count = time.monotonic() + LONG, 0
     while not handle.done() and time.monotonic() < until:
         count += 1
     assert handle.done()
@@ -195,7 +195,7 @@ def test_a_slow_done_callback_holds_up_neither_the_training_nor_a_load(
 
     def slow(_: object) -> None:
         called.set()
-        returns.wait(30)
+        returns.wait(LONG)
 
     def copies(*args: Any) -> Any:
         assert copied.wait(30)
@@ -209,8 +209,8 @@ def test_a_slow_done_callback_holds_up_neither_the_training_nor_a_load(
         checkpointer.save(MemoryStorage(), target)
         staged, loaded = checkpointer.wait_staged(), checkpointer.load(storage, target)
         copied.set()
-        staged.result(10)
-        assert loaded.result(10)["w"].tolist() == [1, 1, 1]
+        staged.result(60)
+        assert loaded.result(60)["w"].tolist() == [1, 1, 1]
     finally:
         returns.set()
 

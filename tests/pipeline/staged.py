@@ -15,6 +15,7 @@ from asyncdcp.metadata import Record
 from asyncdcp.names import belongs_to, record_name
 from asyncdcp.storage import MemoryStorage, ObjectWriter
 from tests.pipeline.forge import SAVE, Arrays
+from tests.work import LONG
 
 Hook = Callable[[int], Awaitable[None]]
 """Awaited before a call, with the number of calls of that kind before it."""
@@ -108,7 +109,7 @@ async def is_waited_for(function: str, work: Coroutine[Any, Any, object], monkey
 
     def slow(*_: object) -> list[int]:
         loop.call_soon_threadsafe(entered.set)
-        assert leave.wait(10)
+        assert leave.wait(LONG)
         left.set()
         return []
 
