@@ -39,15 +39,17 @@ async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *arg
 
     Cancelled before it began, the function is never run.
     """
-    job: Future[T] = Future()
+    job: Future[None] = Future()
+    call, found = [partial(function, *args)], list[T]()
     try:
-        await to_thread.run_sync(_perform, job, partial(function, *args), limiter=limiter)
+        await to_thread.run_sync(_perform, job, call, found, limiter=limiter)
     except asyncio.CancelledError:
         if not job.cancel():
             with suppress(Exception):
                 await ended(asyncio.wrap_future(job))
         raise
-    return job.result()
+    job.result()
+    return found.pop()
 
 
 async def uncut(function: Callable[[], T]) -> T:
@@ -67,10 +69,14 @@ async def uncut(function: Callable[[], T]) -> T:
     return await to_thread.run_sync(function)  # shielded by anyio, and trio has no other way to cancel
 
 
-def _perform(job: Future[T], function: Callable[[], T]) -> None:
+def _perform(job: Future[None], call: list[Callable[[], T]], found: list[T]) -> None:
+    """Takes the call out of its list, as who waits for the result does with that: a worker thread keeps what it was
+    given for a while longer, and the call or its result may hold a whole state.
+    """
     if job.set_running_or_notify_cancel():
         try:
-            job.set_result(function())
+            found.append(call.pop()())
+            job.set_result(None)
         except BaseException as error:  # noqa: BLE001  # handed on whole by job.result()
             job.set_exception(error)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import anyio
 import pytest
@@ -107,6 +109,36 @@ async def test_cancelled_before_a_thread_is_free_it_never_runs() -> None:
     first.release.set()
     assert await holder == "result"
     assert not second.begun.is_set()
+
+
+async def test_a_worker_thread_that_has_reported_keeps_neither_call_nor_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it may stand still just then."""
+    loop, release = asyncio.get_running_loop(), threading.Event()
+    report = loop.call_soon_threadsafe
+
+    def and_stand_still(*args: Any, **options: Any) -> Any:
+        handle = report(*args, **options)
+        assert release.wait(30)
+        return handle
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", and_stand_still)
+    given, made = Stuck(), list[weakref.ref[Stuck]]()
+
+    def call(_: Stuck) -> Stuck:
+        result = Stuck()
+        made.append(weakref.ref(result))
+        return result
+
+    kept = weakref.ref(given)
+    try:
+        result = await on_thread(anyio.CapacityLimiter(1), call, given)
+        del given
+        assert kept() is None
+        assert made[0]() is result
+        del result
+        assert made[0]() is None
+    finally:
+        release.set()
 
 
 async def test_clean_up_runs_though_cancelled() -> None:
