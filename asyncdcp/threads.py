@@ -40,7 +40,8 @@ async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *arg
     Cancelled before it began, the function is never run.
     """
     job: Future[None] = Future()
-    call, found = [partial(function, *args)], list[T]()
+    call: list[Callable[[], T]] = [partial(function, *args)]
+    found: list[T] = []
     try:
         await to_thread.run_sync(_perform, job, call, found, limiter=limiter)
     except asyncio.CancelledError:
