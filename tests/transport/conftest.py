@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from asyncdcp.transport import MemoryHub, PGTransport, TransportOptions
+from asyncdcp.transport.link import Link, Pending
 
 LONG = 60.0  # a wait that only a failing test comes to the end of
 TINY = TransportOptions(buffer_bytes=1 << 16)
@@ -66,3 +68,21 @@ def empty_like(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: empty_like(value) for key, value in state.items()}
     return [empty_like(value) for value in state] if isinstance(state, list) else None
+
+
+class Held:
+    """A link whose 30th send, in the middle of a stream, waits until something was ``asked`` for: progress is told by a
+    thread of its own, which may be later than all of the stream.
+    """
+
+    def __init__(self, link: Link, asked: threading.Event) -> None:
+        self._link, self._asked, self._left = link, asked, 30
+        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
+        self.may_share = link.may_share
+        self.receive = link.receive
+
+    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._left -= 1
+        if not self._left and self.rank == 0:
+            assert self._asked.wait(LONG)
+        return self._link.send(peer, tag, data)

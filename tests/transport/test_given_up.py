@@ -15,9 +15,8 @@ from asyncdcp import Progress
 from asyncdcp.errors import AsyncDCPError, Cancelled, PeerFailed
 from asyncdcp.transport import TransportOptions, blocks
 from asyncdcp.transport.blocks import Stager
-from asyncdcp.transport.link import Link, Pending
 from asyncdcp.transport.sender import SendTask
-from tests.transport.conftest import BOTH_WAYS, LONG, STATE, World, brought
+from tests.transport.conftest import BOTH_WAYS, LONG, STATE, Held, World, brought
 
 
 @BOTH_WAYS
@@ -119,24 +118,6 @@ def test_a_sender_without_memory_ends_in_order(
     send = sender.send_checkpoint([1], STATE)
     assert receiver.recv_checkpoint(0).result(LONG)["n"] == 1
     send.result(LONG)
-
-
-class Held:
-    """A link whose 30th send, in the middle of a stream, waits until it was ``asked`` to end: progress is told by a
-    thread of its own, which may be later than all of the stream.
-    """
-
-    def __init__(self, link: Link, asked: threading.Event) -> None:
-        self._link, self._asked, self._left = link, asked, 30
-        self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
-        self.may_share = link.may_share
-        self.receive = link.receive
-
-    def send(self, peer: int, tag: int, data: Tensor) -> Pending:
-        self._left -= 1
-        if not self._left and self.rank == 0:
-            assert self._asked.wait(LONG)
-        return self._link.send(peer, tag, data)
 
 
 @BOTH_WAYS

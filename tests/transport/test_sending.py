@@ -16,7 +16,7 @@ from torch import nn
 from asyncdcp import Progress
 from asyncdcp.errors import PeerFailed, TornSnapshotError
 from asyncdcp.transport import ReceiveReport, SendReport, TransportOptions
-from tests.transport.conftest import BOTH_WAYS, LONG, TINY, World, empty_like
+from tests.transport.conftest import BOTH_WAYS, LONG, TINY, Held, World, empty_like
 
 Same = Callable[[Any, Any], bool]
 
@@ -121,19 +121,22 @@ def test_a_step_that_waits_too_long_drops_the_send(world: World) -> None:
 
 
 def test_a_change_during_the_send_is_found(world: World) -> None:
-    _, [sender, receiver] = world()
+    """Of what is sent already, and of what is not staged yet."""
+    changed = threading.Event()
+    _, [sender, receiver] = world(link=lambda link: Held(link, changed))
     state = {f"w{n}": torch.zeros(1000) for n in range(100)}
 
     def change(progress: Progress) -> None:
         state["w99"].fill_(1)
         state["w0"].fill_(1)
+        changed.set()
 
     send = sender.send_checkpoint([1], state, on_progress=change)
-    hub_paused = receiver.recv_checkpoint(0, empty_like(state))
-    error, other = send.exception(LONG), hub_paused.exception(LONG)
-    if error is not None:  # the callback runs on a thread of its own, and may come too late
-        assert isinstance(error, (TornSnapshotError, PeerFailed))
-        assert isinstance(other, PeerFailed)
+    received = receiver.recv_checkpoint(0, empty_like(state))
+    error, other = send.exception(LONG), received.exception(LONG)
+    assert isinstance(error, TornSnapshotError)
+    assert set(error.tensors) == {"w0", "w99"}
+    assert isinstance(other, PeerFailed)
 
 
 @BOTH_WAYS
