@@ -28,7 +28,7 @@ class AzureHandler(S3Handler):
         elif self.command == "PUT":
             self._put_blob(comp, body)
         elif self.command == "DELETE":
-            found = self.memory.objects.pop(self.name, None)
+            found = self.memory.remove(self.name)
             self.answer(404 if found is None else 202)
         else:
             self.send_object()
@@ -71,7 +71,7 @@ class AzureHandler(S3Handler):
         answers = []
         for number, target in _DELETE.findall(batch):
             name = unquote(urlsplit(target).path).strip("/").removeprefix(f"{account}/")
-            gone = self.memory.objects.pop(name, None) is None
+            gone = self.memory.remove(name) is None
             status = "404 The specified blob does not exist." if gone else "202 Accepted"
             head = f"Content-Type: application/http\r\nContent-ID: {number}"
             answers.append(f"--b\r\n{head}\r\n\r\nHTTP/1.1 {status}\r\n\r\n")

@@ -64,6 +64,11 @@ class Memory:
             made = self.objects[name] = Stored(parts, f'"{next(self.numbers):032x}"', metadata)
             return made.tag
 
+    def remove(self, name: str) -> Stored | None:
+        """What was there. Not while the names are gone through."""
+        with self.lock:
+            return self.objects.pop(name, None)
+
     def listed(self, prefix: str, delimiter: str) -> tuple[list[tuple[str, Stored]], list[str]]:
         """The objects, and what they have in common up to the delimiter."""
         found, common = list[tuple[str, Stored]](), set[str]()
@@ -184,7 +189,7 @@ class S3Handler(BaseHTTPRequestHandler):
             return self._answer_xml("InitiateMultipartUploadResult", Bucket=bucket, Key=key, UploadId=upload)
         if "delete" in self.query:
             for found in _KEY.findall(bytes(body)):
-                self.memory.objects.pop(f"{bucket}/{unescape(found.decode())}", None)
+                self.memory.remove(f"{bucket}/{unescape(found.decode())}")
             return self._answer_xml("DeleteResult")
         begun = self.memory.begun.pop(self.query.get("uploadId", ""), None)
         if begun is None:
@@ -197,7 +202,7 @@ class S3Handler(BaseHTTPRequestHandler):
         if "uploadId" in self.query:
             self.memory.begun.pop(self.query["uploadId"], None)
         else:
-            self.memory.objects.pop(self.name, None)
+            self.memory.remove(self.name)
         self.answer(204)
 
     def _get(self, body: memoryview) -> None:
@@ -223,7 +228,7 @@ class S3Handler(BaseHTTPRequestHandler):
         prefix = f"{self.name}/{self.query.get('prefix', '')}"
         rows = [
             xml("Upload", Key=name[len(self.name) + 1 :], UploadId=upload, Initiated=_iso(time.time()))
-            for upload, (name, *_) in self.memory.begun.items()
+            for upload, (name, *_) in list(self.memory.begun.items())
             if name.startswith(prefix)
         ]
         self._answer_xml("ListMultipartUploadsResult", *rows, Bucket=self.name, IsTruncated="false")

@@ -62,6 +62,9 @@ class Proxy:
             with suppress(ConnectionError, asyncio.IncompleteReadError):
                 while await self._exchange(reader, writer):
                     pass
+        except asyncio.CancelledError:  # at the end, when nobody waits until all is sent
+            writer.transport.abort()
+            raise
         finally:
             writer.close()
 
@@ -107,7 +110,7 @@ class Proxy:
             writer.write(head[:-2] + b"Connection: close\r\n\r\n" + body)
             return await reader.read()
         finally:
-            writer.close()
+            writer.transport.abort()  # all was read; or else nobody waits for it, nor until all is sent
 
 
 def _parsed(head: bytes) -> Request:

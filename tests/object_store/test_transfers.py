@@ -25,6 +25,8 @@ from tests.pipeline.forge import SLAB, writer_of
 
 PART = 256 << 10
 """Less than S3 takes, and enough to see everything: how fast the machine is must not matter."""
+STALLED = 4.0
+"""Seconds until a request that stalls is given up, and so would be any other that takes as long."""
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ async def test_a_write_returns_when_its_part_was_sent(make: Make, proxy: Proxy) 
 
 async def test_parts_that_meet_with_faults_are_sent_again(make: Make, proxy: Proxy) -> None:
     faults = ["500", "", "reset", "503", "after reset", "", "stall", "after 500"]
-    storage, data = make(via=proxy.url, request=1.0, retry=20.0), shared(os.urandom(4 * PART + 1))
+    storage, data = make(via=proxy.url, request=STALLED, retry=60.0), shared(os.urandom(4 * PART + 1))
     proxy.choose = lambda request: faults.pop(0) if request.is_part and faults else ""
     await upload(storage, data)
     await storage.barrier()
@@ -280,7 +282,7 @@ async def test_an_object_that_is_not_what_was_sent_is_found_before_the_commit(ma
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "truncate", "stall"])
 async def test_a_read_that_breaks_off_is_resumed(make: Make, proxy: Proxy, fault: str) -> None:
-    storage, data = make(via=proxy.url, request=1.0 if fault == "stall" else 30.0), os.urandom(1 << 20)
+    storage, data = make(via=proxy.url, request=STALLED if fault == "stall" else 30.0), os.urandom(1 << 20)
     await storage.put("a", data)
     reader = await storage.open("a")
     faults = [fault]
