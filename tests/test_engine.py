@@ -193,7 +193,7 @@ def test_a_closed_engine_leaves_no_thread_and_no_descriptor() -> None:
     round_trip()
     for thread in set(threading.enumerate()) - before_threads:
         thread.join()  # anyio's idle worker was told to stop, and nobody waits for it
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_asynchronous_generators_are_closed() -> None:

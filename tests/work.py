@@ -51,7 +51,9 @@ def free_port() -> int:
             return port
 
 
-def open_descriptors() -> list[str]:
-    """This process's, but for those that other tests have left to the garbage collector."""
+def open_descriptors() -> set[str]:
+    """This process's, but for those that other tests have left to the garbage collector. What these have left to a
+    thread may go at any time: at the end of a test there are no others than before, and there may be fewer.
+    """
     gc.collect()
-    return sorted(os.listdir("/proc/self/fd"))
+    return set(os.listdir("/proc/self/fd"))

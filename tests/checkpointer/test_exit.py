@@ -182,7 +182,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_close_leaves_no_thread_no_descriptor_and_no_memory(tmp_path: Path) -> None:
-    before, threads, maps = set(open_descriptors()), set(threading.enumerate()), mappings()
+    before, threads, maps = open_descriptors(), set(threading.enumerate()), mappings()
     with AsyncCheckpointer(process=False) as checkpointer:
         for number in range(3):
             handle = checkpointer.save(tmp_path / str(number), {"w": torch.zeros(1_000_000 * (number + 1))})
@@ -191,7 +191,7 @@ def test_close_leaves_no_thread_no_descriptor_and_no_memory(tmp_path: Path) -> N
         assert mappings() - maps
         checkpointer.save(tmp_path / "last", SMALL)
     wait_until(lambda: set(threading.enumerate()) <= threads)
-    assert set(open_descriptors()) <= before and mappings() <= maps  # those of other tests may have gone meanwhile
+    assert open_descriptors() <= before and mappings() <= maps  # those of other tests may have gone meanwhile
 
 
 def test_one_that_was_never_used_needs_no_close() -> None:

@@ -113,5 +113,5 @@ async def test_every_shard_is_closed_where_one_cannot_be_removed(
     before = open_descriptors()
     with pytest.raises(StorageError):
         await convert(place, tmp_path / "target", "hf", Changes(shard_bytes=1))
-    assert len(aborted) > 1 and open_descriptors() == before
+    assert len(aborted) > 1 and open_descriptors() <= before
     assert os.listdir(tmp_path) == ["source"]

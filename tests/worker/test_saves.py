@@ -237,6 +237,7 @@ def test_endless_deadlines(opened: Opened, tmp_path: Path) -> None:
 
 def test_the_process_of_a_dropped_one_ends_after_its_saves(tmp_path: Path, closing: Callable[[int], int]) -> None:
     checkpointer = AsyncCheckpointer(process=True)
+    engine = checkpointer._engine
     worker = closing(os.pidfd_open(worker_of(checkpointer).pid))
     handles = [checkpointer.save(tmp_path / str(number), state(number)) for number in range(3)]
     with pytest.warns(ResourceWarning, match="unclosed"):
@@ -245,3 +246,4 @@ def test_the_process_of_a_dropped_one_ends_after_its_saves(tmp_path: Path, closi
     for handle in handles:
         handle.result(LONG)
     assert has_ended(worker)
+    engine.close(LONG)

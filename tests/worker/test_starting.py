@@ -136,7 +136,7 @@ def test_one_that_starts_while_its_checkpointer_closes_leaves_nothing(spawned: q
         prepared.result(LONG)
     assert not is_there(pid)
     del checkpointer, prepared
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.usefixtures("never_ready")
@@ -154,7 +154,7 @@ async def test_a_start_that_is_cancelled_again_as_it_cleans_up_leaves_nothing_op
     with pytest.raises(asyncio.CancelledError):
         await start
     await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED)  # it finds the socket closed
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 async def test_one_that_cannot_be_watched_leaves_nothing_open(
@@ -169,7 +169,7 @@ async def test_one_that_cannot_be_watched_leaves_nothing_open(
     with pytest.raises(WorkerCrashed, match="no more watches"):
         await CheckpointProcess.start(Options())
     await asyncio.to_thread(os.waitid, os.P_PID, spawned.get(), os.WEXITED)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.parametrize("call", ["socketpair", "pidfd_open"])
@@ -187,4 +187,4 @@ def test_one_that_no_descriptor_is_left_for_is_no_process(
     with pytest.raises(WorkerCrashed, match=r"could not be started: .*Too many open files; .*\(ulimit -n\)"):
         launch.launch()
     assert [is_there(pid) for pid in spawned.queue] == ([False] if call == "pidfd_open" else [])
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
