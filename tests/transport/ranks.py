@@ -21,7 +21,6 @@ from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from asyncdcp import Progress
 from asyncdcp.transport import PGTransport, TransportOptions
 from asyncdcp.transport.link import Link, Pending, group_link
 
@@ -82,20 +81,26 @@ def stall(rank: int, store: Store, result: dict[str, Any]) -> None:
 
 
 class Dying:
-    """A link whose process dies by SIGKILL at its ``sends``-th send."""
+    """A link whose process dies by SIGKILL at its ``calls``-th send or receive."""
 
-    def __init__(self, link: Link, sends: int) -> None:
+    def __init__(self, link: Link, calls: int) -> None:
         self._link = link
-        self._left = sends
+        self._left = calls
         self.rank, self.world_size, self.device = link.rank, link.world_size, link.device
         self.may_share = link.may_share
-        self.receive = link.receive
 
     def send(self, peer: int, tag: int, data: Tensor) -> Pending:
+        self._count()
+        return self._link.send(peer, tag, data)
+
+    def receive(self, peer: int, tag: int, into: Tensor) -> Pending:
+        self._count()
+        return self._link.receive(peer, tag, into)
+
+    def _count(self) -> None:
         self._left -= 1
         if not self._left:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._link.send(peer, tag, data)
 
 
 def kill_sender(rank: int, group: Any, result: dict[str, Any]) -> None:
@@ -118,13 +123,10 @@ def kill_sender(rank: int, group: Any, result: dict[str, Any]) -> None:
 def kill_receiver(rank: int, result: dict[str, Any]) -> None:
     """The last rank dies by SIGKILL in the middle; the others get it all."""
     group = dist.new_group(timeout=LONG)
-    transport = PGTransport(group, timeout=30, options=SMALL_BUFFERS)
-    last = transport.world_size - 1
+    last = group.size() - 1
+    link = group_link(group, None)
+    transport = PGTransport(Dying(link, 30) if rank == last else link, timeout=30, options=SMALL_BUFFERS)
     begun = time.monotonic()
-
-    def die(progress: Progress) -> None:
-        if progress.done > progress.total // 3:
-            os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 0:
         error = transport.send_checkpoint(range(1, last + 1), {"w": torch.arange(8_000_000.0)}).exception(60)
@@ -136,7 +138,7 @@ def kill_receiver(rank: int, result: dict[str, Any]) -> None:
         ]
         result["seconds"] = time.monotonic() - begun
     else:
-        found = transport.recv_checkpoint(0, on_progress=die if rank == last else None).result(60)
+        found = transport.recv_checkpoint(0).result(60)
         result["kill"] = bool(torch.equal(found["w"], torch.arange(8_000_000.0)))
 
 
