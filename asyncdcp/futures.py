@@ -112,6 +112,7 @@ class CheckpointFuture(Generic[T]):
                 self._host.check_process()  # first of all: in a forked child a lock may be held for good
                 with self._awaiting():
                     await self.settled()
+                    self._retrieved = True  # while it is awaited: at no moment is the error nobody's
             return self._outcome()
         finally:
             del self  # it has the error, whose traceback has this frame
@@ -173,6 +174,7 @@ class CheckpointFuture(Generic[T]):
         with self._awaiting():
             if not self.wait(timeout):
                 raise DeadlineExceeded(f"{self.name} was not done within timeout={timeout} s")
+            self._retrieved = True
 
     def _outcome(self) -> T:
         if self._failure is None:

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import logging
+import os
 import threading
 import traceback
 import warnings
@@ -122,6 +123,32 @@ def test_an_error_counts_as_seen_once_someone_got_it(engine: Engine) -> None:
     by_owner = failed()
     by_owner.mark_seen()
     assert by_owner.unseen_failure is None
+
+
+@pytest.mark.parametrize("wait", [CheckpointFuture.result, lambda future: asyncio.run(future._wait())])
+def test_an_error_that_is_awaited_is_at_no_moment_nobodys(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wait: Callable[[Any], Any]
+) -> None:
+    """Who was woken by it has not raised it yet when its engine's owner looks."""
+    future, outcome = engine.future("it"), CheckpointFuture._outcome
+    nobodys: list[bool] = []
+
+    def look_first(failed: CheckpointFuture[Any]) -> Any:
+        nobodys.append(not failed.awaited and failed.unseen_failure is not None)
+        return outcome(failed)
+
+    def fail_when_awaited() -> None:
+        while not future.awaited:
+            os.sched_yield()
+        future.fail(ValueError("oh"))
+
+    monkeypatch.setattr(CheckpointFuture, "_outcome", look_first)
+    failing = threading.Thread(target=fail_when_awaited)
+    failing.start()
+    with pytest.raises(ValueError, match="oh"):
+        wait(future)
+    failing.join()
+    assert nobodys == [False]
 
 
 def test_a_callback_alone_does_not_count_as_seeing(engine: Engine) -> None:

@@ -160,7 +160,8 @@ class Outstanding:
 
     def surface(self) -> None:
         """Raises what failed unseen, and nobody awaits: of several the last, and its notes name the others."""
-        unseen = [(verb, error) for verb in self._verbs if (error := _unseen(verb)) and not verb.awaited]
+        # Whether it is awaited first: who awaits it has seen it before that ends.
+        unseen = [(verb, error) for verb in self._verbs if not verb.awaited and (error := _unseen(verb))]
         if unseen:
             *others, message = [f"the {verb.name} failed and nobody looked at it: {error}" for verb, error in unseen]
             raised = UnseenFailure(message)
