@@ -162,7 +162,7 @@ class Engine:
         return self._on_loop() or threading.get_ident() == self._callbacks.ident
 
     def _on_loop(self) -> bool:
-        return self._thread is not None and threading.get_ident() == self._thread.ident
+        return self._thread is threading.current_thread()  # numbers of ended threads are given out anew
 
     @property
     def started(self) -> bool:

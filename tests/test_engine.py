@@ -100,6 +100,15 @@ def test_close_waits_for_pending_work_and_what_it_starts() -> None:
     assert second[0].result() == 3
 
 
+def test_a_thread_with_the_number_that_the_engines_had_may_close_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine("engine")
+    assert engine.submit(add, 1, 2).result(LONG) == 3
+    engine.close(LONG)
+    monkeypatch.setattr(engine._thread, "_ident", threading.get_ident())  # it has ended: the system gives it out anew
+    assert not engine.owns_current_thread()
+    engine.close(LONG)
+
+
 def test_close_cancels_what_is_left_at_the_deadline() -> None:
     engine = Engine("engine")
     cleaned: list[int] = []
