@@ -47,7 +47,7 @@ def descriptors() -> set[str]:
     found = set()
     for name in os.listdir(folder):
         try:
-            found.add(f"{name} {os.readlink(f'{folder}/{name}')}")
+            found.add(f"{name} {os.readlink(f'{folder}/{name}')} {os.stat(f'{folder}/{name}').st_ino}")
         except FileNotFoundError:  # the folder's own, closed since
             continue
     return {entry for entry in found if "asyncdcp-arena" in entry} - _before
