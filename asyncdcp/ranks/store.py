@@ -203,10 +203,13 @@ class StoreRanks:
         return None
 
     async def _say(self, key: str, decision: bytes) -> None:
-        """The decision, unless somebody has ended the agreement otherwise."""
-        if await self._wins(key):
-            parts = await self._keys.put_parts(f"{key}/verdict", decision)
-            await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
+        """The decision, unless somebody has ended the agreement otherwise. Even if cancelled: who has won is the only
+        one who may say anything.
+        """
+        with anyio.move_on_after(max(self.deadline, _LAST_WORD_SECONDS), shield=True):
+            if await self._wins(key):
+                parts = await self._keys.put_parts(f"{key}/verdict", decision)
+                await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
 
     async def _outlast(self, key: str) -> None:
         """Until all have read, if they are quick: the store may be this process's, and end with it."""
@@ -259,9 +262,10 @@ class StoreRanks:
         )
 
     async def _fail(self, key: str, error: AsyncDCPError, rank: int | None) -> None:
-        if await self._wins(key):
-            verdict = _Verdict(0, rank, to_frame(error, with_traceback=False))
-            await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(verdict))
+        with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True):  # as in ``_say``
+            if await self._wins(key):
+                verdict = _Verdict(0, rank, to_frame(error, with_traceback=False))
+                await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(verdict))
 
     async def _wins(self, key: str) -> bool:
         return await self._keys.add(f"{key}/won") == 1

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from torch import distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
@@ -135,6 +136,27 @@ def test_a_cancelled_rank_keeps_nobody_waiting(everywhere: Everywhere) -> None:
     missing, second = everywhere(lambda each: run(take_part, each), ranks[:2])
     assert missing is True
     assert isinstance(second, PeerFailed) and second.rank == 0
+
+
+def test_one_that_is_cancelled_as_it_wins_the_right_to_speak_does_speak(everywhere: Everywhere) -> None:
+    """Nobody else could, and all would wait for their deadline."""
+
+    async def take_part(each: StoreRanks) -> Any:
+        with anyio.CancelScope() as scope:
+            if each.rank == 0:
+                add = each._keys.add
+
+                async def won(name: str) -> int:
+                    count = await add(name)
+                    scope.cancel()
+                    await anyio.lowlevel.checkpoint()
+                    return count
+
+                each._keys.add = won  # type: ignore[method-assign]  # a fault, for this test
+            return await each.decide("save", b"said", first_rank)
+        return scope.cancelled_caught
+
+    assert everywhere(lambda each: run(take_part, each), make_ranks(2)) == [True, b"said"]
 
 
 def test_a_broadcast_waits_for_nobody_but_its_readers_do(everywhere: Everywhere) -> None:
