@@ -167,7 +167,7 @@ class PendingSaves:
             handles = [handle for handle in self._handles if not handle.done()]
         until = time.monotonic() + deadline
         late = [handle for handle in handles if not handle.committed.wait(max(until - time.monotonic(), 0))]
-        for handle in late:
+        for handle in reversed(late):  # else one might come to its turn, and commit, as the one before it is given up
             handle.cancel()
         until = time.monotonic() + settle_seconds + 1
         for handle in late:

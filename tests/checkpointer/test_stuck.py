@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from asyncdcp import AsyncCheckpointer, MemoryStorage, Options
+from asyncdcp import AsyncCheckpointer, MemoryStorage, Options, SaveHandle
 from asyncdcp.checkpointer.saving import SaveTask
 from asyncdcp.errors import (
     Cancelled,
@@ -21,7 +21,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.staging.copier import SlabCopier
 from tests.checkpointer.conftest import SMALL, STATE, Opened, close_patiently, works
-from tests.work import let_pass
+from tests.work import LONG, let_pass
 
 MIB = 1 << 20
 
@@ -228,6 +228,21 @@ def test_close_gives_up_what_is_stuck_within_its_deadlines(faulty: Any, operatio
     checkpointer.close()
     with pytest.raises(Closed):
         checkpointer.save(MemoryStorage(), SMALL)
+
+
+def test_close_gives_up_what_waits_before_what_it_waits_for(faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, cancel = faulty("the stuck place"), SaveHandle.cancel
+    storage.gate("write")
+
+    def cancelled(handle: SaveHandle) -> bool:
+        return cancel(handle) and handles[1].committed.wait(LONG)
+
+    monkeypatch.setattr(SaveHandle, "cancel", cancelled)
+    checkpointer = AsyncCheckpointer(Options(close_deadline=0.1, settle_seconds=0.1), process=False)
+    handles = [checkpointer.save(target, SMALL) for target in (storage, MemoryStorage("another place"))]
+    with pytest.raises(DeadlineExceeded, match="another place"):
+        checkpointer.close()
+    assert all(handle.committed.failed for handle in handles)
 
 
 def test_close_says_what_was_left_behind_earlier(faulty: Any) -> None:
