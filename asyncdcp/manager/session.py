@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from anyio import CancelScope
 
 from asyncdcp.errors import (
     AsyncDCPError,
@@ -223,11 +224,15 @@ class RunSession:
         return None if self.mirror is None else FETCH_DEADLINE
 
     async def _go_on(self, base: Checkpoint | None) -> Standing:
-        """From the newest checkpoint there is nothing to tell apart: the line goes on as it is."""
-        head = (await self._writer.look()).latest()
-        if not self._writer.begun or (head.save_id if head else None) != (base.save_id if base else None):
-            await self._writer.go_on(base)
-        return _standing(self._writer.term, base, begun=True)
+        """From the newest checkpoint there is nothing to tell apart: the line goes on as it is. Even if cancelled: else
+        what is saved next might not be on it.
+        """
+        with CancelScope(shield=True):
+            head = (await self._writer.look()).latest()
+            if not self._writer.begun or (head.save_id if head else None) != (base.save_id if base else None):
+                await self._writer.go_on(base)
+        self.standing = _standing(self._writer.term, base, begun=True)
+        return self.standing
 
     async def tell_failures(self, find: Callable[[], Awaitable[list[BaseException]]]) -> list[BaseException]:
         """What has failed here, or else what other ranks say has failed on them. On all ranks; one that is cancelled

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from anyio import to_thread
+from anyio.lowlevel import checkpoint
 
 from asyncdcp import KeepLast, Options
 from asyncdcp.errors import CorruptCheckpoint, Fenced, StorageError, StorageUnavailable, UsageError
+from asyncdcp.runs.layout import LineStart
 from asyncdcp.storage import LocalPlace, Survey
 from asyncdcp.storage.place import Selects
 from asyncdcp.storage.posix import OS, FileStatus
@@ -260,6 +263,32 @@ def test_nothing_is_saved_while_a_restore_is_under_way(opened: Opened, training:
         manager.save(3, training.state)
     held.set()
     restored.result()
+    save_all(manager, training, 3)
+    assert manager.steps().result() == [1, 3]
+
+
+def test_a_rollback_that_is_cancelled_once_the_line_has_changed_is_one(
+    opened: Opened, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is saved next would not be on the line."""
+    manager = opened()
+    save_all(manager, training, 1, 2)
+    write, written, goes_on = manager._session._writer._write, threading.Event(), threading.Event()
+
+    async def slowly(start: LineStart) -> None:
+        await write(start)
+        written.set()
+        await to_thread.run_sync(goes_on.wait, LONG)
+        await checkpoint()  # as an object store's barrier has some
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manager._session._writer, "_write", slowly)
+        restored = manager.restore(1, training.state)
+        assert written.wait(LONG)
+        restored.cancel()
+        manager.steps().result(LONG)  # the loop has gone on: it is cancelled
+        goes_on.set()
+        assert restored.exception(LONG) is None
     save_all(manager, training, 3)
     assert manager.steps().result() == [1, 3]
 
