@@ -60,7 +60,11 @@ class Mirror:
         async with self._lock:
             while self._wanted:
                 self._wanted = False
-                copied += await self._round()
+                try:
+                    copied += await self._round()
+                except asyncio.CancelledError:
+                    self._wanted = True  # by those that wait for this round, too
+                    raise
         return copied
 
     async def _round(self) -> list[Checkpoint]:

@@ -4,6 +4,7 @@ gives up too early.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -143,6 +144,31 @@ async def test_what_has_lost_files_since_the_run_was_opened_is_fetched(
     await manager.aclose()
     assert manager._engine._callbacks.join(10)
     assert [(event.kind, event.step) for event in events if event.kind in ("fetched", "fallback")] == [("fetched", 2)]
+
+
+async def test_who_is_cancelled_leaves_the_round_to_those_who_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = Mirror(LocalPlace(tmp_path / "near"), LocalPlace(tmp_path / "far"), None)
+    left = iter(range(3))
+    begun, ends = ([asyncio.Event() for _ in range(3)] for _ in range(2))
+
+    async def a_round() -> list[Any]:
+        number = next(left)
+        begun[number].set()
+        await ends[number].wait()
+        return []
+
+    monkeypatch.setattr(mirror, "_round", a_round)
+    first, second = (asyncio.create_task(mirror.follow()) for _ in range(2))
+    await begun[0].wait()
+    assert mirror._wanted  # the second waits for another round of the first
+    ends[0].set()
+    await begun[1].wait()
+    first.cancel()
+    ends[2].set()
+    await second
+    assert begun[2].is_set() and first.cancelled()
 
 
 async def test_a_writer_that_was_replaced_leaves_the_mirror_to_the_other(
