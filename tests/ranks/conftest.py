@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,13 +138,12 @@ class Job:
 @pytest.fixture
 def job(everywhere: Everywhere) -> Iterator[Callable[..., Job]]:
     """Makes jobs; a failure that the test has not looked at fails the test."""
-    made: list[Job] = []
 
     def make(world_size: int, deadline: float = 30.0, **options: Any) -> Job:
         ranks: list[Any] = [SoleRank()] if world_size == 1 else list(make_ranks(world_size, deadline))
-        made.append(Job(everywhere, ranks, Options(**options)))
-        return made[-1]
+        made = Job(everywhere, ranks, Options(**options))
+        to_close.callback(made.close)
+        return made
 
-    yield make
-    for each in made:
-        each.close()
+    with ExitStack() as to_close:  # all are closed, even if one of them has something to say
+        yield make
