@@ -204,12 +204,15 @@ class StoreRanks:
 
     async def _say(self, key: str, decision: bytes) -> None:
         """The decision, unless somebody has ended the agreement otherwise. Even if cancelled: who has won is the only
-        one who may say anything.
+        one who may say anything. ``PeerError`` if the store does not answer within the deadline.
         """
-        with anyio.move_on_after(max(self.deadline, _LAST_WORD_SECONDS), shield=True):
+        seconds = max(self.deadline, _LAST_WORD_SECONDS)
+        with anyio.move_on_after(seconds, shield=True) as scope:
             if await self._wins(key):
                 parts = await self._keys.put_parts(f"{key}/verdict", decision)
                 await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
+        if scope.cancelled_caught:
+            raise PeerError(f"the store of the process group did not answer within {seconds:g} s ({self._option})")
 
     async def _outlast(self, key: str) -> None:
         """Until all have read, if they are quick: the store may be this process's, and end with it."""

@@ -24,6 +24,7 @@ from asyncdcp.errors import (
 )
 from asyncdcp.ranks import Decide, Ranks, SoleRank, StoreRanks, barrier, find_ranks, first_rank, gather, together
 from tests.ranks.conftest import Everywhere, late_ranks, make_ranks
+from tests.work import leap
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
@@ -168,6 +169,17 @@ def test_a_broadcast_waits_for_nobody_but_its_readers_do(everywhere: Everywhere)
     assert run(ranks[0].broadcast, "step", b"8") == b"8"
     assert everywhere(lambda each: run(each.broadcast, "step", None), ranks[1:]) == [b"7"] * 2
     assert everywhere(lambda each: run(each.broadcast, "step", None), ranks[1:]) == [b"8"] * 2
+
+
+def test_a_broadcast_that_the_store_does_not_take_fails_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(_: str) -> None:
+        leap(alone.deadline)
+        await anyio.sleep_forever()
+
+    alone = make_ranks(2)[0]
+    monkeypatch.setattr(alone._keys, "add", never)
+    with pytest.raises(PeerError, match="did not answer within 30 s"):
+        run(alone.broadcast, "step", b"7")
 
 
 def refuse(told: Sequence[bytes]) -> bytes:
