@@ -49,8 +49,12 @@ async def on_thread(limiter: CapacityLimiter, function: Callable[[*Ts], T], *arg
             with suppress(Exception):
                 await ended(asyncio.wrap_future(job))
         raise
-    job.result()
-    return found.pop()
+    else:
+        job.result()
+        return found.pop()
+    finally:
+        call.clear()
+        found.clear()
 
 
 async def uncut(function: Callable[[], T]) -> T:
@@ -71,7 +75,7 @@ async def uncut(function: Callable[[], T]) -> T:
 
 
 def _perform(job: Future[None], call: list[Callable[[], T]], found: list[T]) -> None:
-    """Takes the call out of its list, as who waits for the result does with that: a worker thread keeps what it was
+    """Takes the call out of its list, and who waits for the result empties both: a worker thread keeps what it was
     given for a while longer, and the call or its result may hold a whole state.
     """
     if job.set_running_or_notify_cancel():

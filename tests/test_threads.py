@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -111,8 +112,9 @@ async def test_cancelled_before_a_thread_is_free_it_never_runs() -> None:
     assert not second.begun.is_set()
 
 
-async def test_a_worker_thread_that_has_reported_keeps_neither_call_nor_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though it may stand still just then."""
+@contextmanager
+def threads_that_stand_still() -> Iterator[None]:
+    """As soon as they have reported."""
     loop, release = asyncio.get_running_loop(), threading.Event()
     report = loop.call_soon_threadsafe
 
@@ -121,24 +123,38 @@ async def test_a_worker_thread_that_has_reported_keeps_neither_call_nor_result(m
         assert release.wait(30)
         return handle
 
-    monkeypatch.setattr(loop, "call_soon_threadsafe", and_stand_still)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "call_soon_threadsafe", and_stand_still)
+        try:
+            yield
+        finally:
+            release.set()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_worker_thread_that_has_reported_keeps_neither_call_nor_result(cancelled: bool) -> None:
     given, made = Stuck(), list[weakref.ref[Stuck]]()
 
-    def call(_: Stuck) -> Stuck:
+    def call(waits: Stuck) -> Stuck:
+        waits()
         result = Stuck()
         made.append(weakref.ref(result))
         return result
 
     kept = weakref.ref(given)
-    try:
-        result = await on_thread(anyio.CapacityLimiter(1), call, given)
-        del given
-        assert kept() is None
-        assert made[0]() is result
-        del result
-        assert made[0]() is None
-    finally:
-        release.set()
+    work = asyncio.ensure_future(on_thread(anyio.CapacityLimiter(1), call, given))
+    await begun(given)
+    with threads_that_stand_still():
+        if cancelled:
+            work.cancel()
+            await turns()
+        given.release.set()
+        await asyncio.wait((work,))
+        assert work.cancelled() == cancelled
+        if not cancelled:
+            assert work.result() is made[0]()
+        del given, work
+        assert (kept(), made[0]()) == (None, None)
 
 
 async def test_clean_up_runs_though_cancelled() -> None:
