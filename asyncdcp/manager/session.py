@@ -224,12 +224,12 @@ class RunSession:
         return None if self.mirror is None else FETCH_DEADLINE
 
     async def _go_on(self, base: Checkpoint | None) -> Standing:
-        """From the newest checkpoint there is nothing to tell apart: the line goes on as it is. Even if cancelled: else
-        what is saved next might not be on it.
+        """From the newest checkpoint there is nothing to tell apart: the line goes on as it is. A change of it that has
+        begun comes to its end even if cancelled: else what is saved next might not be on it.
         """
-        with CancelScope(shield=True):
-            head = (await self._writer.look()).latest()
-            if not self._writer.begun or (head.save_id if head else None) != (base.save_id if base else None):
+        head = (await self._writer.look()).latest()
+        if not self._writer.begun or (head.save_id if head else None) != (base.save_id if base else None):
+            with CancelScope(shield=True):
                 await self._writer.go_on(base)
         self.standing = _standing(self._writer.term, base, begun=True)
         return self.standing

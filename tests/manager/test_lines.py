@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from anyio import to_thread
+from anyio import sleep_forever, to_thread
 from anyio.lowlevel import checkpoint
 
 from asyncdcp import KeepLast, Options
-from asyncdcp.errors import CorruptCheckpoint, Fenced, StorageError, StorageUnavailable, UsageError
+from asyncdcp.errors import Cancelled, CorruptCheckpoint, Fenced, StorageError, StorageUnavailable, UsageError
 from asyncdcp.runs.layout import LineStart
 from asyncdcp.storage import LocalPlace, Survey
 from asyncdcp.storage.place import Selects
@@ -291,6 +291,28 @@ def test_a_rollback_that_is_cancelled_once_the_line_has_changed_is_one(
         assert restored.exception(LONG) is None
     save_all(manager, training, 3)
     assert manager.steps().result() == [1, 3]
+
+
+def test_a_rollback_that_is_cancelled_before_the_line_has_changed_is_none(
+    opened: Opened, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it wait for a storage that does not answer."""
+    manager = opened()
+    save_all(manager, training, 1, 2)
+    asked = threading.Event()
+
+    async def never() -> None:
+        asked.set()
+        await sleep_forever()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manager._session._writer, "look", never)
+        restored = manager.restore(1, training.state)
+        assert asked.wait(LONG)
+        restored.cancel()
+        assert isinstance(restored.exception(LONG), Cancelled)
+    save_all(manager, training, 3)
+    assert manager.steps().result() == [1, 2, 3]
 
 
 def test_options_reach_the_checkpointer(opened: Opened, training: Training) -> None:
