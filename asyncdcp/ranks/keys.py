@@ -25,6 +25,8 @@ Ts = TypeVarTuple("Ts")
 _PART_BYTES = 4 << 20
 _POLL_SECONDS = 0.001
 _POLL_LIMIT_SECONDS = 0.05
+LAST_WORD_SECONDS = 5.0
+"""How long who is cancelled, or late, still talks to the store."""
 
 
 class Keys:
@@ -136,7 +138,8 @@ class _Met(msgspec.Struct):
 
 
 class Meeting:
-    """One rank's part in a meeting. Several meetings, one after another, are kept apart.
+    """One rank's part in a meeting. Several meetings, one after another, are kept apart. Who gives up and comes again
+    comes by the same one, by which others may have met it meanwhile.
 
     A store may outlive the processes that use it: torchrun's agent keeps one through all restarts of its workers, which
     find there what those before them have left. So nothing there is believed that does not answer what was said just
@@ -166,10 +169,10 @@ class Meeting:
         return [rank for rank in self._others if await self._answer_of(rank) is None] if self._heard else [0]
 
     async def _call(self) -> str:
-        await self._keys.set("call", self._name.encode())
+        await self._say("call", self._name.encode())
         async for _ in self._keys.poll():
             if (names := await self._answers()) is not None:
-                await self._keys.set("met", msgspec.msgpack.encode(_Met(self._name, names)))
+                await self._say("met", msgspec.msgpack.encode(_Met(self._name, names)))
                 return self._name
         raise AssertionError("polling has no end")
 
@@ -196,9 +199,14 @@ class Meeting:
             if self._heard and (met := await self._end()) is not None:  # before a newer call, of the next meeting
                 return met
             if call != self._heard:
-                await self._keys.set(f"here/{self._rank}", msgspec.msgpack.encode(_Here(call, self._name)))
+                await self._say(f"here/{self._rank}", msgspec.msgpack.encode(_Here(call, self._name)))
                 self._heard = call
         raise AssertionError("polling has no end")
+
+    async def _say(self, key: str, data: bytes) -> None:
+        """Even if cancelled: what a thread was left alone with would come after what is said next."""
+        with anyio.move_on_after(LAST_WORD_SECONDS, shield=True):
+            await self._keys.set(key, data)
 
     async def _end(self) -> str | None:
         if not await self._keys.there("met"):

@@ -22,15 +22,12 @@ from anyio import to_thread
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it without saying so
 
 from asyncdcp.errors import AsyncDCPError, Cancelled, PeerError, PeerFailed, plain
-from asyncdcp.ranks.keys import Keys, Meeting, parts_of
+from asyncdcp.ranks.keys import LAST_WORD_SECONDS, Keys, Meeting, parts_of
 from asyncdcp.ranks.links import Links
 from asyncdcp.ranks.port import Decide
 from asyncdcp.unwinding import ungrouped
 from asyncdcp.worker.failures import from_frame, to_frame
 from asyncdcp.worker.protocol import ErrorFrame
-
-_LAST_WORD_SECONDS = 5.0
-"""How long the verdict is waited for that somebody else has won the right to say."""
 
 
 class _Verdict(msgspec.Struct):
@@ -64,7 +61,7 @@ class StoreRanks:
         self.deadline = deadline
         self._keys = Keys(store, world_size)
         self._option = option
-        self._meets = meets
+        self._meeting = Meeting(self._keys, rank, world_size) if meets else None
         self._turns: Counter[str] = Counter()
         self._parted: list[str] = []
 
@@ -90,7 +87,7 @@ class StoreRanks:
         except TimeoutError:
             return await self._end_wait(topic, key, limit)
         except anyio.get_cancelled_exc_class():
-            with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True):
+            with anyio.move_on_after(LAST_WORD_SECONDS, shield=True):
                 await self._fail(key, Cancelled(f"the agreement on {topic} was cancelled"), self.rank)
             raise
         finally:
@@ -141,22 +138,21 @@ class StoreRanks:
                     links = await Links.connect(store, self.rank, self.world_size, deadline=self.deadline, until=until)
                     tasks.cancel_scope.cancel()
         except BaseException:
-            with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(PeerError):
+            with anyio.move_on_after(LAST_WORD_SECONDS, shield=True), suppress(PeerError):
                 self._parted += [*parted, f"{key}/parted"]
                 await self._keys.set(f"{key}/parted", str(self.rank).encode())
             raise
         return links
 
     async def _meet(self, topic: str) -> None:
-        if not self._meets:
+        if (meeting := self._meeting) is None:
             return
-        meeting = Meeting(self._keys, self.rank, self.world_size)
         with anyio.move_on_after(self.deadline):
             self._keys.move(await meeting.meet())
-            self._meets = False
+            self._meeting = None
             return
         missing: list[int] = []
-        with anyio.move_on_after(_LAST_WORD_SECONDS):
+        with anyio.move_on_after(LAST_WORD_SECONDS):
             missing = await meeting.missing()
         raise self._late(topic, missing or [0], self.deadline)
 
@@ -206,7 +202,7 @@ class StoreRanks:
         """The decision, unless somebody has ended the agreement otherwise. Even if cancelled: who has won is the only
         one who may say anything. ``PeerError`` if the store does not answer within the deadline.
         """
-        seconds = max(self.deadline, _LAST_WORD_SECONDS)
+        seconds = max(self.deadline, LAST_WORD_SECONDS)
         with anyio.move_on_after(seconds, shield=True) as scope:
             if await self._wins(key):
                 parts = await self._keys.put_parts(f"{key}/verdict", decision)
@@ -216,7 +212,7 @@ class StoreRanks:
 
     async def _outlast(self, key: str) -> None:
         """Until all have read, if they are quick: the store may be this process's, and end with it."""
-        with anyio.move_on_after(_LAST_WORD_SECONDS), suppress(PeerError):
+        with anyio.move_on_after(LAST_WORD_SECONDS), suppress(PeerError):
             async for _ in self._keys.poll():
                 if not await self._keys.there(f"{key}/read"):
                     return
@@ -248,7 +244,7 @@ class StoreRanks:
     async def _end_wait(self, topic: str, key: str, limit: float) -> bytes:
         """The deadline has passed: this rank ends the agreement, unless another has, whose word then counts."""
         error = self._late(topic, [0], limit)
-        with anyio.move_on_after(_LAST_WORD_SECONDS):
+        with anyio.move_on_after(LAST_WORD_SECONDS):
             missing = [rank for rank in range(self.world_size) if not await self._keys.there(f"{key}/told/{rank}")]
             error = self._late(topic, missing or [0], limit)
             await self._fail(key, error, error.rank)
@@ -265,7 +261,7 @@ class StoreRanks:
         )
 
     async def _fail(self, key: str, error: AsyncDCPError, rank: int | None) -> None:
-        with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True):  # as in ``_say``
+        with anyio.move_on_after(LAST_WORD_SECONDS, shield=True):  # as in ``_say``
             if await self._wins(key):
                 verdict = _Verdict(0, rank, to_frame(error, with_traceback=False))
                 await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(verdict))

@@ -104,6 +104,50 @@ async def test_one_that_gives_up_and_comes_again_is_met() -> None:
     assert len(heard) == WORLD and len(set(heard)) == 1
 
 
+@pytest.mark.parametrize("given_up", range(WORLD))
+async def test_one_that_gives_up_as_the_others_meet_it_is_met(given_up: int) -> None:
+    """They would not come to another meeting, and it would wait in vain."""
+    store = HashStore()
+    ranks = born(store, *range(WORLD), deadline=60)
+
+    async def say_first(rank: StoreRanks, key: str, scope: anyio.CancelScope) -> None:
+        keys, say = rank._keys, rank._keys.set
+
+        async def said(name: str, data: bytes) -> None:
+            await say(name, data)
+            if name == key:
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+
+        with pytest.MonkeyPatch.context() as patched, scope:
+            patched.setattr(keys, "set", said)
+            await rank.heard("preempted")
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as all_ranks:
+            for rank in ranks:
+                if rank.rank != given_up:
+                    all_ranks.start_soon(rank.heard, "preempted")
+            await say_first(ranks[given_up], f"here/{given_up}" if given_up else "met", anyio.CancelScope())
+        assert await ranks[given_up].heard("preempted") is None
+
+
+async def test_what_one_says_as_it_gives_up_does_not_come_after_what_it_says_next() -> None:
+    keys, scope = Keys(HashStore(), WORLD), anyio.CancelScope()
+    asked, said = keys.set, list[str]()
+
+    async def late(name: str, data: bytes) -> None:
+        scope.cancel()
+        await anyio.lowlevel.checkpoint()
+        await asked(name, data)
+        said.append(name)
+
+    keys.set = late  # type: ignore[method-assign]  # for this test
+    with scope:
+        await Meeting(keys, 0, WORLD).meet()
+    assert said == ["call"]
+
+
 def test_one_that_does_not_come_is_named(everywhere: Everywhere) -> None:
     [error] = everywhere(told, born(HashStore(), 0, deadline=0.02))
     assert "rank 1, 2 did not come to the agreement on the making of a checkpointer within 0.02 s" in str(error)
