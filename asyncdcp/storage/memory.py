@@ -30,6 +30,7 @@ from asyncdcp.warn import warn_caller
 
 class MemoryStorage:
     """A ``Storage`` that lives as long as the instance. Unfinished objects are invisible, but their names are taken.
+    Several checkpointers, each on a thread of its own, may use one.
 
     >>> with asyncdcp.SyncCheckpointer(process=False) as checkpointer:
     ...     storage = asyncdcp.MemoryStorage()
@@ -60,10 +61,10 @@ class MemoryStorage:
 
     async def claim(self, name: str, data: bytes) -> bool:
         await self._begin(name)
+        own = bytes(data)
         if self._taken(name):
             return False
-        self._objects[name] = bytes(data)
-        return True
+        return self._objects.setdefault(name, own) is own
 
     async def barrier(self) -> None:
         await checkpoint()
@@ -78,7 +79,7 @@ class MemoryStorage:
 
     async def list(self) -> dict[str, int]:
         await checkpoint()
-        return {name: len(data) for name, data in self._objects.items()}
+        return {name: len(data) for name, data in list(self._objects.items())}
 
     async def temporaries(self) -> dict[str, str]:
         await checkpoint()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from asyncdcp.errors import Closed
@@ -35,3 +37,33 @@ async def test_deleting_an_unfinished_object_ends_it() -> None:
     await storage.delete(["a"])
     with pytest.raises(Closed):
         await writer.finish(0)
+
+
+async def test_what_another_thread_puts_meanwhile_disturbs_no_listing() -> None:
+    storage = MemoryStorage()
+
+    class Slow(bytes):
+        """Something happens while it is looked at."""
+
+        def __len__(self) -> int:
+            storage._objects["late"] = b""
+            return super().__len__()
+
+    storage._objects["a"] = Slow(b"abc")
+    assert await storage.list() == {"a": 3}
+    assert list(await storage.list()) == ["a", "late"]
+
+
+async def test_of_two_threads_that_claim_a_name_at_once_one_wins() -> None:
+    storage = MemoryStorage()
+
+    class Overtaken(dict[str, Any]):
+        """Another one claims the name when it was just seen to be free."""
+
+        def __contains__(self, name: object) -> bool:
+            storage._objects["a"] = b"theirs"
+            return False
+
+    storage._unfinished = Overtaken()
+    assert not await storage.claim("a", b"ours")
+    assert await storage.get("a", 10) == b"theirs"
