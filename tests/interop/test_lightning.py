@@ -77,9 +77,11 @@ def trainer(root: Path, epochs: int, keep: int = 1) -> Any:
     )
 
 
-def test_a_fit_resumes_bit_by_bit(tmp_path: Path) -> None:
+def test_a_fit_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lightning
 
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # it sets them, for every fit after it and every program that is started
     lightning.seed_everything(0, verbose=False)
     net = net_class()
     whole = net()
