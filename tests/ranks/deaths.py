@@ -78,7 +78,7 @@ def a_worker_sleeps(world: World, four: AsyncCheckpointer) -> None:
     """Rank 1's, in an uninterruptible wait: SIGKILL does nothing to it. It wakes when the job was started again, and
     has saved to the same place.
     """
-    options = Options(agreement_deadline=30, save_deadline=6, settle_seconds=5)
+    options = Options(agreement_deadline=30, save_deadline=9, settle_seconds=5)
     with AsyncCheckpointer(options, process=True, process_group=dist.group.WORLD) as old:
         old.prepare(doomed_state(world, 4)).result()
         process = old._lanes.pipeline.process  # type: ignore[attr-defined]  # it has one

@@ -31,7 +31,7 @@ def outcomes(folder: Path) -> list[dict[str, str]]:
     command += [str(free_port()), str(folder)]
     with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as parent:
         try:
-            parent.wait(LONG)
+            parent.wait(200)
         finally:
             parent.kill()  # the ranks are killed with it
     said = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))

@@ -149,7 +149,7 @@ def tell(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Prints one line of JSON."""
-    faulthandler.dump_traceback_later(100, exit=True)
+    faulthandler.dump_traceback_later(190, exit=True)
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     store = FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=LONG)

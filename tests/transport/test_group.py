@@ -18,7 +18,7 @@ WORLD = 3
 def results(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder, program = tmp_path_factory.mktemp("world"), str(Path(__file__).with_name("ranks.py"))
     ranks = [programs.start(program, str(rank), str(WORLD), str(folder)) for rank in range(WORLD)]
-    ended = [rank.wait(110) for rank in ranks]
+    ended = [rank.wait(200) for rank in ranks]
     assert [each.returncode for each in ended] == [0, *[-signal.SIGKILL] * (WORLD - 1)], [each.stderr for each in ended]
     return [json.loads(each.stdout.splitlines()[-1]) for each in ended[:-1]]
 
