@@ -171,10 +171,10 @@ class SaveAgreements:
         try:
             await together(self._ranks, _PLACE, put, _one_way)
             await together(self._ranks, f"{_PLACE}, seen by all", see)
+            self._probed = True  # on all ranks, whatever becomes of this one's save
         finally:
             if self._ranks.rank == 0:
                 await storage.delete([name])
-        self._probed = True
 
 
 async def _see(storage: Storage, name: str) -> None:

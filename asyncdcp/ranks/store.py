@@ -202,17 +202,16 @@ class StoreRanks:
         """The decision, unless somebody has ended the agreement otherwise. Even if cancelled: who has won is the only
         one who may say anything. ``PeerError`` if the store does not answer within the deadline.
         """
-        seconds = max(self.deadline, LAST_WORD_SECONDS)
-        with anyio.move_on_after(seconds, shield=True) as scope:
+        with anyio.move_on_after(max(self.deadline, LAST_WORD_SECONDS), shield=True) as scope:
             if await self._wins(key):
                 parts = await self._keys.put_parts(f"{key}/verdict", decision)
                 await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
         if scope.cancelled_caught:
-            raise PeerError(f"the store of the process group did not answer within {seconds:g} s ({self._option})")
+            raise self._silent()
 
     async def _outlast(self, key: str) -> None:
         """Until all have read, if they are quick: the store may be this process's, and end with it."""
-        with anyio.move_on_after(LAST_WORD_SECONDS), suppress(PeerError):
+        with anyio.move_on_after(LAST_WORD_SECONDS, shield=True), suppress(PeerError):
             async for _ in self._keys.poll():
                 if not await self._keys.there(f"{key}/read"):
                     return
@@ -220,17 +219,19 @@ class StoreRanks:
     # ── all ranks ──
 
     async def _hear(self, key: str, readers: int) -> bytes:
-        """The decision, once it is there, or the failure."""
+        """The decision, once it is there, or the failure. Who sees it ends by it, even if cancelled."""
         name = f"{key}/verdict"
         async for _ in self._keys.poll():
             if await self._keys.there(name):
                 break
-        verdict = msgspec.msgpack.decode(await self._keys.get(name), type=_Verdict)
-        decision = await self._keys.get_parts(name, verdict.parts)
-        await self._count_reader(key, verdict.parts, readers)
-        if verdict.error is not None:
-            raise _failure(verdict.error, verdict.rank)
-        return decision
+        with anyio.move_on_after(max(self.deadline, LAST_WORD_SECONDS), shield=True):  # all others go by it, too
+            verdict = msgspec.msgpack.decode(await self._keys.get(name), type=_Verdict)
+            decision = await self._keys.get_parts(name, verdict.parts)
+            await self._count_reader(key, verdict.parts, readers)
+            if verdict.error is not None:
+                raise _failure(verdict.error, verdict.rank)
+            return decision
+        raise self._silent()
 
     async def _count_reader(self, key: str, parts: int, readers: int) -> None:
         """The last one to have read removes the keys."""
@@ -259,6 +260,10 @@ class StoreRanks:
             "it failed, or does not make the calls that the others make",
             rank=missing[0],
         )
+
+    def _silent(self) -> PeerError:
+        seconds = max(self.deadline, LAST_WORD_SECONDS)
+        return PeerError(f"the store of the process group did not answer within {seconds:g} s ({self._option})")
 
     async def _fail(self, key: str, error: AsyncDCPError, rank: int | None) -> None:
         with anyio.move_on_after(LAST_WORD_SECONDS, shield=True):  # as in ``_say``

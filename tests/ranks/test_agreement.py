@@ -160,6 +160,31 @@ def test_one_that_is_cancelled_as_it_wins_the_right_to_speak_does_speak(everywhe
     assert everywhere(lambda each: run(take_part, each), make_ranks(2)) == [True, b"said"]
 
 
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_one_that_is_cancelled_as_it_hears_the_decision_goes_by_it_as_all_do(
+    everywhere: Everywhere, cancelled: int
+) -> None:
+    """It would else agree anew, by itself."""
+
+    async def take_part(each: StoreRanks) -> Any:
+        heard: list[bytes] = []
+        with anyio.CancelScope() as scope:
+            if each.rank == cancelled:
+                get = each._keys.get
+
+                async def seen(name: str) -> bytes:
+                    if name.endswith("verdict"):
+                        scope.cancel()
+                        await anyio.lowlevel.checkpoint()
+                    return await get(name)
+
+                each._keys.get = seen  # type: ignore[method-assign]  # a fault, for this test
+            heard.append(await each.decide("save", b"said", first_rank))
+        return heard
+
+    assert everywhere(lambda each: run(take_part, each), make_ranks(2)) == [[b"said"], [b"said"]]
+
+
 def test_a_broadcast_waits_for_nobody_but_its_readers_do(everywhere: Everywhere) -> None:
     ranks = make_ranks(3, deadline=0.2)
     (late,) = everywhere(lambda each: run(each.broadcast, "step", None), ranks[1:2])
