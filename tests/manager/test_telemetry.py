@@ -113,6 +113,8 @@ def test_a_listener_that_fails_harms_nobody(opened: Opened, training: Training) 
     manager = opened(telemetry=Telemetry(on_event=fail))
     save_all(manager, training, 1)
     assert called.wait(LONG) and manager.steps().result() == [1]
+    manager.close()
+    assert manager._engine._callbacks.join(LONG)  # what it logs is not said while another test looks
 
 
 async def test_a_trace_of_every_save_is_written(opened: Opened, training: Training, run: Path) -> None:
