@@ -202,7 +202,7 @@ class StoreRanks:
         """The decision, unless somebody has ended the agreement otherwise. Even if cancelled: who has won is the only
         one who may say anything. ``PeerError`` if the store does not answer within the deadline.
         """
-        with anyio.move_on_after(max(self.deadline, LAST_WORD_SECONDS), shield=True) as scope:
+        with anyio.move_on_after(self.deadline + LAST_WORD_SECONDS, shield=True) as scope:
             if await self._wins(key):
                 parts = await self._keys.put_parts(f"{key}/verdict", decision)
                 await self._keys.set(f"{key}/verdict", msgspec.msgpack.encode(_Verdict(parts)))
@@ -224,7 +224,7 @@ class StoreRanks:
         async for _ in self._keys.poll():
             if await self._keys.there(name):
                 break
-        with anyio.move_on_after(max(self.deadline, LAST_WORD_SECONDS), shield=True):  # all others go by it, too
+        with anyio.move_on_after(self.deadline + LAST_WORD_SECONDS, shield=True):  # all others go by it, too
             verdict = msgspec.msgpack.decode(await self._keys.get(name), type=_Verdict)
             decision = await self._keys.get_parts(name, verdict.parts)
             await self._count_reader(key, verdict.parts, readers)
@@ -262,8 +262,7 @@ class StoreRanks:
         )
 
     def _silent(self) -> PeerError:
-        seconds = max(self.deadline, LAST_WORD_SECONDS)
-        return PeerError(f"the store of the process group did not answer within {seconds:g} s ({self._option})")
+        return PeerError(f"the store of the process group did not answer within {self.deadline:g} s ({self._option})")
 
     async def _fail(self, key: str, error: AsyncDCPError, rank: int | None) -> None:
         with anyio.move_on_after(LAST_WORD_SECONDS, shield=True):  # as in ``_say``
