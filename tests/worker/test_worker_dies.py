@@ -259,6 +259,8 @@ def test_saves_behind_one_whose_worker_does_not_die_do_not_wait_their_deadlines(
     process, kill = worker_of(checkpointer), unkillable(checkpointer)
     handles = [checkpointer.save(FaultyStorage(folder / "0", [Fault("pwrite", 1, "stop")]), small)]
     handles += [checkpointer.save(folder / str(number), small) for number in (1, 2)]
+    for handle in handles:
+        handle.staged.result(LONG)  # from here on it is the worker's
     stopped(checkpointer)
     assert isinstance(handles[0].exception(LONG), DeadlineExceeded)
     for handle in handles[1:]:
